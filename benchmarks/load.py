@@ -1,0 +1,147 @@
+"""How much memory and time it takes to load a full-size checkpoint, against reading its file once.
+
+    python benchmarks/load.py --folder /tmp/l2p          (27 GB of disk, 14 GB of memory, some minutes)
+
+Makes two files with random weights, under the names, shapes and dtypes of the real ones: model-1k-merge (19.57 GB,
+main layers 5..24 in FP32) and its INT8 form (7.2 GB: ComfyUI's naming, packed q, k and v, the linears of layers 1..29
+in INT8). Each is loaded to bfloat16 in a process of its own. Private memory is the process's anonymous pages (RssAnon),
+polled; pages of the memory-mapped file are the kernel's to drop and are not counted.
+"""
+import argparse
+import json
+import math
+import os
+import re
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from comfyui_l2p.l2p_core import L2PConfig, load_model
+from comfyui_l2p.l2p_core.checkpoint import expected_shapes
+from comfyui_l2p.l2p_core.int8 import Int8Linear
+
+BYTES = {"F32": 4, "BF16": 2, "I8": 1}
+POOL = 1 << 24  # random numbers drawn once; every tensor is a run of them
+
+
+def published_tensors() -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """(name, dtype, shape) of model-1k-merge."""
+    for name, shape in expected_shapes(L2PConfig()).items():
+        layer = re.match(r"layers\.(\d+)\.", name)
+        yield name, "F32" if layer and 5 <= int(layer[1]) <= 24 else "BF16", shape
+
+
+def int8_tensors() -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """(name, dtype, shape) of an INT8 repack in ComfyUI's naming."""
+    for name, shape in expected_shapes(L2PConfig()).items():
+        if "to_k" in name or "to_v" in name:
+            continue
+        if "to_q" in name:
+            name, shape = name.replace("to_q", "qkv"), (3 * shape[0], shape[1])
+        name = (name.replace("to_out.0", "out").replace("norm_q", "q_norm").replace("norm_k", "k_norm")
+                .replace("all_x_embedder.16-1", "x_embedder"))
+        quantized = re.match(r"layers\.(?!0\.).*(attention|feed_forward)", name) and len(shape) == 2
+        yield f"model.diffusion_model.{name}", "I8" if quantized else "BF16", shape
+        if quantized:
+            yield f"model.diffusion_model.{name}_scale", "F32", (shape[0], 1)
+
+
+def make(path: Path, tensors: list[tuple[str, str, tuple[int, ...]]]) -> None:
+    """Write a safetensors file of random weights, standard deviation 0.02, a tensor at a time."""
+    rng = np.random.default_rng(0)
+    normal = torch.from_numpy(rng.standard_normal(POOL, dtype=np.float32) * 0.02)
+    pools = {"F32": normal.numpy(), "BF16": normal.bfloat16().view(torch.int16).numpy(),
+             "I8": rng.integers(-127, 128, POOL, dtype=np.int8)}
+    header, offset = {}, 0
+    for name, dtype, shape in tensors:
+        size = math.prod(shape) * BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(encoded)) + encoded)
+        for _, dtype, shape in tensors:
+            left = math.prod(shape)
+            while left:
+                start = int(rng.integers(0, POOL // 2)) if left < POOL // 2 else 0
+                run = pools[dtype][start:start + left]
+                stream.write(run)
+                left -= len(run)
+
+
+def drop_from_cache(path: Path) -> None:
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_once(path: Path) -> float:
+    """Seconds to read the file from disk."""
+    drop_from_cache(path)
+    begun = time.perf_counter()
+    with path.open("rb", buffering=0) as stream:
+        while stream.read(1 << 24):
+            pass
+    return time.perf_counter() - begun
+
+
+def private_bytes() -> int:
+    return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def measure(path: Path) -> None:
+    """Load the file in this process and print what it took, as JSON."""
+    drop_from_cache(path)
+    peak, done = [private_bytes()], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            peak[0] = max(peak[0], private_bytes())
+    watcher = threading.Thread(target=watch)
+    before = private_bytes()
+    watcher.start()
+    begun = time.perf_counter()
+    model = load_model(path, dtype=torch.bfloat16)
+    seconds = time.perf_counter() - begun
+    done.set()
+    watcher.join()
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    print(json.dumps({"seconds": seconds, "peak_private_gb": (peak[0] - before) / 1e9, "weights_gb": weights / 1e9,
+                      "parameters": sum(tensor.numel() for name, tensor in model.state_dict().items()
+                                        if not name.endswith("weight_scale")),
+                      "int8_layers": sum(isinstance(module, Int8Linear) for module in model.modules())}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="where the two files are made, and kept")
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        return measure(args.measure)
+    if not args.folder:
+        parser.error("give a --folder with 27 GB of room")
+    args.folder.mkdir(parents=True, exist_ok=True)
+    for name, tensors in (("model-1k-merge", list(published_tensors())), ("model-1k-int8", list(int8_tensors()))):
+        path = args.folder / f"{name}.safetensors"
+        if not path.exists():
+            make(path, tensors)
+        reading = read_once(path)
+        result = json.loads(subprocess.run([sys.executable, __file__, "--measure", path], check=True, text=True,
+                                           stdout=subprocess.PIPE).stdout)
+        print(f"{name}: {path.stat().st_size / 1e9:.2f} GB, {result['parameters']:,} parameters, "
+              f"{result['int8_layers']} INT8 layers; weights {result['weights_gb']:.2f} GB, peak private memory "
+              f"{result['peak_private_gb']:.2f} GB; {result['seconds']:.1f} s, {result['seconds'] / reading:.2f} x reading "
+              f"the file once ({reading:.1f} s)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What the project trains and draws on machines without real weights."""

@@ -1,0 +1,1 @@
+"""The bundled small model: its pictures, its training, its score."""

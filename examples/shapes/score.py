@@ -1,0 +1,69 @@
+"""Score a model on prompts it was never trained on: `python -m comfyui_l2p.examples.shapes.score`"""
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from ...l2p_core.pipeline import L2PPipeline
+from .pictures import SIZE, Scene, judge, test_scenes
+
+BATCH = 25
+
+
+def score(pictures: list[Image.Image], scenes: list[Scene]) -> dict[str, float]:
+    """Percent of pictures in which each attribute is right, the background clean, and all of them at once ("right")."""
+    counts: Counter[str] = Counter()
+    for picture, scene in zip(pictures, scenes, strict=True):
+        checks = judge(picture).compare(scene)
+        counts.update(name for name, passed in checks.items() if passed)
+        counts["right"] += all(checks.values())
+    return {name: round(100 * counts[name] / len(scenes), 1)
+            for name in ("right", "shape", "colour", "background", "place", "size", "clean")}
+
+
+def contact_sheet(pictures: list[Image.Image], captions: list[str], columns: int = 6) -> Image.Image:
+    """The pictures in a grid, each over its caption."""
+    line = 11
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (SIZE + 8), rows * (SIZE + 3 * line + 12)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        left, top = index % columns * (SIZE + 8) + 4, index // columns * (SIZE + 3 * line + 12) + 4
+        sheet.paste(picture, (left, top))
+        lines = [""]
+        for word in caption.split():
+            if pen.textlength(f"{lines[-1]} {word}") > SIZE:
+                lines.append("")
+            lines[-1] = f"{lines[-1]} {word}".strip()
+        pen.multiline_text((left, top + SIZE + 2), "\n".join(lines), fill="black", spacing=0)
+    return sheet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", nargs="?", help="default: the bundled model")
+    parser.add_argument("--text-encoder", help="default: beside the checkpoint")
+    parser.add_argument("--count", type=int, default=300, help="prompts (default 300)")
+    parser.add_argument("--steps", type=int, help="default: the checkpoint's")
+    parser.add_argument("--sampler", default="euler")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--sheet", type=Path, help="write the first 24 pictures with their captions here")
+    args = parser.parse_args()
+    scenes = test_scenes(args.count)
+    pipe = L2PPipeline.from_pretrained(args.checkpoint, args.text_encoder, torch_dtype=getattr(torch, args.dtype))
+    pictures = []
+    for start in tqdm(range(0, len(scenes), BATCH), unit="batch"):
+        batch = scenes[start:start + BATCH]
+        pictures += pipe([scene.caption() for scene in batch], num_inference_steps=args.steps, sampler=args.sampler,
+                         seed=list(range(start, start + len(batch))))
+    if args.sheet:
+        contact_sheet(pictures[:24], [scene.caption() for scene in scenes[:24]]).save(args.sheet)
+    print(json.dumps(score(pictures, scenes)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Make the small model from nothing: tokenizer, text encoder, L2P transformer. `python -m comfyui_l2p.examples.shapes.train`"""
+import argparse
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch.optim.swa_utils import AveragedModel
+from tqdm import trange
+from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
+
+from ...l2p_core.config import L2PConfig, Stage
+from ...l2p_core.model import L2PTransformer
+from ...l2p_core.text import TEMPLATE, TextEncoder
+from ...l2p_core.train.loss import flow_matching_loss
+from .pictures import SIZE, draw, scenes
+
+CONFIG = L2PConfig(
+    dim=144, n_heads=3, n_layers=6, n_refiner_layers=1, ffn_dim=384, cap_feat_dim=96, bottleneck_dim=64,
+    decoder=(Stage("1", 16, 16, 32), Stage("2", 32, 32, 16), Stage("3", 48, 48, 32), Stage("4", 64, 64, 48)))
+# Half of the noise levels come from the sampler's schedule, which settles the layout; half from one leaning the other
+# way, so that a narrow decoder sees enough of the last steps to leave backgrounds clean.
+SHIFTS = (3.0, 0.5)
+
+
+def make_text_encoder(folder: Path, captions: list[str]) -> TextEncoder:
+    """A byte-level BPE tokenizer fitted to the captions and a Qwen3 encoder with random weights, saved as Z-Image's are.
+
+    The encoder stays as it was drawn: its token embeddings tell words apart, and the transformer learns the rest."""
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(
+        (TEMPLATE.format(prompt=caption) for caption in captions), vocab_size=512,
+        new_special_tokens=["<|im_start|>", "<|im_end|>"])
+    encoder = Qwen3Model(Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=CONFIG.cap_feat_dim, intermediate_size=192, num_hidden_layers=3,
+        num_attention_heads=3, num_key_value_heads=1, head_dim=32, rope_theta=1e6, rms_norm_eps=1e-6,
+        max_position_embeddings=512, tie_word_embeddings=True))
+    with torch.no_grad():
+        encoder.embed_tokens.weight.mul_(5)  # words stand out from what attention mixes in
+    tokenizer.save_pretrained(folder / "tokenizer")
+    encoder.to(torch.bfloat16).save_pretrained(folder / "text_encoder")
+    return TextEncoder.load(folder / "text_encoder", folder / "tokenizer", dtype=torch.float32)
+
+
+def train(folder: Path, steps: int, batch: int, rate: float, seed: int) -> None:
+    """Write transformer.safetensors, text_encoder/ and tokenizer/ into `folder`."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    known = [scene for scene in scenes() if not scene.held_out]
+    captions = sorted({scene.caption(*with_) for scene in scenes() for with_ in ((1, 1), (0, 1), (1, 0), (0, 0))})
+    text_encoder = make_text_encoder(folder, captions)
+    with torch.no_grad():
+        encodings = {caption: text_encoder.encode(caption) for caption in ["", *captions]}
+
+    model = L2PTransformer(CONFIG).to(memory_format=torch.channels_last)
+    average = AveragedModel(model, avg_fn=lambda mean, new, count: mean + (new - mean) * max(0.001, 9 / (10 + count)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    warmup = steps // 40
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / (steps * 0.7), 1))
+    progress = trange(steps, unit="step")
+    losses = []
+    for step in progress:
+        chosen = rng.choices(known, k=batch)
+        words = ["" if rng.random() < 0.1 else scene.caption(rng.random() < 0.7, rng.random() < 0.7)
+                 for scene in chosen]
+        pictures = np.stack([np.asarray(draw(scene, rng)) for scene in chosen])
+        pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2) * (2 / 255) - 1
+        even, shift = torch.rand(batch), torch.tensor(SHIFTS).repeat(batch // 2)
+        sigma = shift * even / (1 + (shift - 1) * even)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = flow_matching_loss(
+                model, pictures, [encodings[caption] for caption in words], torch.randn(batch, 3, SIZE, SIZE), sigma)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        average.update_parameters(model)
+        losses.append(loss.item())
+        if step % 50 == 49:
+            progress.set_postfix(loss=f"{sum(losses[-50:]) / 50:.4f}")
+        if step % 500 == 499 or step == steps - 1:
+            save(average.module, folder, step + 1)
+
+
+def save(model: L2PTransformer, folder: Path, steps: int) -> None:
+    tensors = {name: value.to(torch.bfloat16).contiguous() for name, value in model.state_dict().items()}
+    save_file(tensors, folder / "transformer.safetensors", metadata={
+        "modelspec.title": "L2P shapes", "modelspec.resolution": f"{SIZE}x{SIZE}",
+        "modelspec.license": "Apache-2.0", "trained_steps": str(steps)})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "model")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    train(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

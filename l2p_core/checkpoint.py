@@ -1,0 +1,118 @@
+"""A checkpoint file becomes a model: tensors stay memory-mapped until they are cast or moved."""
+import re
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .config import L2PConfig
+from .int8 import Int8Linear, comfy_kitchen, dequantize
+from .layout import PART_MESSAGE, CheckpointError, Entry, Layout, Source, read_layout
+from .model import L2PTransformer
+
+
+def load_model(path: str | Path | Layout, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16,
+               convrot_groupsize: int | None = None, progress: bool = False) -> L2PTransformer:
+    """The model of a checkpoint, ready to draw: a file of any known naming, an index or a folder of shards, or the
+    layout read from one.
+
+    dtype: what all weights become, save INT8 ones, which stay INT8. Weights that already are of that dtype stay in the
+    memory-mapped file on a CPU. convrot_groupsize: see `read_layout`. progress: show a bar. Raises CheckpointError
+    where the file is not a whole, finite L2P model; its message says what it is."""
+    layout = path if isinstance(path, Layout) else read_layout(path, convrot_groupsize)
+    check(layout)
+    with torch.device("meta"):
+        model = L2PTransformer(layout.config)
+    tensors: dict[str, Tensor] = {}
+    with ExitStack() as opened:
+        readers = {file: opened.enter_context(safe_open(file, framework="pt")) for file in layout.files}
+
+        def read(entry: Entry, third: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+            tensor = readers[entry.file].get_tensor(entry.key)
+            if third is not None and tensor.dim():
+                tensor = tensor.chunk(3)[third]
+            return tensor.to(device, dtype)
+
+        for name, source in tqdm(layout.tensors.items(), desc=f"loading {layout.path.name}", unit="tensor",
+                                 disable=not progress):
+            if source.scale is None:
+                tensors[name] = read(source.entry, source.third, dtype)
+            else:
+                shared = source.scale.count == 1
+                scale = read(source.scale, None if shared else source.third, torch.float32).reshape(1 if shared else (-1, 1))
+                weight = read(source.entry, source.third)
+                layer, _, leaf = name.rpartition(".")
+                if source.format == "int8_tensorwise" and isinstance(model.get_submodule(layer), nn.Linear):
+                    comfy_kitchen()
+                    model.set_submodule(layer, Int8Linear(
+                        weight, scale, model.get_submodule(layer).bias, source.convrot_groupsize))
+                    tensors[f"{layer}.weight_scale"] = scale
+                else:
+                    weight = dequantize(weight, scale, source.convrot_groupsize, dtype)
+                tensors[name] = weight
+                _refuse_nan(layout, source.scale.key, scale)
+            _refuse_nan(layout, source.entry.key, tensors[name])
+    model.load_state_dict(tensors, assign=True)
+    return model.eval()
+
+
+def check(layout: Layout) -> None:
+    """Raise CheckpointError, saying what the file is and what to do, unless it is a whole L2P model."""
+    name = layout.path.name
+    if len(layout.files) == 1 and (shard := re.search(r"-\d{5}-of-(\d{5})\.safetensors$", name)) and int(shard[1]) > 1:
+        raise CheckpointError(f"{name} is one of {int(shard[1])} shards. Give the folder that holds them all, or their index")
+    if layout.kind == "latent":
+        raise CheckpointError(f"{name} is a latent Z-Image, which draws through a VAE. "
+                              "Convert it to an L2P pixel initialisation first, and train that")
+    if layout.kind == "lora":
+        raise CheckpointError(f"{name} is a LoRA, which changes a model. Give the L2P model itself here")
+    if layout.kind == "text encoder":
+        raise CheckpointError(f"{name} is a text encoder. Give it as the text encoder, and an L2P model here")
+    if layout.kind == "unknown":
+        first = next(iter(layout.entries), None)
+        raise CheckpointError(f"{name} is not an L2P model: "
+                              + (f"its {len(layout.entries)} tensors (first: {first}) are another model's" if first
+                                 else "it holds no tensors") + ". Give an L2P checkpoint, such as model-1k-merge")
+    if layout.kind == "part":
+        missing = missing_layers(layout)
+        raise CheckpointError(f"{name} holds {len(layout.tensors)} tensors but lacks "
+                              + (f"main layers {missing}" if missing else "parts of the transformer") + f": {PART_MESSAGE}")
+    expected = expected_shapes(layout.config)
+    found = {key: source.shape for key, source in layout.tensors.items()}
+    if missing := [key for key in expected if key not in found]:
+        raise CheckpointError(f"{name} lacks {len(missing)} of the model's {len(expected)} tensors (first: {missing[0]}). "
+                              "The file is damaged or not whole. Get it again")
+    if extra := [found_key for found_key in (*found, *layout.unused) if found_key not in expected]:
+        raise CheckpointError(f"{name} has {len(extra)} tensors that an L2P model of its size lacks (first: {extra[0]}). "
+                              "It is another kind of model, or was made by a program this one does not know")
+    if misshapen := [key for key in expected if found[key] != expected[key]]:
+        key = misshapen[0]
+        raise CheckpointError(f"{name}: {len(misshapen)} tensors have a shape that does not fit (first: {key} is "
+                              f"{found[key]}, expected {expected[key]}). The file mixes models or is damaged")
+    for key, source in layout.tensors.items():
+        if source.format is None and source.entry.dtype not in ("F64", "F32", "F16", "BF16"):
+            raise CheckpointError(f"{name}: {source.entry.key} is {source.entry.dtype} without a weight_scale; expected "
+                                  "floating point, or INT8 with its scale. The file is damaged")
+
+
+def expected_shapes(config: L2PConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a model."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in L2PTransformer(config).state_dict().items()}
+
+
+def missing_layers(layout: Layout) -> str:
+    """"5..24": the gap in the main layers that a trained part leaves. Empty where there is none."""
+    depths = {int(name.split(".")[1]) for name in layout.tensors if name.startswith("layers.")}
+    absent = sorted(set(range(max(depths, default=-1) + 1)) - depths)
+    return f"{absent[0]}..{absent[-1]}" if absent else ""
+
+
+def _refuse_nan(layout: Layout, key: str, tensor: Tensor) -> None:
+    if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
+        raise CheckpointError(f"{layout.path.name}: {key} holds NaN or infinite numbers"
+                              + (" once cast to float16" if tensor.dtype == torch.float16 else "")
+                              + ". The file is damaged, or its training diverged")

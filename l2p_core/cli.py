@@ -1,0 +1,116 @@
+"""The command `l2p`: one subcommand per function, no logic of the model's."""
+import argparse
+import json
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from .layout import CheckpointError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run `l2p` with these arguments. Returns the exit status: 0 done, 1 refused with a message, 130 interrupted."""
+    parser = argparse.ArgumentParser(prog="l2p", description="Pictures from L2P checkpoints, straight to pixels.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_generate(commands)
+    add_inspect(commands)
+    args = parser.parse_args(arguments)
+    warnings.showwarning = lambda message, *_: print(f"l2p: note: {message}", file=sys.stderr)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite stop is an interrupt
+    try:
+        args.run(args)
+    except (CheckpointError, ValueError, OSError, ImportError) as error:
+        print(f"l2p: {error}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError:
+        print("l2p: out of GPU memory. Try --free-text-encoder, a smaller --batch or size, or the INT8 checkpoint",
+              file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("l2p: stopped. The same command goes on where this one ended", file=sys.stderr)
+        return 130
+    return 0
+
+
+def add_generate(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "generate", help="draw pictures from prompts",
+        description="Draw pictures from a prompt or a file of prompts. A run that was stopped continues: pictures that "
+                    "are there with the same settings are not drawn again. Under `accelerate launch` or torchrun, the "
+                    "prompts are split over the processes.")
+    parser.add_argument("prompt", nargs="?", help="what to draw")
+    parser.add_argument("--prompts", type=Path, metavar="FILE",
+                        help="draw many: .txt (a prompt a line), .csv, .json or .jsonl (columns prompt or text, and "
+                             "optionally file_name, seed and any other setting below)")
+    parser.add_argument("-o", "--output", type=Path, default=Path("out.png"), metavar="PATH",
+                        help="a .png for one picture, a folder for several (default out.png)")
+    parser.add_argument("--checkpoint", metavar="PATH", help="file, index or folder of shards (default: the bundled small model)")
+    parser.add_argument("--text-encoder", metavar="PATH",
+                        help="Qwen3-4B: a folder such as Z-Image-Turbo, or qwen_3_4b.safetensors (default: text_encoder/ "
+                             "beside the checkpoint)")
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="default: tokenizer/ in or beside the text encoder")
+    picture = parser.add_argument_group("picture")
+    picture.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
+    picture.add_argument("--height", type=int, metavar="PIXELS", help="default: the checkpoint's trained size")
+    picture.add_argument("--width", type=int, metavar="PIXELS")
+    picture.add_argument("--steps", type=int, dest="num_inference_steps", help="default: 30, at patch 64 and above 50")
+    picture.add_argument("--cfg-scale", type=float, help="guidance, 1 for none (default: 2, at patch 64 and above 4)")
+    picture.add_argument("--seed", type=int, default=42, help="of a prompt's first picture, the next has the next (default 42)")
+    picture.add_argument("--count", type=int, default=1, help="pictures for each prompt (default 1)")
+    picture.add_argument("--shift", type=float, default=3.0, help="noise schedule: more favours the outline (default 3)")
+    picture.add_argument("--sampler", default="euler", help="euler, or ab2 for the same quality in fewer steps (default euler)")
+    picture.add_argument("--input-image", metavar="FILE", help="start from this picture")
+    picture.add_argument("--denoising-strength", type=float, default=1.0, metavar="0..1",
+                         help="how far to redraw the input image (default 1: wholly)")
+    picture.add_argument("--inpaint-mask", metavar="FILE", help="white is redrawn, black is kept exactly")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--batch", type=int, default=1, help="pictures drawn at a time (default 1)")
+    machine.add_argument("--device", help="default: the GPU where there is one")
+    machine.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    machine.add_argument("--rand-device", default="cpu", help="where noise is drawn; a GPU draws another (default cpu)")
+    machine.add_argument("--convrot", type=int, metavar="GROUP",
+                         help="group size of rotated INT8 weights in a file that does not say so")
+    machine.add_argument("--free-text-encoder", action="store_true",
+                         help="encode all prompts first, then free the encoder's memory")
+    machine.add_argument("--overwrite", action="store_true", help="draw again what was drawn with other settings")
+
+    def run(args: argparse.Namespace) -> None:
+        from .generate import SETTINGS, draw, plan, read_rows  # transformers takes seconds to import
+        from .pipeline import BUNDLED_MODEL, L2PPipeline
+        if (args.prompt is None) == (args.prompts is None):
+            raise ValueError("give a prompt, or a file of them with --prompts")
+        rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if args.device is None and torch.cuda.is_available():
+            args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        pipe = L2PPipeline.from_pretrained(args.checkpoint, args.text_encoder, args.tokenizer, args.device,
+                                           getattr(torch, args.dtype), args.convrot, progress=args.checkpoint is not None)
+        if args.checkpoint is None and rank == 0:
+            print(f"No --checkpoint given: drawing with the bundled small model, which knows plain shapes "
+                  f"({BUNDLED_MODEL.parent / 'README.md'})")
+        rows = read_rows(args.prompts) if args.prompts else [{"prompt": args.prompt}]
+        settings = {name: getattr(args, name) for name in SETTINGS if name != "prompt"}
+        pictures = plan(rows, settings, args.count, args.output, pipe)[rank::processes]
+        draw(pictures, pipe, args.batch, args.free_text_encoder, args.overwrite, progress=rank == 0)
+        if rank == 0:
+            print(args.output)
+    parser.set_defaults(run=run)
+
+
+def add_inspect(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("inspect", help="say what a checkpoint is, from its header alone")
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--json", action="store_true", help="for programs")
+
+    def run(args: argparse.Namespace) -> None:
+        from .inspect import describe, report
+        facts = describe(args.checkpoint)
+        print(json.dumps(facts, indent=1) if args.json else report(facts))
+    parser.set_defaults(run=run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""The model's numbers, read from the shapes of a checkpoint's tensors."""
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Stage(NamedTuple):
+    """One resolution of the local decoder: its name in the checkpoint and its channel counts."""
+    name: str
+    enc: int  # channels that enc<name> keeps for the skip connection
+    up: int  # channels that up<name> gives
+    dec: int  # channels that dec<name> gives to the next stage
+
+
+# Outermost first; the one order all published decoders follow (a patch uses a subset).
+STAGE_ORDER = ("_10k_a", "_8k", "0", "0b", "1", "2", "3", "4")
+
+_INNER = (Stage("1", 64, 64, 32), Stage("2", 128, 128, 64), Stage("3", 256, 256, 128), Stage("4", 512, 512, 256))
+_OUTER = (Stage("0", 16, 16, 16), Stage("0b", 32, 32, 16))
+# Patch 16: T2I-L2P. The others: PixVerve-95K, folder L2P-ZImage-HR.
+PUBLISHED_DECODERS: dict[int, tuple[Stage, ...]] = {
+    16: (Stage("1", 64, 64, 64), *_INNER[1:]),
+    64: _OUTER + _INNER,
+    128: (Stage("_8k", 3, 16, 16), *_OUTER, *_INNER),
+    160: (Stage("_10k_a", 3, 16, 16), *_OUTER, *_INNER[:3]),
+}
+
+
+@dataclass(frozen=True)
+class L2PConfig:
+    """Everything needed to build an `L2PTransformer`. The defaults are the published 1K model."""
+    patch_size: int = 16
+    dim: int = 3840
+    n_heads: int = 30
+    n_layers: int = 30
+    n_refiner_layers: int = 2
+    ffn_dim: int = 10240
+    cap_feat_dim: int = 2560
+    t_hidden_dim: int = 1024
+    decoder: tuple[Stage, ...] = PUBLISHED_DECODERS[16]
+    bottleneck_dim: int = 512
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def axes_dims(self) -> tuple[int, int, int]:
+        """Numbers of each head that carry caption position, row and column: 32, 48, 48 of 128."""
+        return self.head_dim // 4, self.head_dim * 3 // 8, self.head_dim * 3 // 8
+
+    @property
+    def t_dim(self) -> int:
+        return min(self.dim, 256)
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width must be multiples of this: whole patches, and whole decoder pixels (320 at patch 160)."""
+        halvings = 2 ** len(self.decoder)
+        return self.patch_size if self.patch_size % halvings == 0 else self.patch_size * 2
+
+    @property
+    def nominal_size(self) -> int:
+        """The square side that gives the 64 x 64 tokens the published models were trained on."""
+        return 64 * self.patch_size
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> "L2PConfig":
+        """Read the numbers off tensor shapes under the published names (`layout.read_layout` gives these).
+
+        Raises KeyError, with the tensor's name, where one that is needed is absent, and ValueError for a shape
+        that no L2P model has."""
+        def stage(name: str) -> Stage:
+            return Stage(name, *(shapes[f"local_decoder.{part}.weight"][0]
+                                 for part in (f"enc{name}.0", f"up{name}.1", f"dec{name}.0")))
+
+        embedder = next(filter(None, (re.fullmatch(r"all_x_embedder\.(\d+)-1\.weight", key) for key in shapes)), None)
+        if embedder is None:
+            raise KeyError("all_x_embedder.<patch>-1.weight")
+        patch_size = int(embedder[1])
+        dim, patch_numbers = shapes[embedder[0]]
+        if patch_numbers != 3 * patch_size**2:
+            raise ValueError(f"{embedder[0]} takes {patch_numbers} numbers, "
+                             f"but a patch of {patch_size} x {patch_size} RGB pixels has {3 * patch_size**2}")
+        head_dim = shapes["layers.0.attention.norm_q.weight"][0]
+        if dim % head_dim or head_dim % 16:
+            raise ValueError(f"heads of {head_dim} numbers do not fit a width of {dim}: "
+                             "a head must be a multiple of 16 and divide the width")
+
+        def depth(name: str) -> int:
+            pattern = re.compile(rf"{name}\.(\d+)\.")
+            return 1 + max((int(found[1]) for key in shapes if (found := pattern.match(key))), default=-1)
+
+        return cls(
+            patch_size=patch_size, dim=dim, n_heads=dim // head_dim,
+            n_layers=depth("layers"), n_refiner_layers=depth("noise_refiner"),
+            ffn_dim=shapes["layers.0.feed_forward.w1.weight"][0],
+            cap_feat_dim=shapes["cap_embedder.1.weight"][1],
+            t_hidden_dim=shapes["t_embedder.mlp.0.weight"][0],
+            decoder=tuple(stage(name) for name in STAGE_ORDER if f"local_decoder.enc{name}.0.weight" in shapes),
+            bottleneck_dim=shapes["local_decoder.bottleneck.0.weight"][0],
+        )

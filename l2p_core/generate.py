@@ -1,0 +1,217 @@
+"""Prompts to picture files, many at a time and over several processes: `l2p generate`."""
+import csv
+import hashlib
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import Field, asdict, dataclass, fields
+from itertools import groupby, islice
+from pathlib import Path
+
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from tqdm import tqdm
+
+from .pipeline import L2PPipeline
+from .sampler import schedule, solver
+
+PNG_KEY = "l2p"  # the text chunk that carries a picture's settings as JSON
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture to draw: where to, and every setting that decides what it looks like, named as in `L2PPipeline`."""
+    output: Path
+    prompt: str
+    negative_prompt: str
+    seed: int
+    height: int
+    width: int
+    num_inference_steps: int
+    cfg_scale: float
+    shift: float
+    sampler: str
+    denoising_strength: float
+    rand_device: str
+    input_image: str = ""  # a file; empty for none
+    inpaint_mask: str = ""
+
+    @property
+    def shared(self) -> dict:
+        """The settings that all pictures of one batch have in common."""
+        return {name: value for name, value in asdict(self).items() if name not in ("output", "prompt", "seed")}
+
+
+SETTINGS = tuple(field.name for field in fields(Picture) if field.name != "output")
+COLUMNS = ("file_name", "text", *SETTINGS)  # what a row of a prompt file may say; text is another name for prompt
+
+
+def plan(rows: list[dict], settings: dict, count: int, output: Path, pipe: L2PPipeline) -> list[Picture]:
+    """Every picture to draw, with nothing left open.
+
+    rows: of a prompt file, see `COLUMNS`. settings: for what a row leaves out; None for the checkpoint's default.
+    count: pictures for each row, with seeds one apart. output: a .png for one picture, a folder for several.
+    Raises ValueError where a row, a setting or the output makes no sense."""
+    if output.suffix and output.suffix.lower() != ".png":
+        raise ValueError(f"--output is {output}; pictures are written as .png, which keeps their settings")
+    if count < 1:
+        raise ValueError(f"--count is {count}; expected 1 or more")
+    if output.suffix and len(rows) * count > 1:
+        raise ValueError(f"--output is one file, {output}, for {len(rows) * count} pictures; give a folder")
+    pictures = []
+    for number, row in enumerate(rows):
+        row = {name: value for name, value in row.items() if value not in (None, "")}
+        file_name = Path(row.pop("file_name", f"{number:05d}"))
+        row["prompt"] = row.pop("text", row.get("prompt", ""))
+        if file_name.is_absolute() or ".." in file_name.parts:
+            raise ValueError(f"prompt {number + 1}: file_name {file_name} leads out of {output}")
+        values = {**{name: value for name, value in settings.items() if value is not None}, **row}
+        if values.get("input_image") and not ("height" in values or "width" in values):
+            values["height"], values["width"] = pipe.size_for(open_picture(values["input_image"]))
+        values = {**pipe.defaults._asdict(), **values}
+        try:
+            values = {field.name: cast(field, values[field.name]) for field in fields(Picture) if field.name in values}
+            pipe.check_size(values["height"], values["width"])
+            schedule(values["num_inference_steps"], values["denoising_strength"], values["shift"])
+            solver(values["sampler"])
+        except ValueError as error:
+            raise ValueError(f"prompt {number + 1}: {error}" if len(rows) > 1 else str(error)) from None
+        for copy in range(count):
+            name = file_name.with_name(f"{file_name.stem}-{copy}.png" if count > 1 else f"{file_name.stem}.png")
+            pictures.append(Picture(output if output.suffix else output / name,
+                                    **{**values, "seed": values["seed"] + copy}))
+    if len({picture.output for picture in pictures}) < len(pictures):
+        raise ValueError("two prompts have the same file_name; give each its own")
+    return pictures
+
+
+def cast(setting: Field, value: object) -> str | int | float:
+    """A setting as the type it has. Raises ValueError where it can't be."""
+    try:
+        return setting.type(value)
+    except (TypeError, ValueError):
+        kind = {int: "a whole number", float: "a number"}.get(setting.type, "text")
+        raise ValueError(f"{setting.name} is {value!r}; expected {kind}") from None
+
+
+def draw(pictures: list[Picture], pipe: L2PPipeline, batch: int = 1, free_text_encoder: bool = False,
+         overwrite: bool = False, progress: bool = True) -> None:
+    """Draw and write the pictures that are not there yet, `batch` at a time, each file whole or not at all.
+
+    free_text_encoder: encode all prompts first, then take the encoder out of memory. overwrite: draw all. progress: show
+    a bar. Raises ValueError, before anything is drawn, where a picture is there with other settings."""
+    if batch < 1:
+        raise ValueError(f"--batch is {batch}; expected 1 or more")
+    with ThreadPoolExecutor(1) as beside:  # hashing releases the interpreter, so drawing goes on meanwhile
+        checkpoint_hash = beside.submit(hash_files, pipe.layout.files)
+
+        def describe(picture: Picture) -> dict:
+            facts = {name: value for name, value in asdict(picture).items() if name in SETTINGS}
+            return {**facts, "dtype": str(pipe.dtype).removeprefix("torch."), "checkpoint": pipe.layout.path.name,
+                    "checkpoint_sha256": checkpoint_hash.result()}
+
+        missing = [picture for picture in pictures if overwrite or not picture.output.exists()
+                   or not is_drawn(picture.output, describe(picture))]
+        if len(missing) < len(pictures):
+            print(f"{len(pictures) - len(missing)} of {len(pictures)} pictures are there already")
+        if not missing:
+            return
+        texts = {text for picture in missing for text in (picture.prompt, picture.negative_prompt)}
+        encode = pipe.encode_prompt
+        encode(missing[0].prompt)  # what is wrong with the text encoder shows before the bar does
+        if free_text_encoder:
+            encode = {text: pipe.encode_prompt(text).cpu() for text in texts}.__getitem__
+            pipe.unload_text_encoder()
+        with tqdm(total=sum(picture.num_inference_steps for picture in missing), unit="step", disable=not progress) as bar:
+            for group in batches(missing, batch):
+                settings = group[0].shared
+                files = {name: open_picture(file) for name in ("input_image", "inpaint_mask") if (file := settings.pop(name))}
+                drawn = pipe(
+                    prompt_embeds=[encode(picture.prompt) for picture in group],
+                    negative_prompt_embeds=encode(settings.pop("negative_prompt")),
+                    seed=[picture.seed for picture in group],
+                    callback=lambda done, steps, _: bar.update(len(group) if done else 0), **settings, **files)
+                for picture, image in zip(group, drawn, strict=True):
+                    save(image, picture.output, describe(picture))
+                bar.update(len(group))
+
+
+def read_rows(file: Path) -> list[dict]:
+    """One dict per prompt from .txt, .csv, .json or .jsonl. Raises ValueError with the line that can't be read."""
+    text = file.read_text(encoding="utf-8-sig")
+    match file.suffix.lower():
+        case ".txt":
+            rows = [{"prompt": line.strip()} for line in text.splitlines() if line.strip()]
+        case ".csv":
+            rows = list(csv.DictReader(text.splitlines(keepends=True)))
+        case ".json" | ".jsonl":
+            try:
+                rows = (json.loads(text) if file.suffix.lower() == ".json"
+                        else [json.loads(line) for line in text.splitlines() if line.strip()])
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{file.name} is not {file.suffix[1:].upper()}: {error}") from None
+            rows = [{"prompt": row} if isinstance(row, str) else row for row in (rows if isinstance(rows, list) else [rows])]
+        case suffix:
+            raise ValueError(f"{file.name} ends in {suffix or 'nothing'}; expected .txt, .csv, .json or .jsonl")
+    if not rows:
+        raise ValueError(f"{file.name} holds no prompts")
+    for number, row in enumerate(rows):
+        unknown = row.keys() - set(COLUMNS) if isinstance(row, dict) else {"not a table"}
+        if unknown or not row.keys() & {"prompt", "text"}:
+            raise ValueError(f"{file.name}, prompt {number + 1}: "
+                             + (f"unknown column {sorted(map(str, unknown))[0]}" if unknown else "no column prompt or text")
+                             + f"; known are {', '.join(COLUMNS)}")
+    return rows
+
+
+def batches(pictures: list[Picture], size: int) -> Iterator[list[Picture]]:
+    """Runs of neighbouring pictures that can be drawn together, `size` at most."""
+    for _, run in groupby(pictures, key=lambda picture: picture.shared):
+        while group := list(islice(run, size)):
+            yield group
+
+
+def is_drawn(output: Path, wanted: dict) -> bool:
+    """True where the file has the very settings wanted. Raises ValueError where it has others, or none."""
+    try:
+        with Image.open(output) as there:
+            settings = json.loads(there.text[PNG_KEY])
+    except (OSError, AttributeError, KeyError, ValueError):
+        raise ValueError(f"{output} exists and was not drawn by l2p; give another --output, or --overwrite") from None
+    for name in {**wanted, **settings}:
+        if wanted.get(name) != settings.get(name):
+            raise ValueError(f"{output} exists, drawn with other settings ({name} {settings.get(name)!r}, now "
+                             f"{wanted.get(name)!r}); give another --output, or --overwrite")
+    return True
+
+
+def save(image: Image.Image, output: Path, settings: dict) -> None:
+    """Write the PNG with its settings; the file is there whole or not at all."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(PNG_KEY, json.dumps(settings, ensure_ascii=False))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = output.with_name(f".{output.name}.part")
+    try:
+        image.save(unfinished, "PNG", pnginfo=info)
+        unfinished.replace(output)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def open_picture(file: str | Path) -> Image.Image:
+    """The picture, read whole. Raises ValueError where it is none and OSError where it is not there."""
+    try:
+        with Image.open(file) as picture:
+            picture.load()
+            return picture
+    except UnidentifiedImageError:
+        raise ValueError(f"{file} is no picture that Pillow can read") from None
+
+
+def hash_files(files: list[Path]) -> str:
+    """SHA-256 of a file, or of its shards one after the other."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()

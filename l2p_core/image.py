@@ -1,0 +1,36 @@
+"""Pictures and pixels: 8-bit levels outside, float32 in [-1, 1] inside."""
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def to_pixels(picture: Image.Image, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(1, 3, H, W) in [-1, 1]: level * (2 / 255) - 1. In bfloat16 it rounds twice, as the published pipeline does."""
+    levels = torch.from_numpy(np.array(picture.convert("RGB")))
+    return levels.permute(2, 0, 1)[None].to(dtype) * (2 / 255) - 1
+
+
+def to_levels(pixels: Tensor) -> Tensor:
+    """(B, 3, H, W) about [-1, 1] → (B, H, W, 3) uint8, clamped, halves rounded to even."""
+    levels = ((pixels.float() + 1) / 2).clamp(0, 1) * 255
+    return levels.round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def to_pictures(pixels: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) → B RGB pictures."""
+    return [Image.fromarray(levels) for levels in to_levels(pixels).cpu().numpy()]
+
+
+def to_mask(mask: Image.Image) -> Tensor:
+    """(1, 1, H, W) in [0, 1]; white, 1, is drawn anew."""
+    return torch.from_numpy(np.array(mask.convert("L")))[None, None].float() / 255
+
+
+def check_size(height: int, width: int, multiple: int) -> None:
+    """Raise ValueError, naming the nearest sizes, unless both are positive multiples of `multiple` pixels."""
+    for name, size in (("height", height), ("width", width)):
+        if size < multiple or size % multiple:
+            below = size // multiple * multiple
+            nearest = f"{below} and {below + multiple}" if below > 0 else str(multiple)
+            raise ValueError(f"{name} is {size}; this checkpoint draws multiples of {multiple} pixels. Nearest: {nearest}")

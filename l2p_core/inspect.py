@@ -1,0 +1,57 @@
+"""What a checkpoint is and what to do with it: `l2p inspect`."""
+import dataclasses
+from collections import Counter
+from pathlib import Path
+
+from .checkpoint import check
+from .layout import CheckpointError, read_layout
+
+KINDS = {"model": "L2P model", "part": "trained part of an L2P model", "latent": "latent Z-Image", "lora": "LoRA",
+         "text encoder": "text encoder", "unknown": "not an L2P model"}
+
+
+def describe(path: Path) -> dict:
+    """Facts about a checkpoint, ready for JSON. Raises CheckpointError where the file is no whole safetensors file."""
+    layout = read_layout(path)
+    dtypes: Counter[str] = Counter()
+    for entry in layout.entries.values():
+        dtypes[entry.dtype] += entry.count
+    facts = {
+        "path": str(path), "kind": KINDS[layout.kind], "files": len(layout.files),
+        "bytes": sum(file.stat().st_size for file in layout.files), "tensors": len(layout.entries),
+        "parameters": layout.parameters or sum(dtypes.values()), "dtypes": dict(dtypes.most_common()),
+        "naming": layout.naming, "prefix": layout.prefix, "quantization": layout.quantization,
+        "other_tensors": len(layout.outside), "metadata": layout.metadata,
+    }
+    try:
+        check(layout)
+        config = layout.config
+        facts |= {"patch": config.patch_size, "size": config.nominal_size, "size_multiple": config.size_multiple,
+                  "config": dataclasses.asdict(config), "usable": True,
+                  "advice": f"Draw with it: l2p generate \"a prompt\" --checkpoint {path} --text-encoder Z-Image-Turbo"}
+    except CheckpointError as error:
+        facts |= {"usable": False, "advice": str(error)}
+    return facts
+
+
+def report(facts: dict) -> str:
+    """The facts as lines for people."""
+    dtypes = ", ".join(f"{dtype} {count / facts_total(facts):.0%}" for dtype, count in facts["dtypes"].items())
+    lines = [f"{facts['path']}: {facts['kind']}",
+             f"  {facts['bytes'] / 1e9:.2f} GB in {facts['files']} file{'s' * (facts['files'] > 1)}, "
+             f"{facts['tensors']} tensors, {facts['parameters']:,} parameters ({dtypes})"]
+    if "config" in facts:
+        config = facts["config"]
+        lines += [f"  patch {facts['patch']}: trained for about {facts['size']} x {facts['size']} pixels, "
+                  f"draws multiples of {facts['size_multiple']}",
+                  f"  width {config['dim']}, {config['n_heads']} heads, {config['n_layers']} + "
+                  f"{config['n_refiner_layers']} + {config['n_refiner_layers']} layers, captions of {config['cap_feat_dim']}"]
+        lines += [f"  {facts['naming']} naming, prefix {facts['prefix'] or 'none'}, "
+                  f"{'quantized: ' + facts['quantization'] if facts['quantization'] else 'not quantized'}"]
+    if facts["other_tensors"]:
+        lines += [f"  {facts['other_tensors']} tensors of other models beside it"]
+    return "\n".join([*lines, f"  {facts['advice']}"])
+
+
+def facts_total(facts: dict) -> int:
+    return sum(facts["dtypes"].values()) or 1

@@ -1,0 +1,297 @@
+"""What a checkpoint is, told from its safetensors headers alone: nothing here reads a weight.
+
+A layout maps every tensor of the model, under its published name, to where a file keeps it: under which key, as which
+rows of a packed tensor, with which INT8 scale.
+"""
+import json
+import math
+import re
+import struct
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from .config import L2PConfig
+
+# Bytes per number, by safetensors' dtype names (github.com/huggingface/safetensors, README, "Format").
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+               "F8_E4M3": 1, "F8_E5M2": 1}
+FLOATS = ("F64", "F32", "F16", "BF16")
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+
+# ComfyUI's names for what T2I-L2P calls otherwise; q, k and v lie packed in `qkv`, in this order.
+COMFYUI_NAMES = {".attention.out.": ".attention.to_out.0.", ".attention.q_norm.": ".attention.norm_q.",
+                 ".attention.k_norm.": ".attention.norm_k."}
+PACKED = (".attention.qkv.weight", (".attention.to_q.weight", ".attention.to_k.weight", ".attention.to_v.weight"))
+PART_MESSAGE = "it is a trained part. Merge it with the pixel initialisation it was trained from first"
+
+
+class CheckpointError(ValueError):
+    """A file that can't be used, with what it is and what to do about it."""
+
+
+class Entry(NamedTuple):
+    """One tensor in a file."""
+    file: Path
+    key: str
+    dtype: str  # safetensors' name: F32, BF16, I8, ...
+    shape: tuple[int, ...]
+    begin: int  # byte offsets in the file
+    end: int
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+
+class Source(NamedTuple):
+    """Where one tensor of the model lies: a whole entry, or a third of the rows of a packed q, k, v."""
+    entry: Entry
+    third: int | None = None
+    scale: Entry | None = None
+    format: str | None = None  # ComfyUI's name of the quantization: int8_tensorwise, float8_e4m3fn
+    convrot_groupsize: int = 0  # of the rotation applied before INT8 rounding; 0 for none
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows, *rest = self.entry.shape or (1,)
+        return (rows // 3, *rest) if self.third is not None else self.entry.shape
+
+
+@dataclass
+class Layout:
+    """A checkpoint's description: one file or all its shards."""
+    path: Path
+    files: list[Path]
+    entries: dict[str, Entry]  # by the files' own keys
+    metadata: dict[str, str]
+    kind: str  # model, part, latent, lora, text encoder, unknown
+    prefix: str  # what stands before the model's names
+    naming: str  # published or comfyui
+    tensors: dict[str, Source]  # by published name
+    outside: list[str] = field(default_factory=list)  # keys of other models in the same file
+    unused: list[str] = field(default_factory=list)  # keys under the prefix that mean nothing to us
+
+    @cached_property
+    def config(self) -> L2PConfig:
+        try:
+            return L2PConfig.from_shapes({name: source.shape for name, source in self.tensors.items()})
+        except KeyError as missing:
+            raise CheckpointError(f"{self.path.name} lacks {missing.args[0]}, which every L2P model has: "
+                                  "it is damaged or not whole. Get the file again") from None
+        except (ValueError, IndexError, ZeroDivisionError) as odd:
+            raise CheckpointError(f"{self.path.name} does not fit an L2P model: {odd}") from None
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(source.shape) for source in self.tensors.values())
+
+    @property
+    def quantization(self) -> str | None:
+        """"int8_tensorwise, 34 tensors, convrot 256" or None."""
+        formats = Counter((source.format, source.convrot_groupsize) for source in self.tensors.values() if source.format)
+        return "; ".join(f"{name}, {count} tensors" + (f", convrot {groupsize}" if groupsize else "")
+                         for (name, groupsize), count in formats.items()) or None
+
+
+def read_layout(path: str | Path, convrot_groupsize: int | None = None) -> Layout:
+    """Describe a checkpoint: a .safetensors file, a shard index (.index.json), or a folder that holds either.
+
+    convrot_groupsize: the rotation of INT8 weights that carry no marker; it cannot be seen in the file, and none is
+    assumed. Raises CheckpointError where the file is missing, truncated, inconsistent or no safetensors file. A whole
+    file that is not an L2P model is described, not refused: see `kind`."""
+    path = Path(path)
+    files = find_files(path)
+    entries: dict[str, Entry] = {}
+    metadata: dict[str, str] = {}
+    for file in files:
+        header_entries, header_metadata = read_header(file)
+        if twice := entries.keys() & header_entries.keys():
+            raise CheckpointError(f"{min(twice)} is in {entries[min(twice)].file.name} and in {file.name}: "
+                                  "these are not shards of one model. Give one file, or the folder of one model")
+        entries |= header_entries
+        metadata |= header_metadata
+    prefix = find_prefix(entries)
+    kind, naming = classify(entries, prefix)
+    layout = Layout(path, files, entries, metadata, kind, prefix, naming, {})
+    markers = quantization_markers(entries, metadata, prefix)
+    for key, entry in entries.items():
+        if not key.startswith(prefix):
+            layout.outside.append(key)
+            continue
+        name = key.removeprefix(prefix)
+        if name.endswith((".comfy_quant", ".weight_scale")) and f"{prefix}{name.rpartition('.')[0]}.weight" in entries:
+            continue
+        if not name.startswith(("layers.", "noise_refiner.", "context_refiner.", "t_embedder.", "cap_embedder.", "cap_pad",
+                                "x_pad", "x_embedder.", "all_x_embedder.", "local_decoder.")):
+            layout.unused.append(key)
+            continue
+        source = Source(entry)
+        if name.endswith(".weight"):
+            scale = entries.get(f"{key}_scale")
+            marker = markers.get(key.removesuffix(".weight"))
+            if scale is not None or marker is not None:
+                source = quantized_source(source, scale, marker, convrot_groupsize)
+        if naming == "comfyui":
+            for theirs, ours in COMFYUI_NAMES.items():
+                name = name.replace(theirs, ours)
+            if name.startswith("x_embedder."):
+                inputs = entries[f"{prefix}x_embedder.weight"].shape[-1]
+                name = name.replace("x_embedder.", f"all_x_embedder.{math.isqrt(inputs // 3)}-1.")
+        packed, parts = PACKED
+        if name.endswith(packed):
+            for third, part in enumerate(parts):
+                layout.tensors[name.removesuffix(packed) + part] = source._replace(third=third)
+        else:
+            layout.tensors[name] = source
+    return layout
+
+
+def find_files(path: Path) -> list[Path]:
+    """The .safetensors files of a checkpoint given as a file, an index or a folder. Raises CheckpointError."""
+    if path.is_dir():
+        indexes = sorted(path.glob("*.safetensors.index.json"))
+        files = sorted(path.glob("*.safetensors"))
+        if len(indexes) == 1:
+            path = indexes[0]
+        elif len(files) == 1 or files and all(re.search(r"-\d{5}-of-\d{5}\.safetensors$", file.name) for file in files):
+            return files
+        else:
+            raise CheckpointError(f"{path} holds {len(files)} .safetensors files and {len(indexes)} shard indexes; "
+                                  "expected one file, or the shards of one model. Name the file itself")
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist")
+    if path.suffix != ".json":
+        return [path]
+    try:
+        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{path.name} is no shard index: it has no weight_map of tensor names to files") from None
+    files = [path.parent / name for name in names]
+    if absent := [file.name for file in files if not file.is_file()]:
+        raise CheckpointError(f"{path.name} names {len(files)} shards, of which {len(absent)} are missing "
+                              f"(first: {absent[0]}). Download the rest into {path.parent}")
+    return files
+
+
+def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Entries by key and metadata of one .safetensors file. Raises CheckpointError where anything is inconsistent."""
+    def refuse(why: str) -> CheckpointError:
+        return CheckpointError(f"{file.name} is not a whole .safetensors file: {why}. Get the file again")
+
+    def without_duplicates(pairs: list[tuple[str, object]]) -> dict:
+        if len(found := dict(pairs)) < len(pairs):
+            raise refuse(f"its header names {Counter(key for key, _ in pairs).most_common(1)[0][0]!r} twice")
+        return found
+
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length_bytes = stream.read(8)
+        if len(length_bytes) < 8:
+            raise refuse(f"it has {size} bytes")
+        length = struct.unpack("<Q", length_bytes)[0]
+        if length > min(MAX_HEADER_BYTES, size - 8):
+            if length_bytes.startswith((b"PK\x03\x04", b"\x80\x02")):
+                raise CheckpointError(f"{file.name} is a PyTorch pickle, which can run any code when loaded. "
+                                      "Use the .safetensors version of the model")
+            raise refuse(f"its header should take {length} bytes, the file has {size}")
+        try:
+            header = json.loads(stream.read(length), object_pairs_hook=without_duplicates)
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+            raise refuse("its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise refuse("its header is not a table of tensors")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise refuse("its metadata is not a table of strings")
+    entries = {}
+    for key, info in header.items():
+        match info:
+            case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if all(
+                    type(number) is int and number >= 0 for number in [*shape, begin, end]):
+                pass
+            case _:
+                raise refuse(f"the header's entry for {key!r} is malformed")
+        if dtype in DTYPE_BYTES and end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
+            raise refuse(f"{key} is {dtype} of shape {shape} but has {end - begin} bytes")
+        entries[key] = Entry(file, key, dtype, tuple(shape), 8 + length + begin, 8 + length + end)
+    expected = 8 + length
+    for entry in sorted(entries.values(), key=lambda entry: (entry.begin, entry.end)):
+        if entry.begin != expected:
+            raise refuse(f"{entry.key} starts at byte {entry.begin}, expected {expected}")
+        expected = entry.end
+    if expected != size:
+        raise refuse(f"its tensors end at byte {expected}, the file at {size}"
+                     + (": the download was cut short" if expected > size else ""))
+    return entries, metadata
+
+
+def find_prefix(entries: dict[str, Entry]) -> str:
+    """What stands before `cap_embedder.1.weight` or, where a trained part lacks that, before the decoder."""
+    for landmark in ("cap_embedder.1.weight", "local_decoder.enc1.0.weight"):
+        if found := [key.removesuffix(landmark) for key in entries if key.endswith(landmark)]:
+            return min(found, key=len)
+    return ""
+
+
+def classify(entries: dict[str, Entry], prefix: str) -> tuple[str, str]:
+    """(kind, naming). A model is whole as far as its landmarks go; `checkpoint.check` compares every tensor."""
+    names = {key.removeprefix(prefix) for key in entries if key.startswith(prefix)}
+    starts = {name.split(".")[0] for name in names}
+    naming = "comfyui" if any(".attention.qkv." in name or name.startswith("x_embedder.") for name in names) else "published"
+    if any("lora_" in key or ".lokr_" in key or ".hada_" in key for key in entries):
+        return "lora", naming
+    if {"cap_embedder", "noise_refiner"} <= starts and "local_decoder" not in starts:
+        return "latent", naming
+    if "local_decoder" in starts:
+        depths = {int(name.split(".")[1]) for name in names if re.match(r"layers\.\d+\.", name)}
+        whole = len(depths) == max(depths, default=-1) + 1 and "layers" in starts and "cap_embedder" in starts
+        return ("model" if whole else "part"), naming
+    if any(key.endswith("embed_tokens.weight") for key in entries):
+        return "text encoder", naming
+    return "unknown", naming
+
+
+def quantization_markers(entries: dict[str, Entry], metadata: dict[str, str], prefix: str) -> dict[str, dict]:
+    """Each quantized layer's description, by the layer's key: from `comfy_quant` tensors, else from the metadata."""
+    markers: dict[str, dict] = {}
+    if "_quantization_metadata" in metadata:
+        try:
+            for layer, marker in json.loads(metadata["_quantization_metadata"])["layers"].items():
+                markers[layer if layer.startswith(prefix) else prefix + layer] = dict(marker)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise CheckpointError("the file's _quantization_metadata is not ComfyUI's table of layers") from None
+    for key, entry in entries.items():
+        if key.endswith(".comfy_quant"):
+            with entry.file.open("rb") as stream:
+                stream.seek(entry.begin)
+                try:
+                    markers[key.removesuffix(".comfy_quant")] = dict(json.loads(stream.read(entry.end - entry.begin)))
+                except (ValueError, TypeError):
+                    raise CheckpointError(f"{key} is not the JSON that ComfyUI writes there") from None
+    return markers
+
+
+def quantized_source(source: Source, scale: Entry | None, marker: dict | None, convrot_groupsize: int | None) -> Source:
+    """`source` with its scale and format. marker: None where the file has none. Raises CheckpointError."""
+    key, dtype = source.entry.key, source.entry.dtype
+    by_dtype = {"I8": "int8_tensorwise", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+    if marker is None:
+        name, groupsize = by_dtype.get(dtype), convrot_groupsize or 0
+    else:
+        options = {**(marker.get("params") if isinstance(marker.get("params"), dict) else {}), **marker}
+        name = marker.get("format")
+        groupsize = options.get("convrot_groupsize", 256) if options.get("convrot") else 0
+    if name not in by_dtype.values() or by_dtype.get(dtype) != name:
+        raise CheckpointError(f"{key} is {dtype} quantized as {name}; this program reads {', '.join(by_dtype.values())}. "
+                              "Use the BF16 or INT8 version of the model")
+    rows = source.entry.shape[0]
+    if scale is None or scale.dtype not in FLOATS or scale.shape not in ((), (1,), (rows,), (rows, 1)):
+        raise CheckpointError(f"{key} is {name} but its weight_scale is {scale and scale.shape}; "
+                              f"expected one number, or one for each of its {rows} rows")
+    if groupsize and (type(groupsize) is not int or source.entry.shape[1] % groupsize):
+        raise CheckpointError(f"{key} says convrot in groups of {groupsize}, which do not divide its "
+                              f"{source.entry.shape[1]} inputs")
+    return source._replace(scale=scale, format=name, convrot_groupsize=groupsize)

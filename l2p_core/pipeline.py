@@ -1,0 +1,198 @@
+"""The whole path as one object: files and a prompt → pictures."""
+import warnings
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .checkpoint import check, load_model
+from .image import check_size, to_mask, to_pictures, to_pixels
+from .layout import Layout, read_layout
+from .model import L2PTransformer
+from .sampler import Callback, guided_velocity, keeping, schedule, solver
+from .text import TextEncoder
+
+BUNDLED_MODEL = Path(__file__).parent.parent / "examples" / "shapes" / "model"
+
+
+class Defaults(NamedTuple):
+    """What a checkpoint draws best with."""
+    num_inference_steps: int
+    cfg_scale: float
+    height: int
+    width: int
+
+
+class L2PPipeline:
+    """Draws pictures from prompts.
+
+        pipe = L2PPipeline.from_pretrained("model-1k-merge.safetensors", text_encoder="Z-Image-Turbo", device="cuda")
+        pipe("a lighthouse at dusk", seed=42).save("lighthouse.png")
+
+    The text encoder is loaded at the first prompt and the model at the first picture, so each can be in memory alone:
+    see `encode_prompt` and `unload_text_encoder`."""
+
+    def __init__(self, layout: Layout, text_encoder: Path, tokenizer: Path | None, device: torch.device,
+                 dtype: torch.dtype, progress: bool = False):
+        self.layout, self.device, self.dtype = layout, device, dtype
+        self._text_encoder_files = text_encoder, tokenizer
+        self._progress = progress
+        self._encode = lru_cache(maxsize=64)(lambda prompt: self.text_encoder.encode(prompt))
+
+    @classmethod
+    def from_pretrained(cls, checkpoint: str | Path | None = None, text_encoder: str | Path | None = None,
+                        tokenizer: str | Path | None = None, device: str | torch.device | None = None,
+                        torch_dtype: torch.dtype = torch.bfloat16, convrot_groupsize: int | None = None,
+                        progress: bool = False) -> "L2PPipeline":
+        """Open a checkpoint of any kind that `load_model` reads; only its header is read for now.
+
+        checkpoint: None for the bundled small model. text_encoder, tokenizer: as for `TextEncoder.load`; by default
+        `text_encoder/` and `tokenizer/` beside the checkpoint. device: by default the GPU where there is one.
+        progress: show a bar while loading. Raises CheckpointError where the checkpoint can't be used."""
+        checkpoint = Path(checkpoint) if checkpoint else BUNDLED_MODEL / "transformer.safetensors"
+        layout = read_layout(checkpoint, convrot_groupsize)
+        check(layout)
+        beside = checkpoint if checkpoint.is_dir() else checkpoint.parent
+        text_encoder = Path(text_encoder) if text_encoder else beside / "text_encoder"
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(layout, text_encoder, Path(tokenizer) if tokenizer else None, device, torch_dtype, progress)
+
+    @cached_property
+    def transformer(self) -> L2PTransformer:
+        return load_model(self.layout, self.device, self.dtype, progress=self._progress)
+
+    @cached_property
+    def text_encoder(self) -> TextEncoder:
+        encoder, tokenizer = self._text_encoder_files
+        return TextEncoder.load(encoder, tokenizer, self.device, self.dtype)
+
+    @property
+    def defaults(self) -> Defaults:
+        """Published settings: 30 steps and guidance 2 at patch 16, 50 and 4 above; the size the model was trained at."""
+        config = self.layout.config
+        try:
+            width, height = map(int, self.layout.metadata["modelspec.resolution"].split("x"))
+            check_size(height, width, config.size_multiple)
+        except (KeyError, ValueError):
+            width = height = config.nominal_size
+        return Defaults(30, 2.0, height, width) if config.patch_size == 16 else Defaults(50, 4.0, height, width)
+
+    def encode_prompt(self, prompt: str) -> Tensor:
+        """(L, cap_feat_dim) features of one prompt, to be used for any number of pictures. The empty one has some too."""
+        return self._encode(prompt)
+
+    def unload_text_encoder(self) -> None:
+        """Take the text encoder out of memory. Prompts seen lately stay encoded; a new one loads it again."""
+        self.__dict__.pop("text_encoder", None)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str = "",
+        cfg_scale: float | None = None,
+        num_inference_steps: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int | Sequence[int] | None = None,
+        rand_device: str = "cpu",
+        input_image: Image.Image | None = None,
+        denoising_strength: float = 1.0,
+        inpaint_mask: Image.Image | None = None,
+        num_images: int | None = None,
+        shift: float = 3.0,
+        sampler: str = "euler",
+        callback: Callback | None = None,
+        prompt_embeds: Tensor | Sequence[Tensor] | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        bf16_time: bool = False,
+    ) -> Image.Image | list[Image.Image]:
+        """Draw. Returns one picture for one prompt, and a list where several prompts or `num_images` are given.
+
+        prompt: one, or several for one batch; or prompt_embeds, what `encode_prompt` gave for them.
+        cfg_scale: guidance, 1 for none. num_inference_steps, height, width: see `defaults`; sizes in pixels.
+        seed: one for the whole batch, drawn as ComfyUI draws a batch; or one for each picture; None for a random one.
+        rand_device: where noise is drawn. A CPU and a GPU give different noise for the same seed.
+        input_image: start from this picture, resized with a warning where it does not fit. denoising_strength: how
+        far to noise it, above 0 and up to 1, where nothing of it is left. inpaint_mask: white is drawn anew, black
+        keeps the input picture's pixels exactly. num_images: pictures for each prompt, in one batch.
+        shift: of the noise schedule; above 3 spends more steps on the outline. sampler: euler or ab2.
+        callback: called before each step with the steps done, all steps, and the picture as it now looks to come out,
+        (B, 3, H, W) in about [-1, 1]; raise from it to stop. bf16_time: round times as the published pipeline does.
+        Raises ValueError for sizes, counts and options that do not fit."""
+        solve = solver(sampler)
+        if inpaint_mask is not None and input_image is None:
+            raise ValueError("an inpaint_mask came without an input_image; give the picture whose pixels are to be kept")
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("give either prompt or prompt_embeds")
+        single = num_images is None and (isinstance(prompt, str) or isinstance(prompt_embeds, Tensor))
+        if prompt_embeds is None:
+            prompt_embeds = [self.encode_prompt(each) for each in ([prompt] if isinstance(prompt, str) else prompt)]
+        elif isinstance(prompt_embeds, Tensor):
+            prompt_embeds = [prompt_embeds]
+        captions = [each.to(self.device) for each in prompt_embeds for _ in range(1 if num_images is None else num_images)]
+        if not captions:
+            raise ValueError("there is nothing to draw: no prompts, or num_images is 0")
+        defaults = self.defaults
+        cfg_scale = defaults.cfg_scale if cfg_scale is None else cfg_scale
+        steps = defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
+        negatives = captions
+        if cfg_scale != 1:
+            negative = self.encode_prompt(negative_prompt) if negative_prompt_embeds is None else negative_prompt_embeds
+            negatives = [negative.to(self.device)] * len(captions)
+        if height is None and width is None and input_image is not None:
+            height, width = self.size_for(input_image)
+        height, width = defaults.height if height is None else height, defaults.width if width is None else width
+        self.check_size(height, width)
+        sigmas = schedule(steps, denoising_strength, shift)
+
+        noise = draw_noise((len(captions), 3, height, width), seed, rand_device).to(self.device)
+        velocity = guided_velocity(self.transformer, captions, negatives, cfg_scale, bf16_time)
+        x = noise
+        if input_image is not None:
+            picture = to_pixels(fit(input_image, width, height, "input_image")).to(self.device)
+            x = (1 - sigmas[0]) * picture + sigmas[0] * noise
+        if inpaint_mask is not None:
+            mask = to_mask(fit(inpaint_mask, width, height, "inpaint_mask")).to(self.device)
+            velocity = keeping(velocity, mask, picture, noise)
+        x = solve(velocity, x, sigmas, callback)
+        if inpaint_mask is not None:
+            x = mask * x.clamp(-1, 1) + (1 - mask) * picture
+        pictures = to_pictures(x)
+        return pictures[0] if single else pictures
+
+    def size_for(self, picture: Image.Image) -> tuple[int, int]:
+        """Height and width nearest to the picture's that the checkpoint can draw."""
+        multiple = self.layout.config.size_multiple
+        return tuple(max(round(side / multiple), 1) * multiple for side in (picture.height, picture.width))
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise ValueError, naming the nearest sizes, unless the checkpoint can draw this one."""
+        check_size(height, width, self.layout.config.size_multiple)
+
+
+def draw_noise(shape: tuple[int, int, int, int], seed: int | Sequence[int] | None, device: str = "cpu") -> Tensor:
+    """Standard normal float32 of (B, 3, H, W): one draw from one seed, or one draw for each picture from its own."""
+    if isinstance(seed, Sequence):
+        if len(seed) != shape[0]:
+            raise ValueError(f"{len(seed)} seeds came for {shape[0]} pictures; expected one for each, or a single one")
+        return torch.cat([draw_noise((1, *shape[1:]), each, device) for each in seed])
+    generator = torch.Generator(device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=device)
+
+
+def fit(picture: Image.Image, width: int, height: int, name: str) -> Image.Image:
+    """The picture at that size, resized with a warning where it has another."""
+    if picture.size == (width, height):
+        return picture
+    warnings.warn(f"{name} is {picture.width} x {picture.height} and was resized to {width} x {height}", stacklevel=3)
+    return picture.convert("L" if name == "inpaint_mask" else "RGB").resize((width, height), Image.Resampling.LANCZOS)

@@ -1,0 +1,105 @@
+"""Prompts to features: Z-Image's text encoder, a Qwen3 language model, through transformers."""
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3Config, Qwen3Model
+from transformers.utils import logging
+
+from .layout import CheckpointError, read_header
+
+# What Qwen3's own chat template gives for one user turn with thinking enabled. The prompt goes in as it is.
+TEMPLATE = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+MAX_TOKENS = 512  # of the whole templated prompt; the published pipeline cuts the rest off, and so do we
+LAYER = -2  # the features are what the last layer takes in: no final norm
+
+
+class TextEncoder:
+    """Turns prompts into the features that an L2P model was trained on."""
+
+    def __init__(self, model: Qwen3Model, tokenizer: PreTrainedTokenizerBase):
+        self.model, self.tokenizer = model, tokenizer
+
+    @classmethod
+    def load(cls, encoder: str | Path, tokenizer: str | Path | None = None, device: str | torch.device = "cpu",
+             dtype: torch.dtype = torch.bfloat16) -> TextEncoder:
+        """encoder: a Hugging Face folder, a folder that holds one as `text_encoder/`, or ComfyUI's single file.
+        tokenizer: its folder; by default `tokenizer/` in or beside the encoder. Raises CheckpointError."""
+        encoder = Path(encoder)
+        if (encoder / "text_encoder").is_dir():
+            encoder = encoder / "text_encoder"
+        tokenizer_folder = find_tokenizer(encoder, tokenizer)
+        if not encoder.exists():
+            raise CheckpointError(f"the text encoder {encoder} does not exist")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{tokenizer_folder} holds no tokenizer that transformers can read: {error}") from None
+        model = load_folder(encoder, dtype) if encoder.is_dir() else load_single_file(encoder, dtype)
+        return cls(model.to(device).eval(), tokenizer)
+
+    def encode(self, prompt: str) -> Tensor:
+        """(L, width) features of one prompt, L its number of tokens with the template's, at most 512. Warns if cut."""
+        ids = self.tokenizer(TEMPLATE.replace("{prompt}", prompt), add_special_tokens=False)["input_ids"]
+        if len(ids) > MAX_TOKENS:
+            warnings.warn(f"the prompt takes {len(ids)} tokens with its template, {MAX_TOKENS} are read: the last "
+                          f"{len(ids) - MAX_TOKENS} are left out (it begins {prompt[:40]!r})", stacklevel=2)
+        ids = torch.tensor([ids[:MAX_TOKENS]], device=self.model.device)
+        with torch.no_grad():
+            return self.model(ids, output_hidden_states=True, use_cache=False).hidden_states[LAYER][0]
+
+
+def find_tokenizer(encoder: Path, tokenizer: str | Path | None) -> Path:
+    """The tokenizer's folder: the one given, else `tokenizer/` in or beside the encoder. Raises CheckpointError."""
+    candidates = [Path(tokenizer)] if tokenizer else [encoder, encoder / "tokenizer", encoder.parent / "tokenizer"]
+    for folder in candidates:
+        if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
+            return folder
+    raise CheckpointError(f"no tokenizer in {' or '.join(map(str, candidates))}: expected a folder with tokenizer.json. "
+                          "Give the tokenizer/ folder of Tongyi-MAI/Z-Image-Turbo or Qwen/Qwen3-4B")
+
+
+def load_folder(folder: Path, dtype: torch.dtype) -> Qwen3Model:
+    """A Hugging Face folder: config.json with one or more .safetensors files."""
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return Qwen3Model.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} holds no Qwen3 text encoder that transformers can read: {error}") from None
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load_single_file(file: Path, dtype: torch.dtype) -> Qwen3Model:
+    """ComfyUI's qwen_3_4b.safetensors: the tensors alone, so the configuration is read off their shapes."""
+    entries, _ = read_header(file)
+    shapes = {key.removeprefix("model."): entry.shape for key, entry in entries.items()}
+    if "embed_tokens.weight" not in shapes or "layers.0.self_attn.q_norm.weight" not in shapes:
+        raise CheckpointError(f"{file.name} is no Qwen3 text encoder: it lacks embed_tokens or q_norm. Give "
+                              "qwen_3_4b.safetensors, or the text_encoder/ folder of Tongyi-MAI/Z-Image-Turbo")
+    if odd := next((key for key, entry in entries.items() if entry.dtype not in ("F32", "F16", "BF16")), None):
+        raise CheckpointError(f"{file.name} is quantized ({odd} is {entries[odd].dtype}); give the BF16 qwen_3_4b.safetensors")
+    head_dim, = shapes["layers.0.self_attn.q_norm.weight"]
+    vocab_size, hidden_size = shapes["embed_tokens.weight"]
+    layers = 1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("layers."))
+    with torch.device("meta"):
+        model = Qwen3Model(Qwen3Config(
+            vocab_size=vocab_size, hidden_size=hidden_size, num_hidden_layers=layers, head_dim=head_dim,
+            intermediate_size=shapes["layers.0.mlp.gate_proj.weight"][0],
+            num_attention_heads=shapes["layers.0.self_attn.q_proj.weight"][0] // head_dim,
+            num_key_value_heads=shapes["layers.0.self_attn.k_proj.weight"][0] // head_dim,
+            rms_norm_eps=1e-6, rope_parameters={"rope_type": "default", "rope_theta": 1e6}))
+    model.rotary_emb = type(model.rotary_emb)(model.config)  # its table is computed, not loaded
+    tensors = {key.removeprefix("model."): tensor.to(dtype) for key, tensor in load_file(file).items()}
+    tensors.pop("lm_head.weight", None)
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{file.name} is not a whole Qwen3 text encoder: {str(error).splitlines()[-1].strip()}") from None
+    return model

@@ -1,0 +1,1 @@
+"""ComfyUI nodes, thin adapters over `l2p_core` and `quant`; the only floor that imports ComfyUI."""

@@ -1,0 +1,1 @@
+"""Checkpoint files made of checkpoint files, one tensor at a time."""

@@ -1,0 +1,39 @@
+"""The recorded numbers, the tiny model they were recorded with, and a place to write its checkpoints."""
+import pytest
+from safetensors.torch import load_file, save_file
+
+from comfyui_l2p.l2p_core.config import L2PConfig
+from comfyui_l2p.l2p_core.model import L2PTransformer
+
+from golden import recipe
+from helpers import GOLDEN
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """golden("dit_fp32") → the tensors of that file of recorded numbers."""
+    recipe.selfcheck()
+    return lambda name: load_file(GOLDEN / f"{name}.safetensors")
+
+
+@pytest.fixture(scope="session")
+def tiny_weights():
+    return recipe.torch_weights(recipe.TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_weights):
+    model = L2PTransformer(L2PConfig.from_shapes(recipe.shapes(recipe.TINY)))
+    model.load_state_dict(tiny_weights)
+    return model.eval()
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write(tensors, name="model.safetensors", metadata=None) → path."""
+    def writer(tensors, name="model.safetensors", metadata=None):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata=metadata)
+        return path
+    return writer

@@ -1,0 +1,195 @@
+"""The command line, on the bundled model: many prompts, stopping and going on, several processes, and plain refusals."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+
+from comfyui_l2p.l2p_core import generate as generate_module
+from comfyui_l2p.l2p_core.cli import main
+from comfyui_l2p.l2p_core.generate import hash_files, read_rows
+from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL, L2PPipeline
+
+FEW = ["--steps", "2", "--height", "32", "--width", "32", "--device", "cpu"]
+
+
+def settings(path):
+    with Image.open(path) as picture:
+        return json.loads(picture.text["l2p"])
+
+
+def test_one_prompt_with_no_checkpoint_uses_the_bundled_model_and_says_so(tmp_path, capsys):
+    assert main(["generate", "a red circle — ünïcode", "-o", str(tmp_path / "new" / "out.png"), *FEW]) == 0
+    assert "bundled small model" in capsys.readouterr().out
+    written = settings(tmp_path / "new" / "out.png")
+    assert written["prompt"] == "a red circle — ünïcode" and written["seed"] == 42 and written["cfg_scale"] == 2.0
+    assert written["checkpoint_sha256"] == hash_files([BUNDLED_MODEL / "transformer.safetensors"])
+    pipe = L2PPipeline.from_pretrained(device="cpu")
+    again = pipe(written["prompt"], **{key: written[key] for key in (
+        "negative_prompt", "seed", "height", "width", "num_inference_steps", "cfg_scale", "shift", "sampler")})
+    assert again.tobytes() == Image.open(tmp_path / "new" / "out.png").tobytes(), "the settings tell the picture"
+
+
+@pytest.mark.parametrize("name, content", [
+    ("p.txt", "a circle\n\n  a star  \n"),
+    ("p.csv", 'prompt,seed\n"a circle",\na star,\n'),
+    ("p.csv", "\ufefftext,file_name\na circle,00000.png\na star,00001\n"),
+    ("p.json", '["a circle", {"prompt": "a star"}]'),
+    ("p.jsonl", '{"text": "a circle"}\n{"prompt": "a star", "cfg_scale": 2}\n'),
+])
+def test_prompts_from_any_file(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert main(["generate", "--prompts", str(tmp_path / name), "-o", str(tmp_path / "out"), *FEW]) == 0
+    assert {path.name: settings(path)["prompt"] for path in (tmp_path / "out").iterdir()} == {
+        "00000.png": "a circle", "00001.png": "a star"}
+
+
+def test_rows_override_flags_and_batches_change_nothing(tmp_path):
+    (tmp_path / "p.csv").write_text("prompt,seed,width,num_inference_steps\na circle,5,,\na star,,48,\na cross,,,1\n")
+    for batch in ("1", "3"):
+        assert main(["generate", "--prompts", str(tmp_path / "p.csv"), "-o", str(tmp_path / batch), "--count", "2",
+                     "--batch", batch, *FEW, "--dtype", "float32"]) == 0
+    names = sorted(path.name for path in (tmp_path / "1").iterdir())
+    assert names == [f"0000{row}-{copy}.png" for row in range(3) for copy in range(2)]
+    assert [settings(tmp_path / "1" / name)["seed"] for name in names] == [5, 6, 42, 43, 42, 43]
+    for name in names:
+        one, three = (Image.open(tmp_path / batch / name) for batch in ("1", "3"))
+        assert one.width == (48 if name.startswith("00001") else 32)
+        assert max(abs(a - b) for a, b in zip(one.tobytes(), three.tobytes(), strict=True)) <= 1
+
+
+def test_a_stopped_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    (tmp_path / "p.txt").write_text("a circle\na star\na cross\n")
+    command = ["generate", "--prompts", str(tmp_path / "p.txt"), "-o", str(tmp_path / "out"), *FEW]
+    save, calls = generate_module.save, []
+
+    def stopping(image, output, facts):
+        calls.append(output.name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        save(image, output, facts)
+    monkeypatch.setattr(generate_module, "save", stopping)
+    assert main(command) == 130
+    assert "goes on where this one ended" in capsys.readouterr().err
+    assert os.listdir(tmp_path / "out") == ["00000.png"]
+    assert main(command) == 0
+    assert "1 of 3 pictures are there already" in capsys.readouterr().out
+    assert calls == ["00000.png", "00001.png", "00001.png", "00002.png"]
+
+
+def test_pictures_of_other_settings_are_not_taken_for_these(tmp_path, capsys):
+    out = str(tmp_path / "out.png")
+    assert main(["generate", "a circle", "-o", out, *FEW]) == 0
+    assert main(["generate", "a circle", "-o", out, "--seed", "1", *FEW]) == 1
+    assert "drawn with other settings (seed 42, now 1)" in capsys.readouterr().err
+    assert main(["generate", "a circle", "-o", out, "--seed", "1", "--overwrite", *FEW]) == 0
+    assert settings(out)["seed"] == 1
+    Image.new("RGB", (8, 8)).save(out)
+    assert main(["generate", "a circle", "-o", out, *FEW]) == 1
+    assert "was not drawn by l2p" in capsys.readouterr().err
+
+
+def test_a_failing_write_leaves_nothing(tmp_path, monkeypatch, capsys):
+    def full(self, path, *_, **__):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert main(["generate", "a circle", "-o", str(tmp_path / "out.png"), *FEW]) == 1
+    assert "No space left" in capsys.readouterr().err and os.listdir(tmp_path) == []
+
+
+def test_ctrl_c_leaves_no_half_file(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "comfyui_l2p.l2p_core.cli", "generate", "a circle", "-o", str(tmp_path / "out.png"),
+         "--steps", "100000", "--device", "cpu"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    seen = b""
+    while b"step/s" not in seen:  # it is drawing
+        seen += process.stdout.read1()
+        assert process.poll() is None, seen
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"stopped" in rest and b"Traceback" not in rest
+    assert os.listdir(tmp_path) == []
+
+
+def test_processes_share_the_prompts(tmp_path, monkeypatch):
+    (tmp_path / "p.txt").write_text("a circle\na star\na cross\n")
+    drawn = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank)), monkeypatch.setenv("WORLD_SIZE", "2")
+        assert main(["generate", "--prompts", str(tmp_path / "p.txt"), "-o", str(tmp_path / "out"), *FEW]) == 0
+        drawn.append(sorted(path.name for path in (tmp_path / "out").iterdir()))
+    assert drawn == [["00000.png", "00002.png"], ["00000.png", "00001.png", "00002.png"]]
+
+
+def test_the_text_encoder_can_leave_first(tmp_path):
+    for name, flags in (("kept", []), ("freed", ["--free-text-encoder"])):
+        assert main(["generate", "a circle", "-o", str(tmp_path / f"{name}.png"), *FEW, *flags]) == 0
+    assert Image.open(tmp_path / "kept.png").tobytes() == Image.open(tmp_path / "freed.png").tobytes()
+
+
+def test_start_picture_gives_the_size_and_mask_keeps_it(tmp_path):
+    photo = Image.effect_noise((48, 64), 90).convert("RGB")
+    photo.save(tmp_path / "photo.png")
+    Image.new("L", (48, 64), 0).save(tmp_path / "mask.png")
+    assert main(["generate", "a circle", "-o", str(tmp_path / "out.png"), "--steps", "2", "--device", "cpu", "--input-image",
+                 str(tmp_path / "photo.png"), "--inpaint-mask", str(tmp_path / "mask.png")]) == 0
+    assert Image.open(tmp_path / "out.png").tobytes() == photo.tobytes(), "a black mask keeps every pixel"
+
+
+@pytest.mark.parametrize("arguments, said", [
+    ([], "give a prompt"),
+    (["a", "--height", "100"], "Nearest: 96 and 112"),
+    (["a", "-o", "x.jpg"], "pictures are written as .png"),
+    (["a", "-o", "x.png", "--count", "2"], "give a folder"),
+    (["a", "--checkpoint", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
+    (["a", "--checkpoint", str(BUNDLED_MODEL / "text_encoder" / "model.safetensors")], "is a text encoder"),
+    (["a", "--text-encoder", "nowhere"], "no tokenizer in"),
+    (["a", "--input-image", __file__], "is no picture"),
+    (["--prompts", "nowhere.txt"], "nowhere.txt"),
+    (["a", "--sampler", "heun"], "expected one of euler, ab2"),
+    (["a", "--batch", "0"], "expected 1 or more"),
+    (["a", "--steps", "0"], "at least 1 step"),
+])
+def test_mistakes_get_one_line(tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", *arguments, "--device", "cpu"]) == 1
+    error = capsys.readouterr().err
+    assert said in error and error.startswith("l2p: ") and error.count("\n") == 1
+    assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize("name, content, said", [
+    ("p.csv", "caption\na\n", "unknown column caption; known are file_name, text, prompt"),
+    ("p.csv", "seed\n1\n", "no column prompt or text"), ("p.txt", "\n", "holds no prompts"),
+    ("p.json", "{", "is not JSON"), ("p.jsonl", "[1]\n", "not a table"), ("p.md", "a", "expected .txt"),
+])
+def test_prompt_files_that_can_not_be_read_are_named(tmp_path, name, content, said):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=said):
+        read_rows(tmp_path / name)
+
+
+@pytest.mark.parametrize("content, said", [
+    ("prompt,file_name\na,../x\n", "leads out of"), ("prompt,file_name\na,x\nb,x.png\n", "the same file_name"),
+    ("prompt,seed\na,many\n", "seed is 'many'; expected a whole number"), ("prompt,height\na,50\n", "height is 50"),
+])
+def test_rows_that_make_no_sense_are_refused_before_drawing(tmp_path, capsys, content, said):
+    (tmp_path / "p.csv").write_text(content)
+    assert main(["generate", "--prompts", str(tmp_path / "p.csv"), "-o", str(tmp_path / "out"), *FEW]) == 1
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_inspect_speaks_to_people_and_programs(capsys):
+    path = str(BUNDLED_MODEL / "transformer.safetensors")
+    assert main(["inspect", path]) == 0
+    assert "L2P model" in capsys.readouterr().out
+    assert main(["inspect", path, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["patch"] == 16
+    assert main(["inspect", __file__]) == 1
+    assert "is not a whole .safetensors file" in capsys.readouterr().err

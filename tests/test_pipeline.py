@@ -1,0 +1,149 @@
+"""The whole path on the bundled model: the same pixels as its parts give by hand, and options that do what they say."""
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from comfyui_l2p.l2p_core import CheckpointError, L2PConfig, L2PPipeline, L2PTransformer, load_model
+from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS
+from comfyui_l2p.l2p_core.image import to_pictures
+from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
+from comfyui_l2p.l2p_core.sampler import euler, guided_velocity, schedule
+from comfyui_l2p.l2p_core.text import TextEncoder
+
+PROMPT = "a large red circle on a blue background, left"
+FEW = {"num_inference_steps": 3, "height": 64, "width": 48}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return L2PPipeline.from_pretrained(device="cpu", torch_dtype=torch.float32)
+
+
+def levels(picture):
+    return np.asarray(picture).astype(int)
+
+
+@pytest.fixture(scope="module")
+def photo():
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(0, 256, (64, 48, 3), dtype=np.uint8))
+
+
+def test_a_picture_is_what_the_parts_give_by_hand(pipe):
+    drawn = pipe(prompt=PROMPT, negative_prompt="", cfg_scale=2.0, seed=7, rand_device="cpu", **FEW)
+    encoder = TextEncoder.load(BUNDLED_MODEL, dtype=torch.float32)
+    model = load_model(BUNDLED_MODEL / "transformer.safetensors", dtype=torch.float32)
+    velocity = guided_velocity(model, [encoder.encode(PROMPT)], [encoder.encode("")], 2.0)
+    noise = torch.randn((1, 3, 64, 48), generator=torch.Generator().manual_seed(7))
+    by_hand = to_pictures(euler(velocity, noise, schedule(3)))[0]
+    assert isinstance(drawn, Image.Image) and drawn.size == (48, 64)
+    assert drawn.tobytes() == by_hand.tobytes()
+
+
+def test_defaults_are_the_checkpoints(pipe):
+    assert pipe.defaults == (30, 2.0, 128, 128)
+    seen = []
+    with pytest.raises(InterruptedError):
+        def stop(done, steps, picture):
+            seen.append((steps, tuple(picture.shape)))
+            raise InterruptedError
+        pipe(PROMPT, callback=stop)
+    assert seen == [(30, (1, 3, 128, 128))]
+
+
+@pytest.mark.parametrize("patch", [16, 64, 128, 160])
+def test_defaults_of_large_patches_are_the_published(patch, write):
+    model = L2PTransformer(L2PConfig(patch, 96, 3, 1, 1, 256, 64, decoder=PUBLISHED_DECODERS[patch]))
+    pipe = L2PPipeline.from_pretrained(write(model.state_dict()))
+    assert pipe.defaults == ((30, 2.0) if patch == 16 else (50, 4.0)) + (64 * patch, 64 * patch)
+
+
+def test_several_prompts_are_drawn_as_each_alone(pipe):
+    prompts, seeds = [PROMPT, "a star", ""], [1, 2, 3]
+    together = pipe(prompts, seed=seeds, **FEW)
+    for picture, prompt, seed in zip(together, prompts, seeds, strict=True):
+        assert abs(levels(picture) - levels(pipe(prompt, seed=seed, **FEW))).max() <= 1
+
+
+def test_num_images_draws_one_batch_from_one_seed(pipe):
+    pictures = pipe(PROMPT, num_images=2, seed=5, **FEW)
+    noise = torch.randn((2, 3, 64, 48), generator=torch.Generator().manual_seed(5))
+    velocity = guided_velocity(pipe.transformer, [pipe.encode_prompt(PROMPT)] * 2, [pipe.encode_prompt("")] * 2, 2.0)
+    by_hand = to_pictures(euler(velocity, noise, schedule(3)))
+    assert [picture.tobytes() for picture in pictures] == [picture.tobytes() for picture in by_hand]
+    assert isinstance(pipe(PROMPT, num_images=1, seed=5, **FEW), list)
+
+
+def test_no_seed_is_another_picture_each_time(pipe):
+    assert pipe(PROMPT, **FEW).tobytes() != pipe(PROMPT, **FEW).tobytes()
+
+
+def test_encodings_serve_many_pictures_without_the_encoder(pipe):
+    expected = pipe(PROMPT, seed=3, **FEW)
+    features, negative = pipe.encode_prompt(PROMPT), pipe.encode_prompt("")
+    pipe.unload_text_encoder()
+    reused = pipe(prompt_embeds=features, negative_prompt_embeds=negative, seed=3, **FEW)
+    assert reused.tobytes() == expected.tobytes() and "text_encoder" not in vars(pipe)
+    assert pipe(PROMPT, seed=3, **FEW).tobytes() == expected.tobytes() and "text_encoder" not in vars(pipe)
+    pipe("a prompt not seen before", seed=3, **FEW)
+    assert "text_encoder" in vars(pipe)
+
+
+def test_the_empty_negative_prompt_is_encoded_not_zeroed(pipe):
+    encoded = pipe(PROMPT, seed=3, **FEW)
+    zeroed = pipe(PROMPT, seed=3, negative_prompt_embeds=torch.zeros_like(pipe.encode_prompt("")), **FEW)
+    assert abs(levels(encoded) - levels(zeroed)).max() > 1
+
+
+def test_a_start_picture_shows_more_the_less_it_is_noised(pipe, photo):
+    distances = [abs(levels(pipe(PROMPT, seed=1, input_image=photo, denoising_strength=strength, num_inference_steps=3))
+                     - levels(photo)).mean() for strength in (0.02, 0.3, 1.0)]
+    assert distances[0] < distances[1] < distances[2]
+    assert (pipe(PROMPT, seed=1, input_image=photo, **FEW).tobytes() == pipe(PROMPT, seed=1, **FEW).tobytes()), "at strength 1 none is left"
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+@pytest.mark.parametrize("sampler", ["euler", "ab2"])
+def test_masked_pixels_are_kept_exactly(pipe, photo, sampler, strength):
+    mask = np.zeros((64, 48), dtype=np.uint8)
+    mask[20:40, 10:30] = 255
+    drawn = pipe(PROMPT, seed=1, input_image=photo, inpaint_mask=Image.fromarray(mask), sampler=sampler,
+                 denoising_strength=strength, num_inference_steps=4)
+    kept = mask == 0
+    assert (levels(drawn)[kept] == levels(photo)[kept]).all()
+    assert (levels(drawn)[~kept] != levels(photo)[~kept]).mean() > 0.5
+
+
+def test_misfitting_pictures_are_resized_and_it_is_said(pipe, photo):
+    with pytest.warns(UserWarning, match="input_image is 48 x 64 and was resized to 96 x 32"):
+        assert pipe(PROMPT, input_image=photo, height=32, width=96, num_inference_steps=1).size == (96, 32)
+    with pytest.warns(UserWarning, match="input_image is 50 x 61 and was resized to 48 x 64"):
+        assert pipe(PROMPT, input_image=photo.resize((50, 61)), num_inference_steps=1).size == (48, 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert pipe(PROMPT, input_image=photo, num_inference_steps=1).size == (48, 64)
+
+
+@pytest.mark.parametrize("arguments, said", [
+    ({"height": 100}, "height is 100.*96 and 112"), ({"sampler": "dpm"}, "sampler is 'dpm'; expected one of euler, ab2"),
+    ({"denoising_strength": 0}, "strength above 0"), ({"num_images": 0}, "nothing to draw"),
+    ({"seed": [1, 2]}, "2 seeds came for 1 pictures"), ({"prompt_embeds": torch.ones(2, 96)}, "either prompt or prompt_embeds"),
+    ({"inpaint_mask": Image.new("L", (8, 8))}, "inpaint_mask came without an input_image"),
+])
+def test_options_that_do_not_fit_are_refused(pipe, arguments, said):
+    with pytest.raises(ValueError, match=said):
+        pipe(PROMPT, **{**FEW, **arguments})
+
+
+def test_a_text_encoder_of_another_width_is_refused(tiny_weights, write):
+    pipe = L2PPipeline.from_pretrained(write(tiny_weights), text_encoder=BUNDLED_MODEL, torch_dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"expected \(length, 64\).*text encoder this checkpoint was trained with"):
+        pipe(PROMPT, **FEW)
+
+
+def test_a_checkpoint_that_can_not_be_used_is_refused_at_once(tiny_weights, write):
+    with pytest.raises(CheckpointError, match="it is a trained part"):
+        L2PPipeline.from_pretrained(write({name: tensor for name, tensor in tiny_weights.items() if "layers.1." not in name}))

@@ -1,0 +1,63 @@
+"""The judge of the small model is judged: true pictures pass, and one wrong attribute fails."""
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from comfyui_l2p.examples.shapes.pictures import COLOURS, PLACES, SHAPES, SIZES, Scene, draw, judge, scenes, test_scenes as held_out_scenes
+from comfyui_l2p.examples.shapes.score import contact_sheet, score
+
+SCENES = held_out_scenes(60)
+CHOICES = {"shape": SHAPES, "colour": tuple(COLOURS), "background": tuple(COLOURS), "size": tuple(SIZES), "place": tuple(PLACES)}
+
+
+def pictures(wanted, seed=0):
+    rng = random.Random(seed)
+    return [draw(scene, rng) for scene in wanted]
+
+
+def test_the_generators_own_pictures_score_100():
+    assert set(score(pictures(scenes()[::7]), scenes()[::7]).values()) == {100.0}
+
+
+@pytest.mark.parametrize("attribute", CHOICES)
+def test_one_wrong_attribute_scores_0(attribute):
+    rng = random.Random(1)
+    wrong = []
+    for scene in SCENES:
+        others = [value for value in CHOICES[attribute] if value not in (scene.colour, scene.background, getattr(scene, attribute))]
+        wrong.append(replace(scene, **{attribute: rng.choice(others)}))
+    result = score(pictures(wrong), SCENES)
+    assert result["right"] == 0 and result[attribute] == 0
+    assert all(value == 100 for name, value in result.items() if name not in ("right", attribute))
+
+
+@pytest.mark.parametrize("spoil, attribute", [
+    (lambda picture: Image.fromarray(np.clip(np.asarray(picture) + np.random.default_rng(0).normal(0, 5, (128, 128, 3)), 0, 255).astype(np.uint8)), "clean"),
+    (lambda picture: picture.filter(ImageFilter.GaussianBlur(9)), "right"),
+    (lambda picture: Image.effect_noise((128, 128), 80).convert("RGB"), "clean"),
+])
+def test_spoilt_pictures_score_0(spoil, attribute):
+    result = score([spoil(picture) for picture in pictures(SCENES)], SCENES)
+    assert result["right"] == 0 and result[attribute] == 0
+
+
+def test_a_blank_picture_is_judged_not_crashed_on():
+    assert score([Image.new("RGB", (128, 128), COLOURS["red"])] * len(SCENES), SCENES)["right"] == 0
+
+
+def test_test_prompts_were_never_trained_on():
+    tests = held_out_scenes()
+    triples = {(scene.shape, scene.colour, scene.background) for scene in tests}
+    trained = {(scene.shape, scene.colour, scene.background) for scene in scenes() if not scene.held_out}
+    assert len(set(tests)) == 300 and triples and not triples & trained
+    assert {getattr(scene, "shape") for scene in scenes() if not scene.held_out} == set(SHAPES)
+
+
+def test_captions_and_contact_sheet():
+    scene = Scene("circle", "red", "blue", "large", "left")
+    assert scene.caption() == "a large red circle on a blue background, left"
+    assert replace(scene, colour="orange").caption(False, False) == "an orange circle on a blue background"
+    assert contact_sheet(pictures([scene] * 7), [scene.caption()] * 7).size == (6 * 136, 2 * 173)
