@@ -26,7 +26,7 @@ def describe(path: Path) -> dict:
     try:
         check(layout)
         config = layout.config
-        facts |= {"patch": config.patch_size, "size": config.nominal_size, "size_multiple": config.size_multiple,
+        facts |= {"patch": config.patch_size, "height": layout.trained_size[0], "width": layout.trained_size[1], "size_multiple": config.size_multiple,
                   "config": dataclasses.asdict(config), "usable": True,
                   "advice": f"Draw with it: l2p generate \"a prompt\" --checkpoint {path} --text-encoder Z-Image-Turbo"}
     except CheckpointError as error:
@@ -36,13 +36,14 @@ def describe(path: Path) -> dict:
 
 def report(facts: dict) -> str:
     """The facts as lines for people."""
-    dtypes = ", ".join(f"{dtype} {count / facts_total(facts):.0%}" for dtype, count in facts["dtypes"].items())
+    numbers = sum(facts["dtypes"].values()) or 1
+    dtypes = ", ".join(f"{dtype} {count / numbers:.0%}" for dtype, count in facts["dtypes"].items())
     lines = [f"{facts['path']}: {facts['kind']}",
              f"  {facts['bytes'] / 1e9:.2f} GB in {facts['files']} file{'s' * (facts['files'] > 1)}, "
              f"{facts['tensors']} tensors, {facts['parameters']:,} parameters ({dtypes})"]
     if "config" in facts:
         config = facts["config"]
-        lines += [f"  patch {facts['patch']}: trained for about {facts['size']} x {facts['size']} pixels, "
+        lines += [f"  patch {facts['patch']}: trained for about {facts['width']} x {facts['height']} pixels, "
                   f"draws multiples of {facts['size_multiple']}",
                   f"  width {config['dim']}, {config['n_heads']} heads, {config['n_layers']} + "
                   f"{config['n_refiner_layers']} + {config['n_refiner_layers']} layers, captions of {config['cap_feat_dim']}"]
@@ -51,7 +52,3 @@ def report(facts: dict) -> str:
     if facts["other_tensors"]:
         lines += [f"  {facts['other_tensors']} tensors of other models beside it"]
     return "\n".join([*lines, f"  {facts['advice']}"])
-
-
-def facts_total(facts: dict) -> int:
-    return sum(facts["dtypes"].values()) or 1

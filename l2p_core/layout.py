@@ -85,6 +85,14 @@ class Layout:
             raise CheckpointError(f"{self.path.name} does not fit an L2P model: {odd}") from None
 
     @property
+    def trained_size(self) -> tuple[int, int]:
+        """Height and width in pixels: the file's modelspec.resolution, else the square of 64 x 64 tokens."""
+        width, _, height = self.metadata.get("modelspec.resolution", "").partition("x")
+        if width.isdecimal() and height.isdecimal():
+            return int(height), int(width)
+        return self.config.nominal_size, self.config.nominal_size
+
+    @property
     def parameters(self) -> int:
         return sum(math.prod(source.shape) for source in self.tensors.values())
 

@@ -73,13 +73,8 @@ class L2PPipeline:
     @property
     def defaults(self) -> Defaults:
         """Published settings: 30 steps and guidance 2 at patch 16, 50 and 4 above; the size the model was trained at."""
-        config = self.layout.config
-        try:
-            width, height = map(int, self.layout.metadata["modelspec.resolution"].split("x"))
-            check_size(height, width, config.size_multiple)
-        except (KeyError, ValueError):
-            width = height = config.nominal_size
-        return Defaults(30, 2.0, height, width) if config.patch_size == 16 else Defaults(50, 4.0, height, width)
+        steps, guidance = (30, 2.0) if self.layout.config.patch_size == 16 else (50, 4.0)
+        return Defaults(steps, guidance, *self.layout.trained_size)
 
     def encode_prompt(self, prompt: str) -> Tensor:
         """(L, cap_feat_dim) features of one prompt, to be used for any number of pictures. The empty one has some too."""

@@ -94,7 +94,7 @@ def load_single_file(file: Path, dtype: torch.dtype) -> Qwen3Model:
             intermediate_size=shapes["layers.0.mlp.gate_proj.weight"][0],
             num_attention_heads=shapes["layers.0.self_attn.q_proj.weight"][0] // head_dim,
             num_key_value_heads=shapes["layers.0.self_attn.k_proj.weight"][0] // head_dim,
-            rms_norm_eps=1e-6, rope_parameters={"rope_type": "default", "rope_theta": 1e6}))
+            rms_norm_eps=1e-6, rope_theta=1e6))
     model.rotary_emb = type(model.rotary_emb)(model.config)  # its table is computed, not loaded
     tensors = {key.removeprefix("model."): tensor.to(dtype) for key, tensor in load_file(file).items()}
     tensors.pop("lm_head.weight", None)

@@ -44,14 +44,14 @@ def test_a_picture_is_what_the_parts_give_by_hand(pipe):
 
 
 def test_defaults_are_the_checkpoints(pipe):
-    assert pipe.defaults == (30, 2.0, 128, 128)
+    assert pipe.defaults == (30, 2.0, 96, 96)
     seen = []
     with pytest.raises(InterruptedError):
         def stop(done, steps, picture):
             seen.append((steps, tuple(picture.shape)))
             raise InterruptedError
         pipe(PROMPT, callback=stop)
-    assert seen == [(30, (1, 3, 128, 128))]
+    assert seen == [(30, (1, 3, 96, 96))]
 
 
 @pytest.mark.parametrize("patch", [16, 64, 128, 160])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from comfyui_l2p.examples.shapes.pictures import COLOURS, PLACES, SHAPES, SIZES, Scene, draw, judge, scenes, test_scenes as held_out_scenes
+from comfyui_l2p.examples.shapes.pictures import COLOURS, PLACES, SHAPES, SIZE, SIZES, Scene, draw, judge, scenes, test_scenes as held_out_scenes
 from comfyui_l2p.examples.shapes.score import contact_sheet, score
 
 SCENES = held_out_scenes(60)
@@ -35,9 +35,9 @@ def test_one_wrong_attribute_scores_0(attribute):
 
 
 @pytest.mark.parametrize("spoil, attribute", [
-    (lambda picture: Image.fromarray(np.clip(np.asarray(picture) + np.random.default_rng(0).normal(0, 5, (128, 128, 3)), 0, 255).astype(np.uint8)), "clean"),
+    (lambda picture: Image.fromarray(np.clip(np.asarray(picture) + np.random.default_rng(0).normal(0, 5, (SIZE, SIZE, 3)), 0, 255).astype(np.uint8)), "clean"),
     (lambda picture: picture.filter(ImageFilter.GaussianBlur(9)), "right"),
-    (lambda picture: Image.effect_noise((128, 128), 80).convert("RGB"), "clean"),
+    (lambda picture: Image.effect_noise((SIZE, SIZE), 80).convert("RGB"), "clean"),
 ])
 def test_spoilt_pictures_score_0(spoil, attribute):
     result = score([spoil(picture) for picture in pictures(SCENES)], SCENES)
@@ -45,7 +45,7 @@ def test_spoilt_pictures_score_0(spoil, attribute):
 
 
 def test_a_blank_picture_is_judged_not_crashed_on():
-    assert score([Image.new("RGB", (128, 128), COLOURS["red"])] * len(SCENES), SCENES)["right"] == 0
+    assert score([Image.new("RGB", (SIZE, SIZE), COLOURS["red"])] * len(SCENES), SCENES)["right"] == 0
 
 
 def test_test_prompts_were_never_trained_on():
@@ -60,4 +60,4 @@ def test_captions_and_contact_sheet():
     scene = Scene("circle", "red", "blue", "large", "left")
     assert scene.caption() == "a large red circle on a blue background, left"
     assert replace(scene, colour="orange").caption(False, False) == "an orange circle on a blue background"
-    assert contact_sheet(pictures([scene] * 7), [scene.caption()] * 7).size == (6 * 136, 2 * 173)
+    assert contact_sheet(pictures([scene] * 7), [scene.caption()] * 7).size == (6 * (SIZE + 8), 2 * (SIZE + 58))

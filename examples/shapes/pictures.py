@@ -8,15 +8,15 @@ from itertools import product
 import numpy as np
 from PIL import Image, ImageDraw
 
-SIZE = 128  # pixels per side
+SIZE = 96  # pixels per side
 COLOURS = {
     "red": (220, 30, 40), "green": (30, 160, 70), "blue": (40, 80, 225), "yellow": (250, 215, 40),
     "orange": (250, 130, 20), "purple": (135, 45, 175), "white": (245, 245, 245), "black": (20, 20, 20),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star")
-SIZES = {"small": 15, "medium": 21, "large": 29}  # half the shape's width, pixels
+SIZES = {"small": 11, "medium": 16, "large": 22}  # half the shape's width, pixels
 PLACES = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "center": (0, 0)}
-OFFSET, JITTER = 32, 3  # pixels: from the middle to a place's centre, and how far a shape strays from it
+OFFSET, JITTER = 24, 2  # pixels: from the middle to a place's centre, and how far a shape strays from it
 OVERSAMPLING = 4
 
 
@@ -136,7 +136,7 @@ def judge(picture: Image.Image) -> Verdict:
     scale = picture.width / SIZE
     half = max(bottom - top, right - left) / 2 / scale
     clear = np.ones(inside.shape, dtype=bool)
-    margin = round(3 * scale)
+    margin = round(2 * scale)
     clear[max(top - margin, 0):bottom + margin, max(left - margin, 0):right + margin] = False
     around = pixels[clear] if clear.any() else border
     return Verdict(

@@ -27,12 +27,11 @@ def score(pictures: list[Image.Image], scenes: list[Scene]) -> dict[str, float]:
 
 def contact_sheet(pictures: list[Image.Image], captions: list[str], columns: int = 6) -> Image.Image:
     """The pictures in a grid, each over its caption."""
-    line = 11
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (SIZE + 8), rows * (SIZE + 3 * line + 12)), "white")
+    cell_width, cell_height = SIZE + 8, SIZE + 58
+    sheet = Image.new("RGB", (columns * cell_width, -(-len(pictures) // columns) * cell_height), "white")
     pen = ImageDraw.Draw(sheet)
     for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
-        left, top = index % columns * (SIZE + 8) + 4, index // columns * (SIZE + 3 * line + 12) + 4
+        left, top = index % columns * cell_width + 4, index // columns * cell_height + 4
         sheet.paste(picture, (left, top))
         lines = [""]
         for word in caption.split():

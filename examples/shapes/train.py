@@ -1,5 +1,6 @@
 """Make the small model from nothing: tokenizer, text encoder, L2P transformer. `python -m comfyui_l2p.examples.shapes.train`"""
 import argparse
+import json
 import random
 from pathlib import Path
 
@@ -19,9 +20,9 @@ from .pictures import SIZE, draw, scenes
 CONFIG = L2PConfig(
     dim=144, n_heads=3, n_layers=6, n_refiner_layers=1, ffn_dim=384, cap_feat_dim=96, bottleneck_dim=64,
     decoder=(Stage("1", 16, 16, 32), Stage("2", 32, 32, 16), Stage("3", 48, 48, 32), Stage("4", 64, 64, 48)))
-# Half of the noise levels come from the sampler's schedule, which settles the layout; half from one leaning the other
-# way, so that a narrow decoder sees enough of the last steps to leave backgrounds clean.
-SHIFTS = (3.0, 0.5)
+# Three in four noise levels come from the sampler's schedule, which is mostly about the layout; one in four from a
+# schedule leaning the other way, so that a narrow decoder sees enough of the last steps to leave backgrounds clean.
+SHIFTS = (3.0, 3.0, 3.0, 0.5)
 
 
 def make_text_encoder(folder: Path, captions: list[str]) -> TextEncoder:
@@ -37,7 +38,11 @@ def make_text_encoder(folder: Path, captions: list[str]) -> TextEncoder:
         max_position_embeddings=512, tie_word_embeddings=True))
     with torch.no_grad():
         encoder.embed_tokens.weight.mul_(5)  # words stand out from what attention mixes in
-    tokenizer.save_pretrained(folder / "tokenizer")
+    encoder.config.rope_theta = 1e6  # transformers 5 writes it elsewhere, 4 reads it here
+    (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}, indent=1))
     encoder.to(torch.bfloat16).save_pretrained(folder / "text_encoder")
     return TextEncoder.load(folder / "text_encoder", folder / "tokenizer", dtype=torch.float32)
 
@@ -57,16 +62,16 @@ def train(folder: Path, steps: int, batch: int, rate: float, seed: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     warmup = steps // 40
     scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / (steps * 0.7), 1))
+        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / (steps * 0.6), 1))
     progress = trange(steps, unit="step")
     losses = []
     for step in progress:
         chosen = rng.choices(known, k=batch)
-        words = ["" if rng.random() < 0.1 else scene.caption(rng.random() < 0.7, rng.random() < 0.7)
+        words = ["" if rng.random() < 0.1 else scene.caption(rng.random() < 0.85, rng.random() < 0.85)
                  for scene in chosen]
         pictures = np.stack([np.asarray(draw(scene, rng)) for scene in chosen])
         pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2) * (2 / 255) - 1
-        even, shift = torch.rand(batch), torch.tensor(SHIFTS).repeat(batch // 2)
+        even, shift = torch.rand(batch), torch.tensor(SHIFTS).repeat(batch // len(SHIFTS))
         sigma = shift * even / (1 + (shift - 1) * even)
         with torch.autocast("cpu", torch.bfloat16):
             loss = flow_matching_loss(
@@ -94,9 +99,9 @@ def save(model: L2PTransformer, folder: Path, steps: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "model")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     train(**vars(parser.parse_args()))
 

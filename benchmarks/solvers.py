@@ -1,0 +1,45 @@
+"""How many evaluations of the model each solver needs: distance to a 400-step solution on the bundled model.
+
+    python benchmarks/solvers.py          (about ten minutes on two CPU cores)
+
+Distance is the root mean square difference, in levels of 255, of pictures from the same noise, over eight prompts.
+"""
+import random
+
+import torch
+from tqdm import tqdm
+
+from comfyui_l2p.examples.shapes.pictures import test_scenes
+from comfyui_l2p.l2p_core import L2PPipeline
+from comfyui_l2p.l2p_core.pipeline import draw_noise
+from comfyui_l2p.l2p_core.sampler import SAMPLERS, guided_velocity, schedule
+
+PICTURES = 8
+REFERENCE_STEPS = 400
+STEPS = (6, 8, 10, 12, 14, 16, 18, 20, 24, 30, 50)
+
+
+def main() -> None:
+    pipe = L2PPipeline.from_pretrained(torch_dtype=torch.float32)
+    scenes = random.Random(1).sample(test_scenes(), PICTURES)
+    captions = [pipe.encode_prompt(scene.caption()) for scene in scenes]
+    velocity = guided_velocity(pipe.transformer, captions, [pipe.encode_prompt("")] * PICTURES, pipe.defaults.cfg_scale)
+    noise = draw_noise((PICTURES, 3, pipe.defaults.height, pipe.defaults.width), 0).to(pipe.device)
+
+    def solution(name: str, steps: int) -> torch.Tensor:
+        return SAMPLERS[name](velocity, noise, schedule(steps))
+
+    reference = solution("euler", REFERENCE_STEPS)
+    table = {(name, steps): float((solution(name, steps) - reference).square().mean().sqrt() * 127.5)
+             for name in SAMPLERS for steps in tqdm(STEPS, desc=name)}
+    print("| evaluations |", " | ".join(SAMPLERS), "|\n|---|" + "---|" * len(SAMPLERS))
+    for steps in STEPS:
+        print(f"| {steps} |", " | ".join(f"{table[name, steps]:.2f}" for name in SAMPLERS), "|")
+    bar = table["euler", 30]
+    for name in SAMPLERS:
+        print(f"{name} reaches the distance of euler at 30 ({bar:.2f}) in "
+              f"{min((steps for steps in STEPS if table[name, steps] <= bar), default=None)} evaluations")
+
+
+if __name__ == "__main__":
+    main()
