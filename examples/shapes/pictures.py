@@ -14,9 +14,9 @@ COLOURS = {
     "orange": (250, 130, 20), "purple": (135, 45, 175), "white": (245, 245, 245), "black": (20, 20, 20),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star")
-SIZES = {"small": 11, "medium": 16, "large": 22}  # half the shape's width, pixels
+SIZES = {"small": 16, "medium": 22, "large": 28}  # half the shape's width, pixels
 PLACES = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "center": (0, 0)}
-OFFSET, JITTER = 24, 2  # pixels: from the middle to a place's centre, and how far a shape strays from it
+OFFSET, JITTER = 16, 2  # pixels: from the middle to a place's centre, and how far a shape strays from it
 OVERSAMPLING = 4
 
 
