@@ -20,6 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_inspect(commands)
     add_convert(commands)
     add_merge(commands)
+    add_quantize(commands)
     add_export(commands)
     args = parser.parse_args(arguments)
     warnings.showwarning = lambda message, *_: print(f"l2p: note: {message}", file=sys.stderr)
@@ -149,6 +150,38 @@ def add_merge(commands: argparse._SubParsersAction) -> None:
         from ..quant.merge import merge
         merge(args.trained, args.base, args.output, args.dtype, args.skip, progress=True)
         print(args.output)
+    parser.set_defaults(run=run, when_stopped="Nothing was changed")
+
+
+def add_quantize(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "quantize", help="make an INT8 or FP8 model, about a third of the size",
+        description="Write a whole model with its large linears in 8 bits, in the format that ComfyUI and this program load "
+                    "as it is. Prints what each tensor lost.")
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--format", choices=("int8_tensorwise", "float8_e4m3fn"), default="int8_tensorwise",
+                        help="default int8_tensorwise")
+    parser.add_argument("--granularity", choices=("tensor", "row", "convrot"),
+                        help="a scale for each tensor or row, or for each row after a rotation that spreads outliers "
+                             "(default: row; float8 has tensor only)")
+    parser.add_argument("--preset", choices=("card", "small"), default="card",
+                        help="card: the linears of all main layers but the first; small: of all blocks (default card)")
+    parser.add_argument("--include", action="append", default=[], metavar="PATTERN",
+                        help="quantize these too, by ComfyUI's names, such as 'layers.0.*.w1.weight'; may be given again")
+    parser.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="keep these in BF16")
+    parser.add_argument("--prefix", default="model.diffusion_model.", help="default model.diffusion_model.")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the whole report as JSON")
+    parser.add_argument("--verify", action="store_true", help="read the written file back and compare it with the source")
+
+    def run(args: argparse.Namespace) -> None:
+        from ..quant.quantize import Options, quantize, save_report, table
+        granularity = args.granularity or ("row" if args.format == "int8_tensorwise" else "tensor")
+        options = Options(args.format, granularity, args.preset, args.include, args.exclude, args.prefix)
+        facts = quantize(args.checkpoint, args.output, options, args.verify, progress=True)
+        if args.report:
+            save_report(facts, args.report)
+        print(table(facts))
     parser.set_defaults(run=run, when_stopped="Nothing was changed")
 
 
