@@ -66,7 +66,7 @@ def check(layout: Layout) -> None:
         raise CheckpointError(f"{name} is one of {int(shard[1])} shards. Give the folder that holds them all, or their index")
     if layout.kind == "latent":
         raise CheckpointError(f"{name} is a latent Z-Image, which draws through a VAE. "
-                              "Convert it to an L2P pixel initialisation first, and train that")
+                              "Convert it to an L2P pixel initialisation first, l2p convert, and train that")
     if layout.kind == "lora":
         raise CheckpointError(f"{name} is a LoRA, which changes a model. Give the L2P model itself here")
     if layout.kind == "text encoder":

@@ -18,6 +18,10 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_generate(commands)
     add_inspect(commands)
+    add_convert(commands)
+    add_merge(commands)
+    add_quantize(commands)
+    add_export(commands)
     args = parser.parse_args(arguments)
     warnings.showwarning = lambda message, *_: print(f"l2p: note: {message}", file=sys.stderr)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite stop is an interrupt
@@ -31,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
               file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("l2p: stopped. The same command goes on where this one ended", file=sys.stderr)
+        print(f"l2p: stopped. {args.when_stopped}", file=sys.stderr)
         return 130
     return 0
 
@@ -97,7 +101,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
         draw(pictures, pipe, args.batch, args.free_text_encoder, args.overwrite, progress=rank == 0)
         if rank == 0:
             print(args.output)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, when_stopped="The same command goes on where this one ended")
 
 
 def add_inspect(commands: argparse._SubParsersAction) -> None:
@@ -109,7 +113,96 @@ def add_inspect(commands: argparse._SubParsersAction) -> None:
         from .inspect import describe, report
         facts = describe(args.checkpoint)
         print(json.dumps(facts, indent=1) if args.json else report(facts))
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, when_stopped="Nothing was changed")
+
+
+def add_convert(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "convert", help="make a pixel initialisation to train from",
+        description="Make a pixel initialisation from a latent Z-Image or Z-Image-Turbo, or from a trained L2P model of a "
+                    "smaller patch. What fits is copied, the rest is drawn from the seed.")
+    parser.add_argument("source", nargs="*", type=Path, help="a file, a folder or index of shards, or all the shards")
+    parser.add_argument("--latent_ckpt_files", nargs="+", type=Path, default=[], metavar="SHARD", help="another way to give them")
+    parser.add_argument("-o", "--output", "--output_path", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--patch", type=int, default=16, help="16, 64, 128 or 160, for 1K, 4K, 8K or 10K pixels (default 16)")
+    parser.add_argument("--seed", type=int, default=0, help="of the new tensors (default 0)")
+
+    def run(args: argparse.Namespace) -> None:
+        from ..quant.convert import convert
+        if not (sources := args.source + args.latent_ckpt_files):
+            raise ValueError("give the latent Z-Image, or a trained L2P model, to convert")
+        convert(sources, args.output, args.patch, args.seed, progress=True)
+        print(args.output)
+    parser.set_defaults(run=run, when_stopped="Nothing was changed")
+
+
+def add_merge(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("merge", help="put a trained part over its pixel initialisation",
+                                 description="Put what a training saved over the pixel initialisation it started from.")
+    parser.add_argument("--trained", "--file_a", type=Path, required=True, metavar="FILE", help="what the training saved")
+    parser.add_argument("--base", "--file_b", type=Path, required=True, metavar="FILE", help="the pixel initialisation")
+    parser.add_argument("-o", "--output", "--file_out", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of all tensors (default: each tensor's own)")
+    parser.add_argument("--skip", action="append", metavar="PATTERN",
+                        help="leave out trained tensors by name, such as 'layers.0.*'; may be given again")
+
+    def run(args: argparse.Namespace) -> None:
+        from ..quant.merge import merge
+        merge(args.trained, args.base, args.output, args.dtype, args.skip, progress=True)
+        print(args.output)
+    parser.set_defaults(run=run, when_stopped="Nothing was changed")
+
+
+def add_quantize(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "quantize", help="make an INT8 or FP8 model, about a third of the size",
+        description="Write a whole model with its large linears in 8 bits, in the format that ComfyUI and this program load "
+                    "as it is. Prints what each tensor lost.")
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--format", choices=("int8_tensorwise", "float8_e4m3fn"), default="int8_tensorwise",
+                        help="default int8_tensorwise")
+    parser.add_argument("--granularity", choices=("tensor", "row", "convrot"),
+                        help="a scale for each tensor or row, or for each row after a rotation that spreads outliers "
+                             "(default: row; float8 has tensor only)")
+    parser.add_argument("--preset", choices=("card", "small"), default="card",
+                        help="card: the linears of all main layers but the first; small: of all blocks (default card)")
+    parser.add_argument("--include", action="append", default=[], metavar="PATTERN",
+                        help="quantize these too, by ComfyUI's names, such as 'layers.0.*.w1.weight'; may be given again")
+    parser.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="keep these in BF16")
+    parser.add_argument("--prefix", default="model.diffusion_model.", help="default model.diffusion_model.")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the whole report as JSON")
+    parser.add_argument("--verify", action="store_true", help="read the written file back and compare it with the source")
+
+    def run(args: argparse.Namespace) -> None:
+        from ..quant.quantize import Options, quantize, save_report, table
+        granularity = args.granularity or ("row" if args.format == "int8_tensorwise" else "tensor")
+        options = Options(args.format, granularity, args.preset, args.include, args.exclude, args.prefix)
+        facts = quantize(args.checkpoint, args.output, options, args.verify, progress=True)
+        if args.report:
+            save_report(facts, args.report)
+        print(table(facts))
+    parser.set_defaults(run=run, when_stopped="Nothing was changed")
+
+
+def add_export(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("export", help="write a model under other names, in another dtype",
+                                 description="Write an L2P model or a trained part under other names or in another dtype. "
+                                             "INT8 stays INT8 unless --dtype multiplies it out.")
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--naming", choices=("published", "comfyui"), default="comfyui",
+                        help="T2I-L2P's names, or ComfyUI's with q, k and v packed (default comfyui)")
+    parser.add_argument("--prefix", help="default: none for published, model.diffusion_model. for comfyui")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of all tensors (default: each tensor's own)")
+    parser.add_argument("--convrot", type=int, metavar="GROUP",
+                        help="group size of rotated INT8 weights in a file that does not say so")
+
+    def run(args: argparse.Namespace) -> None:
+        from ..quant.export import export
+        export(args.checkpoint, args.output, args.naming, args.prefix, args.dtype, args.convrot, progress=True)
+        print(args.output)
+    parser.set_defaults(run=run, when_stopped="Nothing was changed")
 
 
 if __name__ == "__main__":

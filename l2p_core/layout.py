@@ -25,7 +25,7 @@ MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 COMFYUI_NAMES = {".attention.out.": ".attention.to_out.0.", ".attention.q_norm.": ".attention.norm_q.",
                  ".attention.k_norm.": ".attention.norm_k."}
 PACKED = (".attention.qkv.weight", (".attention.to_q.weight", ".attention.to_k.weight", ".attention.to_v.weight"))
-PART_MESSAGE = "it is a trained part. Merge it with the pixel initialisation it was trained from first"
+PART_MESSAGE = "it is a trained part. Merge it with the pixel initialisation it was trained from first: l2p merge"
 
 
 class CheckpointError(ValueError):
@@ -73,6 +73,7 @@ class Layout:
     tensors: dict[str, Source]  # by published name
     outside: list[str] = field(default_factory=list)  # keys of other models in the same file
     unused: list[str] = field(default_factory=list)  # keys under the prefix that mean nothing to us
+    stamps: dict[Path, tuple[int, ...]] = field(default_factory=dict)  # what each file was when it was described
 
     @cached_property
     def config(self) -> L2PConfig:
@@ -104,14 +105,16 @@ class Layout:
                          for (name, groupsize), count in formats.items()) or None
 
 
-def read_layout(path: str | Path, convrot_groupsize: int | None = None) -> Layout:
-    """Describe a checkpoint: a .safetensors file, a shard index (.index.json), or a folder that holds either.
+def read_layout(path: str | Path | list[str | Path], convrot_groupsize: int | None = None) -> Layout:
+    """Describe a checkpoint: a .safetensors file, a shard index (.index.json), a folder that holds either, or a list of
+    shards.
 
     convrot_groupsize: the rotation of INT8 weights that carry no marker; it cannot be seen in the file, and none is
     assumed. Raises CheckpointError where the file is missing, truncated, inconsistent or no safetensors file. A whole
     file that is not an L2P model is described, not refused: see `kind`."""
-    path = Path(path)
-    files = find_files(path)
+    paths = [Path(part) for part in path] if isinstance(path, list) else [Path(path)]
+    path, files = paths[0], [file for part in paths for file in find_files(part)]
+    stamps = {file: stamp(file) for file in files}
     entries: dict[str, Entry] = {}
     metadata: dict[str, str] = {}
     for file in files:
@@ -123,7 +126,7 @@ def read_layout(path: str | Path, convrot_groupsize: int | None = None) -> Layou
         metadata |= header_metadata
     prefix = find_prefix(entries)
     kind, naming = classify(entries, prefix)
-    layout = Layout(path, files, entries, metadata, kind, prefix, naming, {})
+    layout = Layout(path, files, entries, metadata, kind, prefix, naming, {}, stamps=stamps)
     markers = quantization_markers(entries, metadata, prefix)
     for key, entry in entries.items():
         if not key.startswith(prefix):
@@ -182,6 +185,12 @@ def find_files(path: Path) -> list[Path]:
         raise CheckpointError(f"{path.name} names {len(files)} shards, of which {len(absent)} are missing "
                               f"(first: {absent[0]}). Download the rest into {path.parent}")
     return files
+
+
+def stamp(file: Path) -> tuple[int, ...]:
+    """What tells that a file was changed or replaced: size, time of the last change, inode."""
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
 def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:

@@ -137,9 +137,9 @@ def without(weights, *starts):
 
 
 REFUSED = {
-    "trained part": (lambda w: without(w, "layers.1.", "layers.2."), "lacks main layers 1..2: it is a trained part. Merge"),
-    "prefixed trained part": (lambda w: prefixed(without(w, "layers.1."), "pipe.dit."), "it is a trained part. Merge"),
-    "latent Z-Image": (lambda w: latent_zimage(), "is a latent Z-Image.*Convert it"),
+    "trained part": (lambda w: without(w, "layers.1.", "layers.2."), "lacks main layers 1..2: it is a trained part. Merge .*: l2p merge"),
+    "prefixed trained part": (lambda w: prefixed(without(w, "layers.1."), "pipe.dit."), "it is a trained part. Merge .*: l2p merge"),
+    "latent Z-Image": (lambda w: latent_zimage(), "is a latent Z-Image.*Convert it .* l2p convert"),
     "latent Z-Image of ComfyUI": (lambda w: prefixed(comfyui_naming(latent_zimage()), "model.diffusion_model."), "is a latent Z-Image"),
     "LoRA": (lambda w: {"diffusion_model.layers.0.attention.to_q.lora_A.weight": torch.zeros(4, 96)}, "is a LoRA"),
     "text encoder": (lambda w: {"model.embed_tokens.weight": torch.zeros(8, 4)}, "is a text encoder"),

@@ -1,0 +1,116 @@
+"""The same model under other names: `l2p export`. Also how every tool here lays tensors out in a file."""
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from functools import reduce
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..l2p_core.checkpoint import check
+from ..l2p_core.layout import COMFYUI_NAMES, PACKED, CheckpointError, Layout, Source, read_layout
+from .stream import TORCH_DTYPES, Piece, read_scale, write
+
+PREFIXES = {"published": "", "comfyui": "model.diffusion_model."}  # what each naming usually stands behind
+DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+
+
+def export(checkpoint: Path, output: Path, naming: str = "comfyui", prefix: str | None = None, dtype: str | None = None,
+           convrot_groupsize: int | None = None, progress: bool = False) -> None:
+    """Write a model or a trained part under another naming. Bytes are kept where names are all that changes.
+
+    naming: published or comfyui, which packs q, k and v. prefix: None for the naming's usual one. dtype: fp32, bf16 or
+    fp16 for all tensors, quantized ones multiplied out; None keeps each tensor's. convrot_groupsize: see `read_layout`.
+    Raises CheckpointError where the file is no L2P model, or can't be laid out so."""
+    layout = read_layout(checkpoint, convrot_groupsize)
+    if layout.kind != "part":
+        check(layout)
+    elif layout.unused:
+        raise CheckpointError(f"{layout.path.name} has {len(layout.unused)} tensors that no L2P model has (first: "
+                              f"{layout.unused[0]}). Was it made by a program this one does not know?")
+    prefix = PREFIXES[naming] if prefix is None else prefix
+    note_left_out(layout)
+    write(output, arrange(layout.tensors, naming, prefix, dtype and DTYPES[dtype]), [layout], "l2p export",
+          {"naming": naming, "prefix": prefix, "dtype": dtype}, {}, progress)
+
+
+def arrange(tensors: Mapping[str, Source], naming: str, prefix: str = "", dtype: str | None = None) -> list[Piece]:
+    """The plan of a file that holds these tensors, given by published name.
+
+    dtype: safetensors' name for all of them; None keeps each tensor's, the widest where three are packed into one, and
+    what is quantized stays so, with its scale and ComfyUI's marker. Raises CheckpointError where q, k and v can't be
+    packed."""
+    packs: dict[str, dict[int, Source]] = {}
+    for name, source in tensors.items():
+        name, place = name_in(naming, name)
+        packs.setdefault(name, {})[place] = source
+    pieces = []
+    for name, pack in packs.items():
+        sources = tuple(pack[place] for place in sorted(pack))
+        if name.endswith(PACKED[0]) and len(sources) != 3:
+            raise CheckpointError(f"{name} packs q, k and v, of which only {len(sources)} of 3 are there. "
+                                  "Keep the published naming: --naming published")
+        shape = (sum(source.shape[0] for source in sources), *sources[0].shape[1:]) if len(sources) > 1 else sources[0].shape
+        formats = {(source.format, source.convrot_groupsize, source.format and source.entry.dtype) for source in sources}
+        (kind, groupsize, _), *others = formats
+        if dtype is not None or kind is None and not others:
+            pieces.append(Piece(prefix + name, dtype or widest([source.entry.dtype for source in sources]), shape, sources))
+            continue
+        if others:
+            raise CheckpointError(f"{name} packs q, k and v, which are quantized in different ways. Keep the published "
+                                  "naming, or multiply them out: --dtype bf16")
+        pieces += [Piece(prefix + name, sources[0].entry.dtype, shape, sources), scale_piece(prefix + name, sources),
+                   marker_piece(prefix + name, kind, groupsize)]
+    return pieces
+
+
+def name_in(naming: str, name: str) -> tuple[str, int]:
+    """A published name as that naming has it, and its place among the tensors that are packed under it."""
+    if naming == "published":
+        return name, 0
+    packed, parts = PACKED
+    for place, part in enumerate(parts):
+        if name.endswith(part):
+            return name.removesuffix(part) + packed, place
+    for theirs, ours in COMFYUI_NAMES.items():
+        name = name.replace(ours, theirs)
+    return re.sub(r"^all_x_embedder\.\d+-1\.", "x_embedder.", name), 0
+
+
+def scale_piece(weight: str, sources: tuple[Source, ...]) -> Piece:
+    """The scale of a quantized tensor: as it is where it can be, one for each row where q, k and v differ."""
+    scales = tuple(Source(source.scale, source.third if source.scale.count > 1 else None) for source in sources)
+    first = scales[0]
+    if len({(scale.entry.dtype, scale.shape) for scale in scales}) == 1:
+        if first.entry.count > 1:
+            return Piece(f"{weight}_scale", first.entry.dtype, (len(scales) * first.shape[0], *first.shape[1:]), scales)
+        if len({read_scale(source).item() for source in sources}) == 1:
+            return Piece(f"{weight}_scale", first.entry.dtype, first.shape, scales[:1])
+
+    def rows_of_each() -> list[Tensor]:
+        return [read_scale(source).expand(source.shape[0], 1) for source in sources]
+    return Piece(f"{weight}_scale", "F32", (sum(source.shape[0] for source in sources), 1), rows_of_each)
+
+
+def marker_piece(weight: str, kind: str, groupsize: int) -> Piece:
+    """ComfyUI's `comfy_quant`: JSON that tells how the layer is quantized."""
+    marker = {"format": kind, **({"convrot": True, "convrot_groupsize": groupsize} if groupsize else {})}
+    content = torch.tensor(list(json.dumps(marker).encode()), dtype=torch.uint8)
+    return Piece(f"{weight.removesuffix('.weight')}.comfy_quant", "U8", tuple(content.shape), lambda: [content])
+
+
+def widest(dtypes: list[str]) -> str:
+    """The safetensors dtype that holds all of these exactly."""
+    if len(set(dtypes)) == 1:
+        return dtypes[0]
+    dtype = reduce(torch.promote_types, (TORCH_DTYPES[dtype] for dtype in dtypes))
+    return next(name for name, known in TORCH_DTYPES.items() if known == dtype)
+
+
+def note_left_out(layout: Layout) -> None:
+    """Say so where the file holds other models too: what is written is the L2P model alone."""
+    if layout.outside:
+        warnings.warn(f"{layout.path.name} also holds {len(layout.outside)} tensors of other models (first: "
+                      f"{layout.outside[0]}); they are not written", stacklevel=3)

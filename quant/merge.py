@@ -1,0 +1,55 @@
+"""A trained part over the pixel initialisation it was trained from: `l2p merge`."""
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from ..l2p_core.checkpoint import check
+from ..l2p_core.layout import CheckpointError, Layout, Source, read_layout
+from .export import DTYPES, arrange, note_left_out
+from .stream import write
+
+
+def merge(trained: Path, base: Path, output: Path, dtype: str | None = None, skip: list[str] | None = None,
+          progress: bool = False) -> None:
+    """Write the base with the trained tensors in place of its own, under the base's names and prefix.
+
+    trained: what a training saved, any naming. base: the pixel initialisation, whole. dtype: fp32, bf16 or fp16 for all
+    tensors; None keeps each tensor's own. skip: patterns such as "layers.0.*" of trained tensors to leave out, by
+    published name. Raises CheckpointError where a tensor does not fit the base."""
+    part, whole = read_layout(trained), read_layout(base)
+    if part.kind == "model" and whole.kind == "part":
+        raise CheckpointError(f"{whole.path.name} is the trained part and {part.path.name} the whole model; "
+                              "give them the other way round")
+    check(whole)
+    if part.kind not in ("part", "model", "unknown"):
+        check(part)  # says what it is
+    tensors = whole.tensors | fitting(part, whole, skip or [])
+    note_left_out(whole)
+    write(output, arrange(tensors, whole.naming, whole.prefix, dtype and DTYPES[dtype]), [part, whole], "l2p merge",
+          {"dtype": dtype, "skip": skip or []}, modelspec_of(whole), progress)
+
+
+def fitting(part: Layout, whole: Layout, skip: list[str]) -> dict[str, Source]:
+    """The trained tensors by published name. Raises CheckpointError where one is not in the base or has another shape."""
+    found = part.tensors | {key.removeprefix(part.prefix): Source(part.entries[key]) for key in (*part.unused, *part.outside)}
+    for pattern in skip:
+        if not any(fnmatchcase(name, pattern) for name in found):
+            raise CheckpointError(f"--skip {pattern} matches none of the {len(found)} tensors of {part.path.name} "
+                                  f"(first: {next(iter(found), None)})")
+    kept = {name: source for name, source in found.items() if not any(fnmatchcase(name, pattern) for pattern in skip)}
+    if unknown := [name for name in kept if name not in whole.tensors]:
+        raise CheckpointError(f"{part.path.name} has {len(unknown)} of {len(kept)} tensors that {whole.path.name} lacks "
+                              f"(first: {unknown[0]}). Give the pixel initialisation it was trained from, or leave them "
+                              f"out by name: --skip '{unknown[0]}'")
+    if misshapen := [name for name, source in kept.items() if source.shape != whole.tensors[name].shape]:
+        name = misshapen[0]
+        raise CheckpointError(f"{len(misshapen)} tensors of {part.path.name} do not fit {whole.path.name} (first: {name} is "
+                              f"{kept[name].shape}, there {whole.tensors[name].shape}). Give the pixel initialisation it "
+                              f"was trained from, or leave them out by name: --skip '{name}'")
+    if not kept:
+        raise CheckpointError(f"{part.path.name} holds no tensors to merge. Give the file that the training saved")
+    return kept
+
+
+def modelspec_of(whole: Layout) -> dict[str, str]:
+    """The base's modelspec fields, for those that the trained part lacks are the base's: the model's size for one."""
+    return {key.removeprefix("modelspec."): value for key, value in whole.metadata.items() if key.startswith("modelspec.")}

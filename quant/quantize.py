@@ -1,0 +1,228 @@
+"""INT8 or FP8 linears in ComfyUI's own format, the rest in BF16: `l2p quantize`. Every tensor's loss is measured as it
+is written."""
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..l2p_core.checkpoint import check
+from ..l2p_core.int8 import comfy_kitchen, dequantize
+from ..l2p_core.layout import DTYPE_BYTES, CheckpointError, Layout, read_layout
+from .export import PREFIXES, arrange, marker_piece, note_left_out
+from .stream import Piece, gigabytes, read_floats, write
+
+# Which tensors become 8 bits, by ComfyUI's names: the linears of the blocks. Norms, biases, modulation, embedders and the
+# decoder are a hundredth of the model's work and the most sensitive to rounding.
+_LINEARS = r"(attention\.(qkv|out)|feed_forward\.w[123])\.weight"
+PRESETS = {
+    "card": rf"layers\.(?!0\.)\d+\.{_LINEARS}",  # as the published 7.19 GB file: refiners and first layer in BF16
+    "small": rf"(layers|noise_refiner|context_refiner)\.\d+\.{_LINEARS}",
+}
+FORMATS = {"int8_tensorwise": ("I8", 127), "float8_e4m3fn": ("F8_E4M3", 448)}  # dtype and largest number
+GRANULARITIES = ("tensor", "row", "convrot")
+CONVROT_GROUPSIZES = (256, 64, 16)  # ComfyUI's own size first; powers of 4 that must divide the inputs
+
+
+@dataclass
+class Tally:
+    """What rounding did to one tensor."""
+    name: str
+    shape: tuple[int, ...]
+    bytes_before: int
+    bytes_after: int
+    convrot_groupsize: int = 0
+    signal: float = 0.0  # sums of squares
+    noise: float = 0.0
+
+    @property
+    def snr_db(self) -> float | None:
+        """Signal to noise in decibels; None where nothing was lost."""
+        return 10 * math.log10(self.signal / self.noise) if self.noise else None
+
+    def add(self, before: Tensor, after: Tensor) -> None:
+        self.signal += float(before.square().sum(dtype=torch.float64))
+        self.noise += float((before - after).square().sum(dtype=torch.float64))
+
+
+@dataclass
+class Options:
+    """What decides the bytes of a quantized file."""
+    format: str = "int8_tensorwise"
+    granularity: str = "row"  # one scale for each tensor or row; convrot: rows, rotated first, which spreads outliers
+    preset: str = "card"
+    include: list[str] = field(default_factory=list)  # patterns of further tensors, by ComfyUI's names without prefix
+    exclude: list[str] = field(default_factory=list)
+    prefix: str = PREFIXES["comfyui"]
+
+
+def quantize(checkpoint: Path, output: Path, options: Options | None = None, verify: bool = False,
+             progress: bool = False) -> dict:
+    """Write a whole model with its large linears in 8 bits, for ComfyUI and for `load_model`. Returns the report: sizes
+    and signal-to-noise, in total and for each tensor, ready for JSON.
+
+    verify: read the written file back: what is kept must equal the source, what is quantized must show the loss noted.
+    Raises CheckpointError where the model is not whole or is quantized already, where a pattern means nothing, and where
+    verifying finds a difference."""
+    options = options or Options()
+    layout = read_layout(checkpoint)
+    check(layout)
+    tallies: list[Tally] = []
+    pieces = plan(layout, options, tallies)
+    note_left_out(layout)
+    write(output, pieces, [layout], "l2p quantize", asdict(options), {}, progress)
+    facts = report(layout, Path(output), options, tallies)
+    if verify:
+        compare(layout, Path(output), tallies)
+        facts["verified"] = True
+    return facts
+
+
+def plan(layout: Layout, options: Options, tallies: list[Tally]) -> list[Piece]:
+    """The file's tensors. tallies: gets one for each quantized tensor, filled while it is written."""
+    if options.format not in FORMATS or options.preset not in PRESETS or options.granularity not in GRANULARITIES:
+        raise CheckpointError(f"format {options.format}, granularity {options.granularity}, preset {options.preset}: expected "
+                              f"{' or '.join(FORMATS)}; {', '.join(GRANULARITIES)}; {' or '.join(PRESETS)}")
+    if options.format != "int8_tensorwise" and options.granularity != "tensor":
+        raise CheckpointError(f"{options.format} has one scale for each tensor: --granularity tensor")
+    if layout.quantization:
+        raise CheckpointError(f"{layout.path.name} is quantized already ({layout.quantization}), and rounding twice loses "
+                              "twice. Give the model it was made from; l2p export changes names alone")
+    plain = arrange(layout.tensors, "comfyui", dtype="BF16")
+    chosen = choose(plain, options)
+    if dull := [piece for piece in plain if piece.name in chosen and len(piece.shape) != 2]:
+        raise CheckpointError(f"--include reaches {dull[0].name} of shape {dull[0].shape}; only the weights of linear layers, "
+                              "with two dimensions, can be quantized. Narrow the pattern")
+    pieces: list[Piece] = []
+    for piece in plain:
+        piece = piece._replace(name=options.prefix + piece.name)
+        pieces += quantized(piece, options, tallies) if piece.name.removeprefix(options.prefix) in chosen else [piece]
+    return pieces
+
+
+def choose(pieces: list[Piece], options: Options) -> set[str]:
+    """The names to quantize: the preset's and the included, without the excluded. Raises CheckpointError."""
+    names = [piece.name for piece in pieces]
+    for pattern in (*options.include, *options.exclude):
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise CheckpointError(f"the pattern {pattern} matches no tensor; names are ComfyUI's, without prefix, such as "
+                                  f"{next(name for name in names if name.endswith('qkv.weight'))}")
+
+    def matches(name: str, patterns: list[str]) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in patterns)
+    chosen = {name for name in names if (re.fullmatch(PRESETS[options.preset], name) or matches(name, options.include))
+              and not matches(name, options.exclude)}
+    if not chosen:
+        raise CheckpointError("nothing is left to quantize; give fewer --exclude")
+    return chosen
+
+
+def quantized(piece: Piece, options: Options, tallies: list[Tally]) -> list[Piece]:
+    """The pieces that stand for one linear's weights: numbers, scale, marker."""
+    dtype, largest = FORMATS[options.format]
+    rows, inputs = piece.shape
+    groupsize = 0
+    if options.granularity == "convrot":
+        groupsize = next((size for size in CONVROT_GROUPSIZES if inputs % size == 0), 0)
+    before = sum(math.prod(source.shape) * DTYPE_BYTES[source.entry.dtype] for source in piece.origin)
+    tally = Tally(piece.name, piece.shape, before, rows * inputs, groupsize)
+    tallies.append(tally)
+    scales: list[Tensor] = []  # filled by the numbers, which are written first
+
+    def numbers() -> Iterator[Tensor]:
+        scales.clear()
+        tally.signal = tally.noise = 0.0
+        shared = None
+        if options.granularity == "tensor":
+            largest_number = max(float(block.abs().max()) for block in floats(piece))
+            shared = torch.tensor(largest_number / largest).clamp(min=1e-30)
+            scales.append(shared)
+        for block in floats(piece):
+            codes, scale = round_block(block, options.format, shared, groupsize)
+            if shared is None:
+                scales.append(scale)
+            tally.add(block, dequantize(codes, scale, groupsize, torch.float32))
+            yield codes
+
+    scale_shape = () if options.granularity == "tensor" else (rows, 1)
+    return [Piece(piece.name, dtype, piece.shape, numbers),
+            Piece(f"{piece.name}_scale", "F32", scale_shape, lambda: scales),
+            marker_piece(piece.name, options.format, groupsize)]
+
+
+def round_block(block: Tensor, kind: str, shared: Tensor | None, groupsize: int) -> tuple[Tensor, Tensor]:
+    """Rows (R, K) float32 → their 8-bit codes and scale, () where shared or (R, 1); comfy-kitchen's rounding."""
+    kitchen = comfy_kitchen()
+    if kind == "float8_e4m3fn":
+        return kitchen.quantize_per_tensor_fp8(block, shared), shared
+    if shared is not None:
+        return kitchen.quantize_int8_tensorwise(block, shared)
+    if groupsize:
+        return torch.ops.comfy_kitchen.quantize_int8_convrot_weight(block, groupsize)
+    return kitchen.quantize_int8_rowwise(block)
+
+
+def floats(piece: Piece) -> Iterator[Tensor]:
+    """The source's numbers in blocks of rows, float32. Raises CheckpointError for NaN and infinities."""
+    for source in piece.origin:
+        for block in read_floats(source, torch.float32):
+            if not block.isfinite().all():
+                raise CheckpointError(f"{source.entry.file.name}: {source.entry.key} holds NaN or infinite numbers. The file "
+                                      "is damaged, or its training diverged")
+            yield block
+
+
+def compare(layout: Layout, output: Path, tallies: list[Tally]) -> None:
+    """Raise CheckpointError unless the file, read anew, is a whole model, BF16 of the source where it is not quantized,
+    and as far from it as the tallies say where it is."""
+    written = read_layout(output)
+    check(written)
+    found: dict[str, Tally] = {}
+    for name, source in written.tensors.items():
+        tally = found.setdefault(source.entry.key, Tally(source.entry.key, source.entry.shape, 0, 0))
+        originals = read_floats(layout.tensors[name], torch.float32)  # the same rows at a time, whatever the packing
+        for before, after in zip(originals, read_floats(source, torch.float32), strict=True):
+            tally.add(before if source.format else before.bfloat16().float(), after)
+    noted = {tally.name: tally.snr_db for tally in tallies}
+    for key, tally in found.items():
+        wanted, there = noted.get(key), tally.snr_db
+        if (wanted is None) != (there is None) or wanted is not None and abs(wanted - there) > 0.1:
+            raise CheckpointError(f"{output.name} does not hold what was written: {key} reads with {there and round(there, 1)} dB "
+                                  f"of signal to noise, expected {wanted and round(wanted, 1)}. Check the disk, then quantize again")
+
+
+def report(layout: Layout, output: Path, options: Options, tallies: list[Tally]) -> dict:
+    """Facts about the written file, ready for JSON."""
+    noise = sum(tally.noise for tally in tallies)
+    whole = Tally("", (), 0, 0, 0, sum(tally.signal for tally in tallies), noise)
+    return {"source": str(layout.path), "output": str(output), **asdict(options),
+            "bytes_before": sum(file.stat().st_size for file in layout.files), "bytes_after": output.stat().st_size,
+            "quantized": len(tallies), "snr_db": whole.snr_db, "verified": False,
+            "tensors": [{"name": tally.name, "shape": tally.shape, "bytes_before": tally.bytes_before,
+                         "bytes_after": tally.bytes_after, "convrot_groupsize": tally.convrot_groupsize,
+                         "snr_db": tally.snr_db} for tally in tallies]}
+
+
+def table(facts: dict, worst: int = 10) -> str:
+    """The report as lines for people: totals and the tensors that lost most."""
+    def decibels(value: float | None) -> str:
+        return "exact" if value is None else f"{value:.1f} dB"
+    tensors = sorted(facts["tensors"], key=lambda tensor: math.inf if tensor["snr_db"] is None else tensor["snr_db"])[:worst]
+    width = max(len(tensor["name"]) for tensor in tensors)
+    return "\n".join([
+        f"{facts['output']}: {facts['format']}, {facts['granularity']}, preset {facts['preset']}"
+        + (", verified" if facts["verified"] else ""),
+        f"  {gigabytes(facts['bytes_before'])} became {gigabytes(facts['bytes_after'])}; {facts['quantized']} tensors quantized, "
+        f"signal to noise {decibels(facts['snr_db'])}",
+        f"  the {len(tensors)} that lost most:",
+        *(f"    {tensor['name']:{width}}  {decibels(tensor['snr_db']):>8}  {' x '.join(map(str, tensor['shape']))}"
+          for tensor in tensors)])
+
+
+def save_report(facts: dict, file: Path) -> None:
+    file.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,239 @@
+"""A safetensors file written from a plan, a block of rows at a time: whole under its name, or not there at all.
+
+A plan is a list of pieces, one for each tensor; nothing is read before `write`. The file grows beside its place as
+`.NAME.part`, the same name each run, and takes its name once it is on the disk, so the output may be one of the inputs.
+Sources are read, not mapped: a mapped file that shrinks would end the program.
+"""
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..l2p_core.int8 import dequantize
+from ..l2p_core.layout import DTYPE_BYTES, CheckpointError, Layout, Source, stamp
+
+TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+                "I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+BLOCK = 1 << 22  # numbers in memory at a time: 16 MB as float32
+FORMAT_VERSION = "1"  # of the l2p.* metadata below
+PENDING_HASH = "0" * 64  # stands in the header until the inputs are hashed, which goes on beside the writing
+
+
+class Piece(NamedTuple):
+    """One tensor of the file to be written."""
+    name: str
+    dtype: str  # safetensors' name
+    shape: tuple[int, ...]
+    origin: tuple[Source, ...] | Callable[[], Iterable[Tensor]]  # read below one another, or made in blocks of rows
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+def write(path: Path, pieces: list[Piece], inputs: list[Layout], command: str, options: dict[str, object],
+          modelspec: dict[str, str], progress: bool = False) -> None:
+    """Write the pieces as one file, in their order, and say in its metadata how it was made.
+
+    inputs: what the pieces read; hashed into the metadata. command, options: what makes the file, for the metadata.
+    modelspec: fields beside those of the first input; an empty value drops one. progress: show a bar, in bytes. Raises
+    ValueError, with nothing left behind, where there is no place to write or a source changed meanwhile."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    files = [(file, before) for layout in inputs for file, before in layout.stamps.items()]
+    metadata = {"format": "pt", "l2p.format_version": FORMAT_VERSION, "l2p.made_by": f"ComfyUI-L2P, {command}",
+                "l2p.options": json.dumps(options), **carried_modelspec(inputs[0], modelspec)}
+
+    def header(hashes: list[str]) -> bytes:
+        facts = [{"name": file.name, "bytes": before[0], "sha256": sha256}
+                 for (file, before), sha256 in zip(files, hashes, strict=True)]
+        return encode_header(pieces, {**metadata, "l2p.inputs": json.dumps(facts)})
+
+    head = header([PENDING_HASH] * len(files))
+    begins = offsets(pieces)
+    total = len(head) + sum(piece.bytes for piece in pieces)
+    check_place(path, part, total)
+    stop = Event()
+    beside = ThreadPoolExecutor(1)  # hashing releases the interpreter, so writing goes on meanwhile
+    try:
+        hashes = [beside.submit(sha256_of, file, stop) for file, _ in files]
+        with part.open("wb") as stream, tqdm(total=total, desc=f"writing {path.name}", unit="B", unit_scale=True,
+                                             disable=not progress) as bar:
+            stream.write(head)
+            bar.update(len(head))
+            for piece in pieces:
+                stream.seek(len(head) + begins[piece.name])
+                written = 0
+                for block in blocks(piece):
+                    written += stream.write(block)
+                    bar.update(len(block))
+                assert written == piece.bytes, f"{piece.name}: {written} bytes for {piece.bytes}"
+            final = header([future.result() for future in hashes])
+            assert len(final) == len(head)
+            stream.seek(0)
+            stream.write(final)
+            stream.flush()
+            os.fsync(stream.fileno())
+        for file, before in files:
+            if not file.exists() or stamp(file) != before:
+                raise CheckpointError(f"{file} changed while it was read, so {path.name} was not written. "
+                                      "Wait until the other program is done, then run this again")
+        part.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise CheckpointError(f"{path.parent} is full: {path.name} needs {gigabytes(total)}. Nothing was left behind. "
+                                  "Make room, or write elsewhere") from None
+        raise
+    finally:
+        stop.set()
+        beside.shutdown()
+        part.unlink(missing_ok=True)
+
+
+def encode_header(pieces: list[Piece], metadata: dict[str, str]) -> bytes:
+    """The file's beginning: length, then JSON padded to a multiple of 8 bytes, so that all tensors are aligned."""
+    begins = offsets(pieces)
+    table = {piece.name: {"dtype": piece.dtype, "shape": piece.shape,
+                          "data_offsets": [begins[piece.name], begins[piece.name] + piece.bytes]}
+             for piece in sorted(pieces, key=lambda piece: begins[piece.name])}
+    encoded = json.dumps({"__metadata__": metadata, **table}, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def offsets(pieces: list[Piece]) -> dict[str, int]:
+    """Where each tensor begins after the header: wide numbers first, so that each is aligned to its own width."""
+    begins, begin = {}, 0
+    for piece in sorted(pieces, key=lambda piece: -DTYPE_BYTES[piece.dtype]):
+        assert piece.name not in begins, piece.name
+        begins[piece.name] = begin
+        begin += piece.bytes
+    return begins
+
+
+def blocks(piece: Piece) -> Iterator[memoryview]:
+    """The piece's bytes: as they lie in the source where its dtype is kept, else cast or multiplied out."""
+    if callable(piece.origin):
+        yield from map(as_bytes, piece.origin())
+        return
+    for source in piece.origin:
+        if source.entry.dtype == piece.dtype:
+            yield from map(as_bytes, read_blocks(source))
+            continue
+        for block in read_floats(source, TORCH_DTYPES[piece.dtype]):
+            if not block.isfinite().all():
+                raise CheckpointError(f"{source.entry.file.name}: {source.entry.key} holds NaN or infinite numbers as "
+                                      f"{piece.dtype}. The file is damaged, or its training diverged"
+                                      + ("; or take bf16, whose range is that of fp32" if piece.dtype == "F16" else ""))
+            yield as_bytes(block)
+
+
+def read_floats(source: Source, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Blocks of rows as floating point; what is quantized is multiplied out."""
+    scale, row = read_scale(source), 0
+    for block in read_blocks(source):
+        if scale is None:
+            yield block.to(dtype)
+            continue
+        rows = scale if len(scale) == 1 else scale[row:row + len(block)]
+        row += len(block)
+        yield dequantize(block, rows, source.convrot_groupsize, torch.float32).to(dtype)
+
+
+def read_scale(source: Source) -> Tensor | None:
+    """A quantized tensor's scale, float32, (1, 1) or (rows, 1); None where it has none."""
+    if source.scale is None:
+        return None
+    third = source.third if source.scale.count > 1 else None
+    return torch.cat([block.flatten() for block in read_blocks(Source(source.scale, third))]).float()[:, None]
+
+
+def read_blocks(source: Source) -> Iterator[Tensor]:
+    """The tensor as it is stored, in blocks of whole rows: (rows, ...)."""
+    entry, shape = source.entry, source.shape
+    if entry.dtype not in TORCH_DTYPES:
+        raise CheckpointError(f"{entry.file.name}: {entry.key} is {entry.dtype}; this program reads "
+                              f"{', '.join(TORCH_DTYPES)}. Use the BF16 version of the model")
+    rows, row_shape = (shape or (1,))[0], shape[1:]
+    row = math.prod(row_shape)
+    step = max(1, BLOCK // max(1, row))
+    with entry.file.open("rb", buffering=0) as stream:
+        stream.seek(entry.begin + (source.third or 0) * rows * row * DTYPE_BYTES[entry.dtype])
+        for first in range(0, rows, step):
+            count = min(step, rows - first)
+            buffer = bytearray(count * row * DTYPE_BYTES[entry.dtype])
+            view, filled = memoryview(buffer), 0
+            while filled < len(buffer):
+                if not (got := stream.readinto(view[filled:])):
+                    raise CheckpointError(f"{entry.file} ended in the middle of {entry.key}: it was cut short while it was "
+                                          "read. Get the file again")
+                filled += got
+            if buffer:
+                yield torch.frombuffer(buffer, dtype=TORCH_DTYPES[entry.dtype]).view(count, *row_shape)
+
+
+def as_bytes(block: Tensor) -> memoryview:
+    return memoryview(block.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def carried_modelspec(first: Layout, changes: dict[str, str]) -> dict[str, str]:
+    """The first input's modelspec fields with these changed. What it says of the file's own bytes is left out."""
+    fields = {key.removeprefix("modelspec."): value for key, value in first.metadata.items() if key.startswith("modelspec.")}
+    fields = {"sai_model_spec": "1.0.1", "architecture": "z-image-l2p", "implementation": "https://github.com/TencentYoutuResearch/T2I-L2P",
+              **fields, **changes, "hash_sha256": ""}
+    return {f"modelspec.{key}": value for key, value in fields.items() if value}
+
+
+def check_place(path: Path, part: Path, total: int) -> None:
+    """Raise CheckpointError unless `total` bytes can be written there."""
+    folder = path.parent
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"the output is {path}; expected a name that ends in .safetensors")
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder, so {path.name} can't be written there. Make it first: mkdir -p {folder}")
+    if path.is_dir():
+        raise CheckpointError(f"the output {path} is a folder; give the name of a file in it")
+    try:
+        part.touch()
+    except OSError as error:
+        raise CheckpointError(f"{folder} can't be written to ({error.strerror}). Give an output in another folder") from None
+    free = shutil.disk_usage(folder).free + part.stat().st_size
+    part.unlink()
+    if free < total:
+        raise CheckpointError(f"{path.name} takes {gigabytes(total)}, but {folder} has {gigabytes(free)} free. "
+                              f"Free {gigabytes(total - free)} there, or write elsewhere")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut; Windows keeps no handle on folders."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def sha256_of(file: Path, stop: Event) -> str:
+    digest, buffer = hashlib.sha256(), bytearray(1 << 22)
+    with file.open("rb", buffering=0) as stream:
+        while not stop.is_set() and (got := stream.readinto(buffer)):
+            digest.update(memoryview(buffer)[:got])
+    return digest.hexdigest()
+
+
+def gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count:,} bytes"
