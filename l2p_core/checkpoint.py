@@ -1,16 +1,15 @@
 """A checkpoint file becomes a model: tensors stay memory-mapped until they are cast or moved."""
-import re
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from .config import L2PConfig
 from .int8 import Int8Linear, comfy_kitchen, dequantize
-from .layout import PART_MESSAGE, CheckpointError, Entry, Layout, Source, read_layout
+from .layout import SHARD_NAME, CheckpointError, Entry, Layout, read_layout
 from .model import L2PTransformer
 
 
@@ -20,7 +19,7 @@ def load_model(path: str | Path | Layout, device: str | torch.device = "cpu", dt
     layout read from one.
 
     dtype: what all weights become, save INT8 ones, which stay INT8. Weights that already are of that dtype stay in the
-    memory-mapped file on a CPU. convrot_groupsize: see `read_layout`. progress: show a bar. Raises CheckpointError
+    memory-mapped file on a CPU. convrot_groupsize: see `read_layout`, where a layout has it. progress: show a bar. Raises CheckpointError
     where the file is not a whole, finite L2P model; its message says what it is."""
     layout = path if isinstance(path, Layout) else read_layout(path, convrot_groupsize)
     check(layout)
@@ -28,7 +27,10 @@ def load_model(path: str | Path | Layout, device: str | torch.device = "cpu", dt
         model = L2PTransformer(layout.config)
     tensors: dict[str, Tensor] = {}
     with ExitStack() as opened:
-        readers = {file: opened.enter_context(safe_open(file, framework="pt")) for file in layout.files}
+        try:
+            readers = {file: opened.enter_context(safe_open(file, framework="pt")) for file in layout.files}
+        except SafetensorError as error:
+            raise CheckpointError(f"{layout.path.name} can't be opened: {error}. Get the file again") from None
 
         def read(entry: Entry, third: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
             tensor = readers[entry.file].get_tensor(entry.key)
@@ -62,7 +64,7 @@ def load_model(path: str | Path | Layout, device: str | torch.device = "cpu", dt
 def check(layout: Layout) -> None:
     """Raise CheckpointError, saying what the file is and what to do, unless it is a whole L2P model."""
     name = layout.path.name
-    if len(layout.files) == 1 and (shard := re.search(r"-\d{5}-of-(\d{5})\.safetensors$", name)) and int(shard[1]) > 1:
+    if len(layout.files) == 1 and (shard := SHARD_NAME.search(name)) and int(shard[1]) > 1:
         raise CheckpointError(f"{name} is one of {int(shard[1])} shards. Give the folder that holds them all, or their index")
     if layout.kind == "latent":
         raise CheckpointError(f"{name} is a latent Z-Image, which draws through a VAE. "
@@ -79,7 +81,9 @@ def check(layout: Layout) -> None:
     if layout.kind == "part":
         missing = missing_layers(layout)
         raise CheckpointError(f"{name} holds {len(layout.tensors)} tensors but lacks "
-                              + (f"main layers {missing}" if missing else "parts of the transformer") + f": {PART_MESSAGE}")
+                              + (f"main layers {missing}" if missing else "parts of the transformer")
+                              + ": it is a trained part. Merge it with the pixel initialisation it was trained from first: "
+                              "l2p merge")
     expected = expected_shapes(layout.config)
     found = {key: source.shape for key, source in layout.tensors.items()}
     if missing := [key for key in expected if key not in found]:

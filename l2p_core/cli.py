@@ -83,12 +83,12 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     machine.add_argument("--overwrite", action="store_true", help="draw again what was drawn with other settings")
 
     def run(args: argparse.Namespace) -> None:
-        from .generate import SETTINGS, draw, plan, read_rows  # transformers takes seconds to import
+        from .generate import SETTINGS, draw, plan, read_rows
         from .pipeline import BUNDLED_MODEL, L2PPipeline
         if (args.prompt is None) == (args.prompts is None):
             raise ValueError("give a prompt, or a file of them with --prompts")
         rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if args.device is None and torch.cuda.is_available():
+        if args.device == "cuda" or args.device is None and torch.cuda.is_available():
             args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         pipe = L2PPipeline.from_pretrained(args.checkpoint, args.text_encoder, args.tokenizer, args.device,
                                            getattr(torch, args.dtype), args.convrot, progress=args.checkpoint is not None)

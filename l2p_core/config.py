@@ -1,4 +1,5 @@
 """The model's numbers, read from the shapes of a checkpoint's tensors."""
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -57,8 +58,7 @@ class L2PConfig:
     @property
     def size_multiple(self) -> int:
         """Height and width must be multiples of this: whole patches, and whole decoder pixels (320 at patch 160)."""
-        halvings = 2 ** len(self.decoder)
-        return self.patch_size if self.patch_size % halvings == 0 else self.patch_size * 2
+        return math.lcm(self.patch_size, 2 ** len(self.decoder))
 
     @property
     def nominal_size(self) -> int:
@@ -90,7 +90,10 @@ class L2PConfig:
 
         def depth(name: str) -> int:
             pattern = re.compile(rf"{name}\.(\d+)\.")
-            return 1 + max((int(found[1]) for key in shapes if (found := pattern.match(key))), default=-1)
+            found = {int(match[1]) for key in shapes if (match := pattern.match(key))}
+            if found != set(range(len(found))):
+                raise ValueError(f"it has {name}.{max(found)}, but not every {name} before it")
+            return len(found)
 
         return cls(
             patch_size=patch_size, dim=dim, n_heads=dim // head_dim,

@@ -1,17 +1,22 @@
 """Prompts to picture files, many at a time and over several processes: `l2p generate`."""
 import csv
 import hashlib
+import io
 import json
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import Field, asdict, dataclass, fields
 from itertools import groupby, islice
 from pathlib import Path
+from threading import Event
 
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+import numpy as np
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from tqdm import tqdm
 
-from .pipeline import L2PPipeline
+from .pipeline import L2PPipeline, usable_device
 from .sampler import schedule, solver
 
 PNG_KEY = "l2p"  # the text chunk that carries a picture's settings as JSON
@@ -59,8 +64,9 @@ def plan(rows: list[dict], settings: dict, count: int, output: Path, pipe: L2PPi
         raise ValueError(f"--output is one file, {output}, for {len(rows) * count} pictures; give a folder")
     pictures = []
     for number, row in enumerate(rows):
-        row = {name: value for name, value in row.items() if value not in (None, "")}
-        file_name = Path(row.pop("file_name", f"{number:05d}"))
+        row = {name: value for name, value in row.items() if value is not None}
+        file_name = Path(str(row.pop("file_name", f"{number:05d}")))
+        file_name = file_name.with_name(file_name.name.removesuffix(".png"))
         row["prompt"] = row.pop("text", row.get("prompt", ""))
         if file_name.is_absolute() or ".." in file_name.parts:
             raise ValueError(f"prompt {number + 1}: file_name {file_name} leads out of {output}")
@@ -73,10 +79,13 @@ def plan(rows: list[dict], settings: dict, count: int, output: Path, pipe: L2PPi
             pipe.check_size(values["height"], values["width"])
             schedule(values["num_inference_steps"], values["denoising_strength"], values["shift"])
             solver(values["sampler"])
+            usable_device(values["rand_device"])
+            if not 0 <= values["seed"] < 2**63 - count:
+                raise ValueError(f"seed is {values['seed']}; expected a whole number from 0 to 2^63")
         except ValueError as error:
             raise ValueError(f"prompt {number + 1}: {error}" if len(rows) > 1 else str(error)) from None
         for copy in range(count):
-            name = file_name.with_name(f"{file_name.stem}-{copy}.png" if count > 1 else f"{file_name.stem}.png")
+            name = file_name.with_name(f"{file_name.name}-{copy}.png" if count > 1 else f"{file_name.name}.png")
             pictures.append(Picture(output if output.suffix else output / name,
                                     **{**values, "seed": values["seed"] + copy}))
     if len({picture.output for picture in pictures}) < len(pictures):
@@ -87,8 +96,11 @@ def plan(rows: list[dict], settings: dict, count: int, output: Path, pipe: L2PPi
 def cast(setting: Field, value: object) -> str | int | float:
     """A setting as the type it has. Raises ValueError where it can't be."""
     try:
-        return setting.type(value)
-    except (TypeError, ValueError):
+        result = setting.type(value)
+        if isinstance(value, (list, dict)) or setting.type is not str and (result != float(value) or not math.isfinite(result)):
+            raise ValueError
+        return result
+    except (TypeError, ValueError, OverflowError):
         kind = {int: "a whole number", float: "a number"}.get(setting.type, "text")
         raise ValueError(f"{setting.name} is {value!r}; expected {kind}") from None
 
@@ -101,12 +113,20 @@ def draw(pictures: list[Picture], pipe: L2PPipeline, batch: int = 1, free_text_e
     a bar. Raises ValueError, before anything is drawn, where a picture is there with other settings."""
     if batch < 1:
         raise ValueError(f"--batch is {batch}; expected 1 or more")
-    with ThreadPoolExecutor(1) as beside:  # hashing releases the interpreter, so drawing goes on meanwhile
-        checkpoint_hash = beside.submit(hash_files, pipe.layout.files)
+    if not pictures:
+        return
+    stop = Event()
+    with ThreadPoolExecutor(1) as beside, ExitStack() as at_end:  # hashing leaves the interpreter free to draw
+        at_end.callback(stop.set)
+        checkpoint_hash = beside.submit(hash_files, pipe.layout.files, stop)
 
         def describe(picture: Picture) -> dict:
             facts = {name: value for name, value in asdict(picture).items() if name in SETTINGS}
-            return {**facts, "dtype": str(pipe.dtype).removeprefix("torch."), "checkpoint": pipe.layout.path.name,
+            for name in ("input_image", "inpaint_mask"):
+                if facts[name]:
+                    facts[f"{name}_sha256"] = hash_files([Path(facts[name])], stop)
+            return {**facts, "dtype": str(pipe.dtype).removeprefix("torch."), "text_encoder": str(pipe.text_encoder_path),
+                    "quantization": pipe.layout.quantization, "checkpoint": pipe.layout.path.name,
                     "checkpoint_sha256": checkpoint_hash.result()}
 
         missing = [picture for picture in pictures if overwrite or not picture.output.exists()
@@ -137,17 +157,28 @@ def draw(pictures: list[Picture], pipe: L2PPipeline, batch: int = 1, free_text_e
 
 def read_rows(file: Path) -> list[dict]:
     """One dict per prompt from .txt, .csv, .json or .jsonl. Raises ValueError with the line that can't be read."""
-    text = file.read_text(encoding="utf-8-sig")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{file.name} is not UTF-8 text; save it as UTF-8") from None
     match file.suffix.lower():
         case ".txt":
-            rows = [{"prompt": line.strip()} for line in text.splitlines() if line.strip()]
+            rows = [{"prompt": line.strip()} for line in text.split("\n") if line.strip()]
         case ".csv":
-            rows = list(csv.DictReader(text.splitlines(keepends=True)))
+            try:
+                rows = list(csv.DictReader(io.StringIO(text, newline="")))
+            except csv.Error as error:
+                raise ValueError(f"{file.name} is not CSV: {error}") from None
+            for number, row in enumerate(rows):
+                if row.pop(None, None):
+                    raise ValueError(f"{file.name}, prompt {number + 1} has more columns than the first line names; put a "
+                                     "prompt with commas in quotes")
+            rows = [{name: value for name, value in row.items() if value} for row in rows]
         case ".json" | ".jsonl":
             try:
                 rows = (json.loads(text) if file.suffix.lower() == ".json"
-                        else [json.loads(line) for line in text.splitlines() if line.strip()])
-            except json.JSONDecodeError as error:
+                        else [json.loads(line) for line in text.split("\n") if line.strip()])
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise ValueError(f"{file.name} is not {file.suffix[1:].upper()}: {error}") from None
             rows = [{"prompt": row} if isinstance(row, str) else row for row in (rows if isinstance(rows, list) else [rows])]
         case suffix:
@@ -156,7 +187,7 @@ def read_rows(file: Path) -> list[dict]:
         raise ValueError(f"{file.name} holds no prompts")
     for number, row in enumerate(rows):
         unknown = row.keys() - set(COLUMNS) if isinstance(row, dict) else {"not a table"}
-        if unknown or not row.keys() & {"prompt", "text"}:
+        if unknown or not isinstance(row.get("prompt", row.get("text")), str):
             raise ValueError(f"{file.name}, prompt {number + 1}: "
                              + (f"unknown column {sorted(map(str, unknown))[0]}" if unknown else "no column prompt or text")
                              + f"; known are {', '.join(COLUMNS)}")
@@ -174,8 +205,8 @@ def is_drawn(output: Path, wanted: dict) -> bool:
     """True where the file has the very settings wanted. Raises ValueError where it has others, or none."""
     try:
         with Image.open(output) as there:
-            settings = json.loads(there.text[PNG_KEY])
-    except (OSError, AttributeError, KeyError, ValueError):
+            settings = dict(json.loads(there.info[PNG_KEY]))
+    except (OSError, KeyError, ValueError, TypeError):
         raise ValueError(f"{output} exists and was not drawn by l2p; give another --output, or --overwrite") from None
     for name in {**wanted, **settings}:
         if wanted.get(name) != settings.get(name):
@@ -201,17 +232,19 @@ def open_picture(file: str | Path) -> Image.Image:
     """The picture, read whole. Raises ValueError where it is none and OSError where it is not there."""
     try:
         with Image.open(file) as picture:
-            picture.load()
-            return picture
-    except UnidentifiedImageError:
-        raise ValueError(f"{file} is no picture that Pillow can read") from None
+            picture = ImageOps.exif_transpose(picture)
+    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{file} is no picture that Pillow can read: {error}") from None
+    if picture.mode.startswith("I"):  # 16 bits a pixel
+        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8))
+    return picture
 
 
-def hash_files(files: list[Path]) -> str:
-    """SHA-256 of a file, or of its shards one after the other."""
+def hash_files(files: list[Path], stop: Event | None = None) -> str:
+    """SHA-256 of a file, or of its shards one after the other. stop: ends it early, with a hash of no use."""
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
-            while block := stream.read(1 << 24):
+            while not (stop and stop.is_set()) and (block := stream.read(1 << 24)):
                 digest.update(block)
     return digest.hexdigest()

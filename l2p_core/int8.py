@@ -34,7 +34,7 @@ class Int8Linear(nn.Module):
 def dequantize(weight: Tensor, weight_scale: Tensor, convrot_groupsize: int, dtype: torch.dtype) -> Tensor:
     """The weights (N, K) that an INT8 or FP8 tensor and its scale (1,) or (N, 1) stand for."""
     if not convrot_groupsize:
-        return (weight.float() * weight_scale).to(dtype)
+        return (weight.float() * weight_scale.reshape(-1, *[1] * (weight.dim() - 1))).to(dtype)
     code = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}[dtype]
     comfy_kitchen()
     return torch.ops.comfy_kitchen.dequantize_int8_convrot_weight_dtype(weight, weight_scale, convrot_groupsize, code)

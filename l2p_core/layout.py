@@ -16,16 +16,19 @@ from typing import NamedTuple
 from .config import L2PConfig
 
 # Bytes per number, by safetensors' dtype names (github.com/huggingface/safetensors, README, "Format").
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
-               "F8_E4M3": 1, "F8_E5M2": 1}
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+               "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8}
 FLOATS = ("F64", "F32", "F16", "BF16")
+CONVROT_GROUPSIZES = (4, 16, 64, 256, 1024)
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+
+SHARD_NAME = re.compile(r"-\d{5}-of-(\d{5})\.safetensors$")
+KNOWN_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "pipe.dit.", "")  # any other is found as well
 
 # ComfyUI's names for what T2I-L2P calls otherwise; q, k and v lie packed in `qkv`, in this order.
 COMFYUI_NAMES = {".attention.out.": ".attention.to_out.0.", ".attention.q_norm.": ".attention.norm_q.",
                  ".attention.k_norm.": ".attention.norm_k."}
 PACKED = (".attention.qkv.weight", (".attention.to_q.weight", ".attention.to_k.weight", ".attention.to_v.weight"))
-PART_MESSAGE = "it is a trained part. Merge it with the pixel initialisation it was trained from first: l2p merge"
 
 
 class CheckpointError(ValueError):
@@ -89,8 +92,9 @@ class Layout:
     def trained_size(self) -> tuple[int, int]:
         """Height and width in pixels: the file's modelspec.resolution, else the square of 64 x 64 tokens."""
         width, _, height = self.metadata.get("modelspec.resolution", "").partition("x")
-        if width.isdecimal() and height.isdecimal():
-            return int(height), int(width)
+        sides = [int(side) for side in (height, width) if side.isdecimal()]
+        if len(sides) == 2 and all(side > 0 and side % self.config.size_multiple == 0 for side in sides):
+            return sides[0], sides[1]
         return self.config.nominal_size, self.config.nominal_size
 
     @property
@@ -113,10 +117,15 @@ def read_layout(path: str | Path | list[str | Path], convrot_groupsize: int | No
     assumed. Raises CheckpointError where the file is missing, truncated, inconsistent or no safetensors file. A whole
     file that is not an L2P model is described, not refused: see `kind`."""
     paths = [Path(part) for part in path] if isinstance(path, list) else [Path(path)]
-    path, files = paths[0], [file for part in paths for file in find_files(part)]
+    path, files, promised = paths[0], [], set()
+    for each in paths:
+        more_files, more_promised = find_files(each)
+        files += more_files
+        promised |= more_promised
     stamps = {file: stamp(file) for file in files}
     entries: dict[str, Entry] = {}
     metadata: dict[str, str] = {}
+    markers: dict[str, dict] = {}
     for file in files:
         header_entries, header_metadata = read_header(file)
         if twice := entries.keys() & header_entries.keys():
@@ -124,10 +133,13 @@ def read_layout(path: str | Path | list[str | Path], convrot_groupsize: int | No
                                   "these are not shards of one model. Give one file, or the folder of one model")
         entries |= header_entries
         metadata |= header_metadata
+        markers |= quantization_markers(header_entries, header_metadata)
+    if absent := promised - entries.keys():
+        raise CheckpointError(f"{path.name} names {len(absent)} tensors that its shards lack (first: {min(absent)}). "
+                              "The shards are not this index's. Get them again")
     prefix = find_prefix(entries)
     kind, naming = classify(entries, prefix)
     layout = Layout(path, files, entries, metadata, kind, prefix, naming, {}, stamps=stamps)
-    markers = quantization_markers(entries, metadata, prefix)
     for key, entry in entries.items():
         if not key.startswith(prefix):
             layout.outside.append(key)
@@ -142,49 +154,62 @@ def read_layout(path: str | Path | list[str | Path], convrot_groupsize: int | No
         source = Source(entry)
         if name.endswith(".weight"):
             scale = entries.get(f"{key}_scale")
-            marker = markers.get(key.removesuffix(".weight"))
+            marker = markers.get(name.removesuffix(".weight"))
             if scale is not None or marker is not None:
                 source = quantized_source(source, scale, marker, convrot_groupsize)
         if naming == "comfyui":
             for theirs, ours in COMFYUI_NAMES.items():
                 name = name.replace(theirs, ours)
-            if name.startswith("x_embedder."):
-                inputs = entries[f"{prefix}x_embedder.weight"].shape[-1]
-                name = name.replace("x_embedder.", f"all_x_embedder.{math.isqrt(inputs // 3)}-1.")
+            embedder = entries.get(f"{prefix}x_embedder.weight")
+            if name.startswith("x_embedder.") and embedder and embedder.shape:
+                name = name.replace("x_embedder.", f"all_x_embedder.{math.isqrt(embedder.shape[-1] // 3)}-1.")
         packed, parts = PACKED
         if name.endswith(packed):
-            for third, part in enumerate(parts):
-                layout.tensors[name.removesuffix(packed) + part] = source._replace(third=third)
+            if len(entry.shape) != 2 or entry.shape[0] % 3:
+                raise CheckpointError(f"{key} is {entry.shape}; expected q, k and v packed below one another. "
+                                      "The file is damaged")
+            found = {name.removesuffix(packed) + part: source._replace(third=third) for third, part in enumerate(parts)}
         else:
-            layout.tensors[name] = source
+            found = {name: source}
+        if twice := layout.tensors.keys() & found.keys():
+            raise CheckpointError(f"{path.name} has {min(twice)} under two names, of which one is {key}. "
+                                  "It mixes two models, or was made by a program this one does not know")
+        layout.tensors |= found
     return layout
 
 
-def find_files(path: Path) -> list[Path]:
-    """The .safetensors files of a checkpoint given as a file, an index or a folder. Raises CheckpointError."""
+def find_files(path: Path) -> tuple[list[Path], set[str]]:
+    """The .safetensors files of a checkpoint given as a file, an index or a folder, and the keys that an index promises.
+
+    Raises CheckpointError where there is none, or not every shard."""
     if path.is_dir():
         indexes = sorted(path.glob("*.safetensors.index.json"))
         files = sorted(path.glob("*.safetensors"))
+        shards = [SHARD_NAME.search(file.name) for file in files]
         if len(indexes) == 1:
             path = indexes[0]
-        elif len(files) == 1 or files and all(re.search(r"-\d{5}-of-\d{5}\.safetensors$", file.name) for file in files):
-            return files
+        elif shards and all(shards):
+            if len(files) < (count := int(shards[0][1])):
+                raise CheckpointError(f"{path} holds {len(files)} of the model's {count} shards. Download the rest into it")
+            return files, set()
+        elif len(files) == 1:
+            return files, set()
         else:
             raise CheckpointError(f"{path} holds {len(files)} .safetensors files and {len(indexes)} shard indexes; "
                                   "expected one file, or the shards of one model. Name the file itself")
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist")
     if path.suffix != ".json":
-        return [path]
+        return [path], set()
     try:
-        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        weight_map = json.loads(path.read_text())["weight_map"]
+        files = [path.parent / name for name in sorted(set(weight_map.values()))]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{path.name} is no shard index: it has no weight_map of tensor names to files") from None
-    files = [path.parent / name for name in names]
     if absent := [file.name for file in files if not file.is_file()]:
         raise CheckpointError(f"{path.name} names {len(files)} shards, of which {len(absent)} are missing "
                               f"(first: {absent[0]}). Download the rest into {path.parent}")
-    return files
+    return files, set(weight_map)
 
 
 def stamp(file: Path) -> tuple[int, ...]:
@@ -216,7 +241,9 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             raise refuse(f"its header should take {length} bytes, the file has {size}")
         try:
             header = json.loads(stream.read(length), object_pairs_hook=without_duplicates)
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+        except CheckpointError:
+            raise
+        except (ValueError, RecursionError):  # not UTF-8, not JSON, numbers of thousands of digits
             raise refuse("its header is not JSON") from None
     if not isinstance(header, dict):
         raise refuse("its header is not a table of tensors")
@@ -231,7 +258,10 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
                 pass
             case _:
                 raise refuse(f"the header's entry for {key!r} is malformed")
-        if dtype in DTYPE_BYTES and end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
+        if dtype not in DTYPE_BYTES:
+            raise CheckpointError(f"{file.name}: {key} is {dtype}, which this program does not read. Use the BF16 or INT8 "
+                                  "version of the model")
+        if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
             raise refuse(f"{key} is {dtype} of shape {shape} but has {end - begin} bytes")
         entries[key] = Entry(file, key, dtype, tuple(shape), 8 + length + begin, 8 + length + end)
     expected = 8 + length
@@ -249,7 +279,10 @@ def find_prefix(entries: dict[str, Entry]) -> str:
     """What stands before `cap_embedder.1.weight` or, where a trained part lacks that, before the decoder."""
     for landmark in ("cap_embedder.1.weight", "local_decoder.enc1.0.weight"):
         if found := [key.removesuffix(landmark) for key in entries if key.endswith(landmark)]:
-            return min(found, key=len)
+            if len(found) > 1 and not set(found) & set(KNOWN_PREFIXES):
+                raise CheckpointError(f"there are {len(found)} models in it, under {' and '.join(map(repr, found))}. "
+                                      "Give a file that holds one")
+            return next((prefix for prefix in KNOWN_PREFIXES if prefix in found), found[0])
     return ""
 
 
@@ -260,24 +293,30 @@ def classify(entries: dict[str, Entry], prefix: str) -> tuple[str, str]:
     naming = "comfyui" if any(".attention.qkv." in name or name.startswith("x_embedder.") for name in names) else "published"
     if any("lora_" in key or ".lokr_" in key or ".hada_" in key for key in entries):
         return "lora", naming
-    if {"cap_embedder", "noise_refiner"} <= starts and "local_decoder" not in starts:
+    if "x_pad_token" in names and starts & {"all_final_layer", "final_layer"} and "local_decoder" not in starts:
         return "latent", naming
-    if "local_decoder" in starts:
+    if starts & {"local_decoder", "x_pad_token"}:
         depths = {int(name.split(".")[1]) for name in names if re.match(r"layers\.\d+\.", name)}
-        whole = len(depths) == max(depths, default=-1) + 1 and "layers" in starts and "cap_embedder" in starts
+        whole = len(depths) == max(depths, default=-1) + 1 and {"layers", "cap_embedder", "local_decoder"} <= starts
         return ("model" if whole else "part"), naming
     if any(key.endswith("embed_tokens.weight") for key in entries):
         return "text encoder", naming
     return "unknown", naming
 
 
-def quantization_markers(entries: dict[str, Entry], metadata: dict[str, str], prefix: str) -> dict[str, dict]:
-    """Each quantized layer's description, by the layer's key: from `comfy_quant` tensors, else from the metadata."""
+def quantization_markers(entries: dict[str, Entry], metadata: dict[str, str]) -> dict[str, dict]:
+    """One file's descriptions of quantized layers, by the layer's name without any prefix: from its metadata and its
+    `comfy_quant` tensors."""
+    def bare(layer: str) -> str:
+        found = re.search(r"(?:^|\.)((?:layers|noise_refiner|context_refiner|t_embedder|cap_embedder|x_embedder|"
+                          r"all_x_embedder|local_decoder)\..+)", layer)
+        return found[1] if found else layer
+
     markers: dict[str, dict] = {}
     if "_quantization_metadata" in metadata:
         try:
-            for layer, marker in json.loads(metadata["_quantization_metadata"])["layers"].items():
-                markers[layer if layer.startswith(prefix) else prefix + layer] = dict(marker)
+            layers = json.loads(metadata["_quantization_metadata"])["layers"]
+            markers = {bare(layer): dict(marker) for layer, marker in layers.items()}
         except (ValueError, KeyError, TypeError, AttributeError):
             raise CheckpointError("the file's _quantization_metadata is not ComfyUI's table of layers") from None
     for key, entry in entries.items():
@@ -285,7 +324,7 @@ def quantization_markers(entries: dict[str, Entry], metadata: dict[str, str], pr
             with entry.file.open("rb") as stream:
                 stream.seek(entry.begin)
                 try:
-                    markers[key.removesuffix(".comfy_quant")] = dict(json.loads(stream.read(entry.end - entry.begin)))
+                    markers[bare(key.removesuffix(".comfy_quant"))] = dict(json.loads(stream.read(entry.end - entry.begin)))
                 except (ValueError, TypeError):
                     raise CheckpointError(f"{key} is not the JSON that ComfyUI writes there") from None
     return markers
@@ -293,10 +332,11 @@ def quantization_markers(entries: dict[str, Entry], metadata: dict[str, str], pr
 
 def quantized_source(source: Source, scale: Entry | None, marker: dict | None, convrot_groupsize: int | None) -> Source:
     """`source` with its scale and format. marker: None where the file has none. Raises CheckpointError."""
-    key, dtype = source.entry.key, source.entry.dtype
+    key, dtype, shape = source.entry.key, source.entry.dtype, source.entry.shape
     by_dtype = {"I8": "int8_tensorwise", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
     if marker is None:
-        name, groupsize = by_dtype.get(dtype), convrot_groupsize or 0
+        name = by_dtype.get(dtype)
+        groupsize = convrot_groupsize or 0 if dtype == "I8" and len(shape) == 2 else 0
     else:
         options = {**(marker.get("params") if isinstance(marker.get("params"), dict) else {}), **marker}
         name = marker.get("format")
@@ -304,11 +344,11 @@ def quantized_source(source: Source, scale: Entry | None, marker: dict | None, c
     if name not in by_dtype.values() or by_dtype.get(dtype) != name:
         raise CheckpointError(f"{key} is {dtype} quantized as {name}; this program reads {', '.join(by_dtype.values())}. "
                               "Use the BF16 or INT8 version of the model")
-    rows = source.entry.shape[0]
+    rows = shape[0] if shape else 1
     if scale is None or scale.dtype not in FLOATS or scale.shape not in ((), (1,), (rows,), (rows, 1)):
         raise CheckpointError(f"{key} is {name} but its weight_scale is {scale and scale.shape}; "
                               f"expected one number, or one for each of its {rows} rows")
-    if groupsize and (type(groupsize) is not int or source.entry.shape[1] % groupsize):
-        raise CheckpointError(f"{key} says convrot in groups of {groupsize}, which do not divide its "
-                              f"{source.entry.shape[1]} inputs")
+    if groupsize and (groupsize not in CONVROT_GROUPSIZES or len(shape) != 2 or shape[1] % groupsize):
+        raise CheckpointError(f"{key}, {shape}, can't be rotated in groups of {groupsize}; expected a power of 4 that "
+                              "divides its inputs")
     return source._replace(scale=scale, format=name, convrot_groupsize=groupsize)

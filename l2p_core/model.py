@@ -200,7 +200,7 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 @lru_cache(maxsize=16)
 def rope_of_caption(length: int, axes_dims: tuple[int, int, int], device: torch.device) -> Tensor:
     """(length, head/2, 2). Caption token i sits at (1 + i, 0, 0), padding included."""
-    positions = torch.zeros(length, 3)
+    positions = torch.zeros(length, 3, dtype=torch.float64)
     positions[:, 0] = torch.arange(1, length + 1)
     return rope_of(positions, axes_dims, device)
 
@@ -209,7 +209,7 @@ def rope_of_caption(length: int, axes_dims: tuple[int, int, int], device: torch.
 def rope_of_image(h: int, w: int, caption_length: int, axes_dims: tuple[int, int, int], device: torch.device) -> Tensor:
     """(padded(h * w), head/2, 2). Row r, column c sit at (padded caption length + 1, r, c); padding at (0, 0, 0)."""
     grid = torch.cartesian_prod(torch.tensor([caption_length + 1]), torch.arange(h), torch.arange(w))
-    positions = torch.zeros(padded(h * w), 3)
+    positions = torch.zeros(padded(h * w), 3, dtype=torch.float64)
     positions[:h * w] = grid
     return rope_of(positions, axes_dims, device)
 
@@ -217,7 +217,7 @@ def rope_of_image(h: int, w: int, caption_length: int, axes_dims: tuple[int, int
 @torch.inference_mode(False)  # cached tables serve inference and training alike
 def rope_of(positions: Tensor, axes_dims: tuple[int, int, int], device: torch.device) -> Tensor:
     """Cosine and sine per rotated pair: (S, 3) → (S, head/2, 2). Angles in float64, rounded once."""
-    angles = [positions[:, axis, None].double() * ROPE_THETA ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    angles = [positions[:, axis, None] * ROPE_THETA ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
               for axis, dim in enumerate(axes_dims)]
     angles = torch.cat(angles, dim=-1).float()
     return torch.stack([angles.cos(), angles.sin()], dim=-1).to(device)

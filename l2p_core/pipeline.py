@@ -1,7 +1,8 @@
 """The whole path as one object: files and a prompt → pictures."""
+import math
 import warnings
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from .model import L2PTransformer
 from .sampler import Callback, guided_velocity, keeping, schedule, solver
 from .text import TextEncoder
 
+KEPT_ENCODINGS = 64
 BUNDLED_MODEL = Path(__file__).parent.parent / "examples" / "shapes" / "model"
 
 
@@ -39,9 +41,9 @@ class L2PPipeline:
     def __init__(self, layout: Layout, text_encoder: Path, tokenizer: Path | None, device: torch.device,
                  dtype: torch.dtype, progress: bool = False):
         self.layout, self.device, self.dtype = layout, device, dtype
-        self._text_encoder_files = text_encoder, tokenizer
+        self.text_encoder_path, self.tokenizer_path = text_encoder, tokenizer
         self._progress = progress
-        self._encode = lru_cache(maxsize=64)(lambda prompt: self.text_encoder.encode(prompt))
+        self._encodings: dict[str, Tensor] = {}  # of the prompts seen last
 
     @classmethod
     def from_pretrained(cls, checkpoint: str | Path | None = None, text_encoder: str | Path | None = None,
@@ -56,10 +58,11 @@ class L2PPipeline:
         checkpoint = Path(checkpoint) if checkpoint else BUNDLED_MODEL / "transformer.safetensors"
         layout = read_layout(checkpoint, convrot_groupsize)
         check(layout)
-        beside = checkpoint if checkpoint.is_dir() else checkpoint.parent
-        text_encoder = Path(text_encoder) if text_encoder else beside / "text_encoder"
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(layout, text_encoder, Path(tokenizer) if tokenizer else None, device, torch_dtype, progress)
+        if text_encoder is None:
+            folders = (checkpoint, checkpoint.parent) if checkpoint.is_dir() else (checkpoint.parent,)
+            text_encoder = next((folder for folder in folders if (folder / "text_encoder").is_dir()), folders[0]) / "text_encoder"
+        device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(layout, Path(text_encoder), Path(tokenizer) if tokenizer else None, device, torch_dtype, progress)
 
     @cached_property
     def transformer(self) -> L2PTransformer:
@@ -67,8 +70,7 @@ class L2PPipeline:
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
-        encoder, tokenizer = self._text_encoder_files
-        return TextEncoder.load(encoder, tokenizer, self.device, self.dtype)
+        return TextEncoder.load(self.text_encoder_path, self.tokenizer_path, self.device, self.dtype)
 
     @property
     def defaults(self) -> Defaults:
@@ -78,7 +80,11 @@ class L2PPipeline:
 
     def encode_prompt(self, prompt: str) -> Tensor:
         """(L, cap_feat_dim) features of one prompt, to be used for any number of pictures. The empty one has some too."""
-        return self._encode(prompt)
+        if prompt not in self._encodings:
+            while len(self._encodings) >= KEPT_ENCODINGS:
+                del self._encodings[next(iter(self._encodings))]
+            self._encodings[prompt] = self.text_encoder.encode(prompt)
+        return self._encodings[prompt]
 
     def unload_text_encoder(self) -> None:
         """Take the text encoder out of memory. Prompts seen lately stay encoded; a new one loads it again."""
@@ -105,7 +111,7 @@ class L2PPipeline:
         callback: Callback | None = None,
         prompt_embeds: Tensor | Sequence[Tensor] | None = None,
         negative_prompt_embeds: Tensor | None = None,
-        bf16_time: bool = False,
+        bf16_rounding: bool = False,
     ) -> Image.Image | list[Image.Image]:
         """Draw. Returns one picture for one prompt, and a list where several prompts or `num_images` are given.
 
@@ -118,7 +124,7 @@ class L2PPipeline:
         keeps the input picture's pixels exactly. num_images: pictures for each prompt, in one batch.
         shift: of the noise schedule; above 3 spends more steps on the outline. sampler: euler or ab2.
         callback: called before each step with the steps done, all steps, and the picture as it now looks to come out,
-        (B, 3, H, W) in about [-1, 1]; raise from it to stop. bf16_time: round times as the published pipeline does.
+        (B, 3, H, W) in about [-1, 1]; raise from it to stop. bf16_rounding: round times and the input picture as the published pipeline does.
         Raises ValueError for sizes, counts and options that do not fit."""
         solve = solver(sampler)
         if inpaint_mask is not None and input_image is None:
@@ -136,6 +142,8 @@ class L2PPipeline:
         defaults = self.defaults
         cfg_scale = defaults.cfg_scale if cfg_scale is None else cfg_scale
         steps = defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
+        if not math.isfinite(cfg_scale):
+            raise ValueError(f"cfg_scale is {cfg_scale}; expected a number, 1 for none")
         negatives = captions
         if cfg_scale != 1:
             negative = self.encode_prompt(negative_prompt) if negative_prompt_embeds is None else negative_prompt_embeds
@@ -147,10 +155,11 @@ class L2PPipeline:
         sigmas = schedule(steps, denoising_strength, shift)
 
         noise = draw_noise((len(captions), 3, height, width), seed, rand_device).to(self.device)
-        velocity = guided_velocity(self.transformer, captions, negatives, cfg_scale, bf16_time)
+        velocity = guided_velocity(self.transformer, captions, negatives, cfg_scale, bf16_rounding)
         x = noise
         if input_image is not None:
-            picture = to_pixels(fit(input_image, width, height, "input_image")).to(self.device)
+            picture = to_pixels(fit(input_image, width, height, "input_image"),
+                                torch.bfloat16 if bf16_rounding else torch.float32).float().to(self.device)
             x = (1 - sigmas[0]) * picture + sigmas[0] * noise
         if inpaint_mask is not None:
             mask = to_mask(fit(inpaint_mask, width, height, "inpaint_mask")).to(self.device)
@@ -158,6 +167,9 @@ class L2PPipeline:
         x = solve(velocity, x, sigmas, callback)
         if inpaint_mask is not None:
             x = mask * x.clamp(-1, 1) + (1 - mask) * picture
+        if not x.isfinite().all():
+            raise ValueError(f"the picture came out as NaN: the model's numbers overflow in {self.dtype}"
+                             + ("; try bfloat16" if self.dtype == torch.float16 else ", or its file is damaged"))
         pictures = to_pictures(x)
         return pictures[0] if single else pictures
 
@@ -171,13 +183,21 @@ class L2PPipeline:
         check_size(height, width, self.layout.config.size_multiple)
 
 
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device, tried. Raises ValueError where torch has none of that name here."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name} can't be used here: {str(error).splitlines()[0]}") from None
+
+
 def draw_noise(shape: tuple[int, int, int, int], seed: int | Sequence[int] | None, device: str = "cpu") -> Tensor:
     """Standard normal float32 of (B, 3, H, W): one draw from one seed, or one draw for each picture from its own."""
     if isinstance(seed, Sequence):
         if len(seed) != shape[0]:
             raise ValueError(f"{len(seed)} seeds came for {shape[0]} pictures; expected one for each, or a single one")
         return torch.cat([draw_noise((1, *shape[1:]), each, device) for each in seed])
-    generator = torch.Generator(device)
+    generator = torch.Generator(usable_device(device))
     if seed is None:
         generator.seed()
     else:

@@ -3,6 +3,7 @@
 Sigma runs from 1 (noise) to 0 (picture): x = (1 - sigma) * picture + sigma * noise, kept in float32. The model's time
 is t = 1 - sigma, and the velocity dx/dsigma = noise - picture is minus what it returns.
 """
+import math
 from collections.abc import Callable
 
 import torch
@@ -20,7 +21,7 @@ def schedule(steps: int, strength: float = 1.0, shift: float = 3.0) -> Tensor:
     sigma = shift * s / (1 + (shift - 1) * s) for s evenly spaced from `strength` down, as in Stable Diffusion 3
     (arXiv 2403.03206, section 5.3.2). Raises ValueError for steps below 1, a strength outside (0, 1] or a shift of
     0 or less."""
-    if steps < 1 or not 0 < strength <= 1 or shift <= 0:
+    if steps < 1 or not 0 < strength <= 1 or not 0 < shift < math.inf:
         raise ValueError(f"a schedule of {steps} steps, strength {strength} and shift {shift} is none; expected at least "
                          "1 step, a strength above 0 and up to 1, and a shift above 0")
     even = torch.linspace(strength, 0, steps + 1)
@@ -28,13 +29,13 @@ def schedule(steps: int, strength: float = 1.0, shift: float = 3.0) -> Tensor:
 
 
 def guided_velocity(model: L2PTransformer, captions: list[Tensor], negatives: list[Tensor], scale: float,
-                    bf16_time: bool = False) -> Velocity:
+                    bf16_rounding: bool = False) -> Velocity:
     """The model's velocity with classifier-free guidance: negative + scale * (positive - negative), in its own dtype.
 
     captions, negatives: one (L, cap_feat_dim) for each picture. scale: 1 leaves the negatives out and takes one pass a
-    step. bf16_time: round the time as the published bfloat16 pipeline does, which moves it by up to 0.003."""
+    step. bf16_rounding: round the time as the published bfloat16 pipeline does, which moves it by up to 0.003."""
     def velocity(x: Tensor, sigma: float) -> Tensor:
-        if bf16_time:
+        if bf16_rounding:
             t = (1000 - torch.tensor(1000 * sigma).bfloat16()) / 1000
         else:
             t = torch.tensor(1 - sigma, dtype=torch.float32)

@@ -1,14 +1,14 @@
 """Prompts to features: Z-Image's text encoder, a Qwen3 language model, through transformers."""
 from __future__ import annotations
 
+import json
+import re
 import warnings
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3Config, Qwen3Model
-from transformers.utils import logging
 
 from .layout import CheckpointError, read_header
 
@@ -21,7 +21,7 @@ LAYER = -2  # the features are what the last layer takes in: no final norm
 class TextEncoder:
     """Turns prompts into the features that an L2P model was trained on."""
 
-    def __init__(self, model: Qwen3Model, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, model: "transformers.Qwen3Model", tokenizer: "transformers.PreTrainedTokenizerBase"):
         self.model, self.tokenizer = model, tokenizer
 
     @classmethod
@@ -29,15 +29,17 @@ class TextEncoder:
              dtype: torch.dtype = torch.bfloat16) -> TextEncoder:
         """encoder: a Hugging Face folder, a folder that holds one as `text_encoder/`, or ComfyUI's single file.
         tokenizer: its folder; by default `tokenizer/` in or beside the encoder. Raises CheckpointError."""
+        from transformers import AutoTokenizer  # takes seconds, so not before it is needed
         encoder = Path(encoder)
         if (encoder / "text_encoder").is_dir():
             encoder = encoder / "text_encoder"
-        tokenizer_folder = find_tokenizer(encoder, tokenizer)
         if not encoder.exists():
-            raise CheckpointError(f"the text encoder {encoder} does not exist")
+            raise CheckpointError(f"the text encoder {encoder} does not exist. Give the text_encoder/ folder of "
+                                  "Tongyi-MAI/Z-Image-Turbo, or qwen_3_4b.safetensors")
+        tokenizer_folder = find_tokenizer(encoder, tokenizer)
         try:
             tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever transformers makes of a damaged file
             raise CheckpointError(f"{tokenizer_folder} holds no tokenizer that transformers can read: {error}") from None
         model = load_folder(encoder, dtype) if encoder.is_dir() else load_single_file(encoder, dtype)
         return cls(model.to(device).eval(), tokenizer)
@@ -50,7 +52,11 @@ class TextEncoder:
                           f"{len(ids) - MAX_TOKENS} are left out (it begins {prompt[:40]!r})", stacklevel=2)
         ids = torch.tensor([ids[:MAX_TOKENS]], device=self.model.device)
         with torch.no_grad():
-            return self.model(ids, output_hidden_states=True, use_cache=False).hidden_states[LAYER][0]
+            features = self.model(ids, output_hidden_states=True, use_cache=False).hidden_states[LAYER][0]
+        if not features.isfinite().all():
+            raise CheckpointError(f"the text encoder gives NaN in {features.dtype}: its file is damaged, or its numbers "
+                                  "overflow; bfloat16 has the range of float32")
+        return features
 
 
 def find_tokenizer(encoder: Path, tokenizer: str | Path | None) -> Path:
@@ -63,21 +69,38 @@ def find_tokenizer(encoder: Path, tokenizer: str | Path | None) -> Path:
                           "Give the tokenizer/ folder of Tongyi-MAI/Z-Image-Turbo or Qwen/Qwen3-4B")
 
 
-def load_folder(folder: Path, dtype: torch.dtype) -> Qwen3Model:
+def load_folder(folder: Path, dtype: torch.dtype) -> "transformers.Qwen3Model":
     """A Hugging Face folder: config.json with one or more .safetensors files."""
-    bars = logging.is_progress_bar_enabled()
+    from transformers import Qwen3Config, Qwen3Model
+    from transformers.utils import logging
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what it would warn of is an error here
     try:
-        return Qwen3Model.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError) as error:
+        config = Qwen3Config.from_pretrained(folder, local_files_only=True)
+        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+        if kind != "qwen3":
+            raise CheckpointError(f"{folder} holds a model of type {kind}, expected qwen3. Give the text_encoder/ folder of "
+                                  "Tongyi-MAI/Z-Image-Turbo")
+        model, loaded = Qwen3Model.from_pretrained(folder, config=config, dtype=dtype, local_files_only=True,
+                                                   use_safetensors=True, output_loading_info=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever transformers makes of a damaged file
         raise CheckpointError(f"{folder} holds no Qwen3 text encoder that transformers can read: {error}") from None
     finally:
+        logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+    if lacking := sorted(map(str, [*loaded["missing_keys"], *loaded["mismatched_keys"]])):
+        raise CheckpointError(f"{folder} lacks {len(lacking)} of the text encoder's tensors, or has them in another shape "
+                              f"(first: {lacking[0]}). Get it again")
+    return model
 
 
-def load_single_file(file: Path, dtype: torch.dtype) -> Qwen3Model:
+def load_single_file(file: Path, dtype: torch.dtype) -> "transformers.Qwen3Model":
     """ComfyUI's qwen_3_4b.safetensors: the tensors alone, so the configuration is read off their shapes."""
+    from transformers import Qwen3Config, Qwen3Model
     entries, _ = read_header(file)
     shapes = {key.removeprefix("model."): entry.shape for key, entry in entries.items()}
     if "embed_tokens.weight" not in shapes or "layers.0.self_attn.q_norm.weight" not in shapes:
@@ -87,14 +110,18 @@ def load_single_file(file: Path, dtype: torch.dtype) -> Qwen3Model:
         raise CheckpointError(f"{file.name} is quantized ({odd} is {entries[odd].dtype}); give the BF16 qwen_3_4b.safetensors")
     head_dim, = shapes["layers.0.self_attn.q_norm.weight"]
     vocab_size, hidden_size = shapes["embed_tokens.weight"]
-    layers = 1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("layers."))
-    with torch.device("meta"):
-        model = Qwen3Model(Qwen3Config(
+    layers = 1 + max(int(key.split(".")[1]) for key in shapes if re.match(r"layers\.\d+\.", key))
+    try:
+        config = Qwen3Config(
             vocab_size=vocab_size, hidden_size=hidden_size, num_hidden_layers=layers, head_dim=head_dim,
             intermediate_size=shapes["layers.0.mlp.gate_proj.weight"][0],
             num_attention_heads=shapes["layers.0.self_attn.q_proj.weight"][0] // head_dim,
             num_key_value_heads=shapes["layers.0.self_attn.k_proj.weight"][0] // head_dim,
-            rms_norm_eps=1e-6, rope_theta=1e6))
+            rms_norm_eps=1e-6, rope_theta=1e6)
+    except KeyError as missing:
+        raise CheckpointError(f"{file.name} is not a whole Qwen3 text encoder: it lacks {missing.args[0]}. Get it again") from None
+    with torch.device("meta"):
+        model = Qwen3Model(config)
     model.rotary_emb = type(model.rotary_emb)(model.config)  # its table is computed, not loaded
     tensors = {key.removeprefix("model."): tensor.to(dtype) for key, tensor in load_file(file).items()}
     tensors.pop("lm_head.weight", None)

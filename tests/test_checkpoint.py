@@ -56,8 +56,16 @@ def test_shards_are_the_same_model(tiny_weights, tiny_model, write, arguments, g
     with pytest.raises(CheckpointError, match="model-00003-of-00003.safetensors is one of 3 shards"):
         load_model(path)
     path.unlink()
-    with pytest.raises(CheckpointError, match="missing|lacks"):
+    with pytest.raises(CheckpointError, match="1 are missing|holds 2 of the model's 3 shards"):
         load_model(index if given == "index" else path.parent)
+
+
+def test_an_index_whose_shards_lack_tensors_is_refused(tiny_weights, write):
+    path = write(without(tiny_weights, "layers.3."), "model-00001-of-00001.safetensors")
+    index = path.with_name("model.safetensors.index.json")
+    index.write_text(json.dumps({"weight_map": {name: path.name for name in tiny_weights}}))
+    with pytest.raises(CheckpointError, match="names 15 tensors that its shards lack .first: layers.3.adaLN"):
+        load_model(index)
 
 
 def test_mixed_dtypes_become_one(tiny_weights, write, arguments):
@@ -93,6 +101,18 @@ def test_int8_with_convrot(tiny_weights, tiny_model, write, arguments, marked):
         assert rms(outputs(path, arguments) - reference, reference) > 0.1
 
 
+def test_each_shard_keeps_its_own_markers(tiny_weights, tiny_model, write, arguments):
+    """Metadata markers of two INT8 convrot shards, under another prefix than the tensors'."""
+    for number in range(2):
+        half = {name: tensor for name, tensor in tiny_weights.items() if name.startswith(("layers.0", "layers.1", "noise")) == (number == 0)}
+        tensors, _ = int8(half, convrot=16)
+        _, metadata = int8(half, "model.diffusion_model.", marked="metadata", convrot=16)
+        path = write(tensors, f"model-{number + 1:05d}-of-00002.safetensors", metadata)
+    with torch.no_grad():
+        reference = tiny_model(*arguments)
+    assert rms(outputs(path.parent, arguments) - reference, reference) < 0.02
+
+
 def reversed_metadata(tensors_and_metadata):
     tensors, metadata = tensors_and_metadata
     return tensors, "model.safetensors", metadata
@@ -105,6 +125,15 @@ def test_int8_layer_is_the_dequantized_product_within_input_rounding(tiny_weight
     longhand = x @ (tensors["layers.1.feed_forward.w2.weight"].float() * tensors["layers.1.feed_forward.w2.weight_scale"]).T
     assert rms(layer(x) - longhand, longhand) < 0.01  # inputs are rounded to 8 bits, row by row
     assert layer.to(torch.bfloat16).weight_scale.dtype == torch.float32
+
+
+def test_a_quantized_convolution_is_multiplied_out(tiny_weights, tiny_model, write, arguments):
+    key = "local_decoder.bottleneck.0.weight"
+    scale = tiny_weights[key].abs().amax((1, 2, 3))[:, None] / 127
+    quantized = {**tiny_weights, key: (tiny_weights[key] / scale[..., None, None]).round().to(torch.int8), key + "_scale": scale}
+    with torch.no_grad():
+        reference = tiny_model(*arguments)
+    assert rms(outputs(write(quantized), arguments, convrot_groupsize=16) - reference, reference) < 0.02
 
 
 def test_float8_is_multiplied_out(tiny_weights, tiny_model, write, arguments):
@@ -129,7 +158,7 @@ def test_same_dtype_weights_stay_in_the_file(tiny_weights, write):
 def latent_zimage():
     keys = json.loads((GOLDEN / "zimage_turbo_keys.json").read_text())
     shapes = keys.get("keys", keys)
-    return {name: torch.zeros(1) for name in shapes}
+    return {name: torch.zeros(1, 1) for name in shapes}
 
 
 def without(weights, *starts):
@@ -156,6 +185,13 @@ REFUSED = {
     "a scale of another shape": (lambda w: {**int8(w)[0], "layers.0.feed_forward.w2.weight_scale": torch.ones(7)}, "expected one number, or one for each of its 96 rows"),
     "a NaN scale": (lambda w: {**int8(w)[0], "layers.0.feed_forward.w2.weight_scale": torch.full((96, 1), torch.nan)}, "weight_scale holds NaN"),
     "an unknown quantization": (lambda w: {**int8(w)[0], "layers.0.feed_forward.w2.comfy_quant": torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)}, "quantized as nvfp4"),
+    "a decoder is missing": (lambda w: without(w, "local_decoder."), "it is a trained part"),
+    "a gap in the refiners": (lambda w: {**without(w, "noise_refiner.1."), "noise_refiner.300.x": torch.zeros(0)}, "it has noise_refiner.300, but not every"),
+    "two names for one tensor": (lambda w: {**w, "layers.0.attention.qkv.weight": torch.ones(288, 96)}, "under two names"),
+    "a lopsided qkv": (lambda w: {**comfyui_naming(w), "layers.0.attention.qkv.weight": torch.ones(289, 96)}, "expected q, k and v packed"),
+    "two models": (lambda w: {prefix + name: tensor.clone() for prefix in ("a.", "b.") for name, tensor in w.items()}, "there are 2 models in it, under 'a.' and 'b.'"),
+    "an embedder's bias alone": (lambda w: without(comfyui_naming(w), "x_embedder.weight"), "lacks all_x_embedder|lacks"),
+    "a convrot of 8": (lambda w: int8(w, marked="tensors", convrot=16)[0] | {"layers.0.feed_forward.w2.comfy_quant": torch.tensor(list(b'{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 8}'), dtype=torch.uint8)}, "can't be rotated in groups of 8"),
     "a broken marker": (lambda w: {**int8(w)[0], "layers.0.feed_forward.w2.comfy_quant": torch.tensor([1, 2], dtype=torch.uint8)}, "is not the JSON that ComfyUI writes"),
 }
 
@@ -166,7 +202,7 @@ def test_what_is_no_whole_model_is_named(tiny_weights, write, case):
     path = write(make(tiny_weights))
     with pytest.raises(CheckpointError, match=said):
         load_model(path)
-    if "NaN" not in case and "infinity" not in case and "marker" not in case and "scale" not in case and "quant" not in case:
+    if "NaN" not in case and "infinity" not in case and "marker" not in case and "scale" not in case and "quant" not in case and case not in ("two names for one tensor", "a lopsided qkv", "two models", "a convrot of 8"):
         assert describe(path)["usable"] is False
 
 
@@ -196,7 +232,8 @@ F4 = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
     ({"a": F4}, b"\0" * 5, None, "tensors end at byte"),
     ({"a": F4}, b"\0" * 4, 1 << 62, "its header should take 4611686018427387904 bytes"),
     (b"{", b"", None, "is not JSON"), (b"\xff\xfe", b"", None, "is not JSON"), (b"[]", b"", None, "not a table"),
-    (b'{"a": 1}', b"", None, "'a' is malformed"),
+    (b'{"a": 1}', b"", None, "'a' is malformed"), (b'{"a": ' + b"1" * 5000 + b"}", b"", None, "is not JSON"),
+    ({"a": {**F4, "dtype": "F4"}}, b"\0" * 4, None, "a is F4, which this program does not read"),
     ({"a": F4, "b": {**F4, "data_offsets": [0, 4]}}, b"\0" * 4, None, "b starts at byte .*, expected"),
     ({"a": {**F4, "shape": [-1]}}, b"\0" * 4, None, "malformed"),
     ({"a": {**F4, "shape": [1 << 60, 1 << 60]}}, b"\0" * 4, None, "has 4 bytes"),
@@ -227,21 +264,22 @@ def test_other_files_are_refused(tmp_path):
 
 
 def test_damaged_headers_never_raise_anything_else(tiny_weights, write, tmp_path):
-    whole = write(without(tiny_weights, "layers.1", "layers.2", "layers.3", "local_decoder.enc4")).read_bytes()
+    whole = write(tiny_weights).read_bytes()
     end = 8 + struct.unpack("<Q", whole[:8])[0]
     rng = random.Random(0)
     path = tmp_path / "damaged.safetensors"
     refused = 0
-    for _ in range(300):
+    for _ in range(100):
         damaged = bytearray(whole)
         for _ in range(rng.randint(1, 4)):
             damaged[rng.randrange(end)] = rng.randrange(256)
-        path.write_bytes(damaged[:rng.choice([len(damaged), rng.randrange(len(damaged))])])
+        path.write_bytes(damaged[:rng.choice([len(damaged), len(damaged), rng.randrange(len(damaged))])])
         try:
             describe(path)
+            load_model(path)
         except CheckpointError:
             refused += 1
-    assert refused > 200
+    assert refused > 90
 
 
 # --- inspect -------------------------------------------------------------------------------------------------------

@@ -1,17 +1,19 @@
 """The command line, on the bundled model: many prompts, stopping and going on, several processes, and plain refusals."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from comfyui_l2p.l2p_core import generate as generate_module
 from comfyui_l2p.l2p_core.cli import main
-from comfyui_l2p.l2p_core.generate import hash_files, read_rows
+from comfyui_l2p.l2p_core.generate import hash_files, open_picture, read_rows
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL, L2PPipeline
 
 FEW = ["--steps", "2", "--height", "32", "--width", "32", "--device", "cpu"]
@@ -79,6 +81,39 @@ def test_a_stopped_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert main(command) == 0
     assert "1 of 3 pictures are there already" in capsys.readouterr().out
     assert calls == ["00000.png", "00001.png", "00001.png", "00002.png"]
+
+
+def test_a_changed_start_picture_or_encoder_is_another_picture(tmp_path, capsys):
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "photo.png")
+    command = ["generate", "a circle", "-o", str(tmp_path / "out.png"), *FEW, "--input-image", str(tmp_path / "photo.png")]
+    assert main(command) == 0
+    Image.new("RGB", (32, 32), "blue").save(tmp_path / "photo.png")
+    assert main(command) == 1
+    assert "input_image_sha256" in capsys.readouterr().err
+    shutil.copytree(BUNDLED_MODEL, tmp_path / "model")
+    assert main([*command, "--overwrite"]) == 0
+    assert main([*command, "--text-encoder", str(tmp_path / "model")]) == 1
+    assert "text_encoder" in capsys.readouterr().err
+
+
+def test_turned_and_16_bit_pictures_are_read_as_they_look(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
+    assert open_picture(tmp_path / "turned.jpg").size == (20, 40)
+    Image.fromarray(np.full((4, 4), 30000, dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert open_picture(tmp_path / "deep.png").convert("RGB").getpixel((0, 0)) == (117, 117, 117)
+
+
+def test_an_error_does_not_wait_for_the_hash(tmp_path, monkeypatch):
+    hashed = []
+
+    def slow(files, stop=None):
+        hashed.append(stop.wait(60))
+        return ""
+    monkeypatch.setattr(generate_module, "hash_files", slow)
+    assert main(["generate", "a", "-o", str(tmp_path / "out.png"), *FEW, "--text-encoder", "nowhere"]) == 1
+    assert hashed == [True], "told to stop, not timed out"
 
 
 def test_pictures_of_other_settings_are_not_taken_for_these(tmp_path, capsys):
@@ -149,7 +184,9 @@ def test_start_picture_gives_the_size_and_mask_keeps_it(tmp_path):
     (["a", "-o", "x.png", "--count", "2"], "give a folder"),
     (["a", "--checkpoint", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
     (["a", "--checkpoint", str(BUNDLED_MODEL / "text_encoder" / "model.safetensors")], "is a text encoder"),
-    (["a", "--text-encoder", "nowhere"], "no tokenizer in"),
+    (["a", "--text-encoder", "nowhere"], "the text encoder nowhere does not exist"),
+    (["a", "--rand-device", "abacus"], "device abacus can't be used"),
+    (["a", "--seed", "-1"], "seed is -1"), (["a", "--cfg-scale", "nan"], "cfg_scale is nan"),
     (["a", "--input-image", __file__], "is no picture"),
     (["--prompts", "nowhere.txt"], "nowhere.txt"),
     (["a", "--sampler", "heun"], "expected one of euler, ab2"),
@@ -167,6 +204,7 @@ def test_mistakes_get_one_line(tmp_path, monkeypatch, capsys, arguments, said):
 @pytest.mark.parametrize("name, content, said", [
     ("p.csv", "caption\na\n", "unknown column caption; known are file_name, text, prompt"),
     ("p.csv", "seed\n1\n", "no column prompt or text"), ("p.txt", "\n", "holds no prompts"),
+    ("p.csv", "prompt,seed\na, b, c\n", "more columns than the first line names"), ("p.json", '[{"prompt": 5}]', "no column prompt"),
     ("p.json", "{", "is not JSON"), ("p.jsonl", "[1]\n", "not a table"), ("p.md", "a", "expected .txt"),
 ])
 def test_prompt_files_that_can_not_be_read_are_named(tmp_path, name, content, said):
@@ -178,6 +216,7 @@ def test_prompt_files_that_can_not_be_read_are_named(tmp_path, name, content, sa
 @pytest.mark.parametrize("content, said", [
     ("prompt,file_name\na,../x\n", "leads out of"), ("prompt,file_name\na,x\nb,x.png\n", "the same file_name"),
     ("prompt,seed\na,many\n", "seed is 'many'; expected a whole number"), ("prompt,height\na,50\n", "height is 50"),
+    ("prompt,seed\na,1.5\n", "seed is '1.5'"),
 ])
 def test_rows_that_make_no_sense_are_refused_before_drawing(tmp_path, capsys, content, said):
     (tmp_path / "p.csv").write_text(content)

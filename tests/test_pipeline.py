@@ -8,7 +8,7 @@ from PIL import Image
 
 from comfyui_l2p.l2p_core import CheckpointError, L2PConfig, L2PPipeline, L2PTransformer, load_model
 from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS
-from comfyui_l2p.l2p_core.image import to_pictures
+from comfyui_l2p.l2p_core.image import to_pictures, to_pixels
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
 from comfyui_l2p.l2p_core.sampler import euler, guided_velocity, schedule
 from comfyui_l2p.l2p_core.text import TextEncoder
@@ -131,11 +131,44 @@ def test_misfitting_pictures_are_resized_and_it_is_said(pipe, photo):
     ({"height": 100}, "height is 100.*96 and 112"), ({"sampler": "dpm"}, "sampler is 'dpm'; expected one of euler, ab2"),
     ({"denoising_strength": 0}, "strength above 0"), ({"num_images": 0}, "nothing to draw"),
     ({"seed": [1, 2]}, "2 seeds came for 1 pictures"), ({"prompt_embeds": torch.ones(2, 96)}, "either prompt or prompt_embeds"),
+    ({"cfg_scale": float("nan")}, "cfg_scale is nan"), ({"shift": float("nan")}, "a shift above 0"),
+    ({"rand_device": "abacus"}, "device abacus can't be used"),
     ({"inpaint_mask": Image.new("L", (8, 8))}, "inpaint_mask came without an input_image"),
 ])
 def test_options_that_do_not_fit_are_refused(pipe, arguments, said):
     with pytest.raises(ValueError, match=said):
         pipe(PROMPT, **{**FEW, **arguments})
+
+
+def test_a_picture_of_nan_is_refused(write):
+    weights = {name: tensor.clone() for name, tensor in load_model(BUNDLED_MODEL / "transformer.safetensors").state_dict().items()}
+    weights["local_decoder.out_conv.weight"] *= 1e30
+    pipe = L2PPipeline.from_pretrained(write(weights), text_encoder=BUNDLED_MODEL, torch_dtype=torch.float32)
+    with pytest.raises(ValueError, match="the picture came out as NaN"):
+        pipe(PROMPT, **FEW)
+
+
+@pytest.mark.parametrize("rounding, dtype", [(False, torch.float32), (True, torch.bfloat16)])
+def test_published_rounding_reaches_the_start_picture(pipe, photo, rounding, dtype):
+    """At strength 1e-6 the picture itself comes back, in float32 or as bfloat16 makes it (up to 0.002 off)."""
+    seen = []
+    pipe(PROMPT, seed=1, input_image=photo, denoising_strength=1e-6, num_inference_steps=1, bf16_rounding=rounding,
+         callback=lambda done, steps, picture: seen.append(picture))
+    torch.testing.assert_close(seen[0], to_pixels(photo, dtype).float(), atol=1e-4, rtol=0)
+
+
+def test_a_dropped_pipeline_leaves_memory_at_once():
+    import gc
+    import weakref
+    pipe = L2PPipeline.from_pretrained(device="cpu")
+    pipe(PROMPT, **FEW)
+    model = weakref.ref(pipe.transformer)
+    gc.disable()
+    try:
+        del pipe
+        assert model() is None
+    finally:
+        gc.enable()
 
 
 def test_a_text_encoder_of_another_width_is_refused(tiny_weights, write):

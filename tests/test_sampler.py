@@ -34,7 +34,7 @@ def test_trajectory_is_the_published(golden, tiny_model, size, scale, time):
     key = f"traj.{size}.steps4.cfg{scale}.{time}."
     seen = []
     velocity = guided_velocity(tiny_model, [recorded["input.prompt.7"]], [recorded["input.negative.3"]], scale,
-                               bf16_time=time == "t_bf16")
+                               bf16_rounding=time == "t_bf16")
 
     def recording(x, sigma):
         seen.append(x)
@@ -51,7 +51,7 @@ def test_bf16_trajectory_is_the_published_within_rounding(golden, tiny_weights, 
     recorded, noise = golden("sampling_bf16"), golden("sampling_fp32")["input.noise.64x128.seed42"]
     model = type(tiny_model)(tiny_model.config).to(torch.bfloat16)
     model.load_state_dict(tiny_weights)
-    velocity = guided_velocity(model, [recorded["input.prompt.7"]], [recorded["input.negative.3"]], 2.0, bf16_time=True)
+    velocity = guided_velocity(model, [recorded["input.prompt.7"]], [recorded["input.negative.3"]], 2.0, bf16_rounding=True)
     x = euler(velocity, noise, schedule(4))
     key = "traj.64x128.steps4.cfg2.0."
     last = recorded[key + "latents_after_step"][-1:]
@@ -70,7 +70,7 @@ def test_image_to_image_is_the_published(golden, tiny_model, size, rounding, dty
     start = (1 - sigmas[0]) * picture + sigmas[0] * recorded[f"input.noise.{size}.seed42"]
     torch.testing.assert_close(start, recorded[key + "initial_latents"], atol=1e-6, rtol=0)
     velocity = guided_velocity(tiny_model, [recorded["input.prompt.7"]], [recorded["input.negative.3"]], 2.0,
-                               bf16_time=dtype == torch.bfloat16)
+                               bf16_rounding=dtype == torch.bfloat16)
     x = euler(velocity, start, sigmas)
     last = recorded.get(key + "final_latents", recorded.get(key + "latents_after_step", torch.empty(1))[-1:])
     torch.testing.assert_close(x, last, atol=1e-4, rtol=0)

@@ -122,5 +122,33 @@ def test_missing_files_are_named(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         TextEncoder.load(tmp_path / "nowhere", BUNDLED_MODEL / "tokenizer")
     (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="holds a model of type None, expected qwen3"):
+        TextEncoder.load(tmp_path, BUNDLED_MODEL / "tokenizer")
+    (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="holds no Qwen3 text encoder"):
         TextEncoder.load(tmp_path, BUNDLED_MODEL / "tokenizer")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="holds no tokenizer that transformers can read"):
+        TextEncoder.load(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (lambda tensors: {name: tensor for name, tensor in tensors.items() if "layers.1.mlp.up_proj" not in name}, "lacks 1 of the text encoder's tensors"),
+    (lambda tensors: {f"foo.{name}": tensor for name, tensor in tensors.items()}, "lacks 3. of the text encoder's tensors"),
+    (lambda tensors: {**tensors, "norm.weight": torch.ones(5)}, "norm.weight|size"),
+])
+def test_a_damaged_folder_is_refused_not_filled_with_noise(tmp_path, spoil, said):
+    shutil.copytree(BUNDLED_MODEL, tmp_path / "damaged")
+    path = tmp_path / "damaged" / "text_encoder" / "model.safetensors"
+    save_file(spoil(load_file(path)), path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=said):
+        TextEncoder.load(tmp_path / "damaged")
+
+
+def test_features_that_are_nan_are_refused(tmp_path):
+    shutil.copytree(BUNDLED_MODEL, tmp_path / "damaged")
+    path = tmp_path / "damaged" / "text_encoder" / "model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "embed_tokens.weight": tensors["embed_tokens.weight"] * torch.nan}, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="gives NaN"):
+        TextEncoder.load(tmp_path / "damaged").encode("a")

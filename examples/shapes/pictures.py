@@ -18,6 +18,7 @@ SIZES = {"small": 16, "medium": 22, "large": 28}  # half the shape's width, pixe
 PLACES = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "center": (0, 0)}
 OFFSET, JITTER = 16, 2  # pixels: from the middle to a place's centre, and how far a shape strays from it
 OVERSAMPLING = 4
+COLOUR_RADIUS = 40  # levels, over the three channels: a colour farther from all known ones is none of them
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ def scenes() -> list[Scene]:
     """Every scene there is, always in the same order."""
     return [Scene(*attributes) for attributes in product(SHAPES, COLOURS, COLOURS, SIZES, PLACES)
             if attributes[1] != attributes[2]]
+
+
+def training_scenes() -> list[Scene]:
+    return [scene for scene in scenes() if not scene.held_out]
 
 
 def test_scenes(count: int = 300, seed: int = 0) -> list[Scene]:
@@ -147,7 +152,8 @@ def judge(picture: Image.Image) -> Verdict:
 
 
 def _nearest_colour(pixel: np.ndarray) -> str:
-    return min(COLOURS, key=lambda name: math.dist(pixel, COLOURS[name]))
+    name = min(COLOURS, key=lambda name: math.dist(pixel, COLOURS[name]))
+    return name if math.dist(pixel, COLOURS[name]) < COLOUR_RADIUS else "unclear"
 
 
 def _overlap(found: np.ndarray, shape: str) -> float:

@@ -15,7 +15,7 @@ from ...l2p_core.config import L2PConfig, Stage
 from ...l2p_core.model import L2PTransformer
 from ...l2p_core.text import TEMPLATE, TextEncoder
 from ...l2p_core.train.loss import flow_matching_loss
-from .pictures import SIZE, draw, scenes
+from .pictures import SIZE, draw, scenes, training_scenes
 
 CONFIG = L2PConfig(
     dim=144, n_heads=3, n_layers=6, n_refiner_layers=1, ffn_dim=384, cap_feat_dim=96, bottleneck_dim=64,
@@ -72,7 +72,7 @@ def train(folder: Path, steps: int, batch: int, rate: float, seed: int) -> None:
     """Write transformer.safetensors, text_encoder/ and tokenizer/ into `folder`."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    known = [scene for scene in scenes() if not scene.held_out]
+    known = training_scenes()
     captions = sorted({scene.caption(*with_) for scene in scenes() for with_ in ((1, 1), (0, 1), (1, 0), (0, 0))})
     text_encoder = make_text_encoder(folder, captions)
     with torch.no_grad():
@@ -93,7 +93,7 @@ def train(folder: Path, steps: int, batch: int, rate: float, seed: int) -> None:
                  for scene in chosen]
         pictures = np.stack([np.asarray(draw(scene, rng)) for scene in chosen])
         pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2) * (2 / 255) - 1
-        even, shift = torch.rand(batch), torch.tensor(SHIFTS).repeat(batch // len(SHIFTS))
+        even, shift = torch.rand(batch), torch.tensor(SHIFTS)[torch.arange(batch) % len(SHIFTS)]
         sigma = shift * even / (1 + (shift - 1) * even)
         with torch.autocast("cpu", torch.bfloat16):
             loss = flow_matching_loss(
