@@ -114,7 +114,7 @@ def measure(path: Path) -> None:
     done.set()
     watcher.join()
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
-    print(json.dumps({"seconds": seconds, "peak_private_gb": (peak[0] - before) / 1e9, "weights_gb": weights / 1e9,
+    print(json.dumps({"seconds": seconds, "peak_private_gb": peak[0] / 1e9, "before_gb": before / 1e9, "weights_gb": weights / 1e9,
                       "parameters": sum(tensor.numel() for name, tensor in model.state_dict().items()
                                         if not name.endswith("weight_scale")),
                       "int8_layers": sum(isinstance(module, Int8Linear) for module in model.modules())}))
@@ -139,7 +139,7 @@ def main() -> None:
                                            stdout=subprocess.PIPE).stdout)
         print(f"{name}: {path.stat().st_size / 1e9:.2f} GB, {result['parameters']:,} parameters, "
               f"{result['int8_layers']} INT8 layers; weights {result['weights_gb']:.2f} GB, peak private memory "
-              f"{result['peak_private_gb']:.2f} GB; {result['seconds']:.1f} s, {result['seconds'] / reading:.2f} x reading "
+              f"{result['peak_private_gb']:.2f} GB, of which {result['before_gb']:.2f} before loading; {result['seconds']:.1f} s, {result['seconds'] / reading:.2f} x reading "
               f"the file once ({reading:.1f} s)")
 
 
