@@ -119,14 +119,18 @@ def draw(pictures: list[Picture], pipe: L2PPipeline, batch: int = 1, free_text_e
     with ThreadPoolExecutor(1) as beside, ExitStack() as at_end:  # hashing leaves the interpreter free to draw
         at_end.callback(stop.set)
         checkpoint_hash = beside.submit(hash_files, pipe.layout.files, stop)
+        encoder = pipe.text_encoder_path
+        encoder_hash = beside.submit(hash_files, sorted(encoder.rglob("*.safetensors")) if encoder.is_dir() else
+                                     [encoder] if encoder.is_file() else [], stop)
 
         def describe(picture: Picture) -> dict:
             facts = {name: value for name, value in asdict(picture).items() if name in SETTINGS}
             for name in ("input_image", "inpaint_mask"):
-                if facts[name]:
+                if facts[name]:  # a folder's name is nobody's business, the content is
                     facts[f"{name}_sha256"] = hash_files([Path(facts[name])], stop)
-            return {**facts, "dtype": str(pipe.dtype).removeprefix("torch."), "text_encoder": str(pipe.text_encoder_path),
-                    "quantization": pipe.layout.quantization, "checkpoint": pipe.layout.path.name,
+                    facts[name] = Path(facts[name]).name
+            return {**facts, "dtype": str(pipe.dtype).removeprefix("torch."), "quantization": pipe.layout.quantization,
+                    "text_encoder_sha256": encoder_hash.result(), "checkpoint": pipe.layout.path.name,
                     "checkpoint_sha256": checkpoint_hash.result()}
 
         missing = [picture for picture in pictures if overwrite or not picture.output.exists()

@@ -38,8 +38,9 @@ def report(facts: dict) -> str:
     """The facts as lines for people."""
     numbers = sum(facts["dtypes"].values()) or 1
     dtypes = ", ".join(f"{dtype} {count / numbers:.0%}" for dtype, count in facts["dtypes"].items())
+    size = f"{facts['bytes'] / 1e9:.2f} GB" if facts["bytes"] >= 1e8 else f"{facts['bytes'] / 1e6:.2f} MB"
     lines = [f"{facts['path']}: {facts['kind']}",
-             f"  {facts['bytes'] / 1e9:.2f} GB in {facts['files']} file{'s' * (facts['files'] > 1)}, "
+             f"  {size} in {facts['files']} file{'s' * (facts['files'] > 1)}, "
              f"{facts['tensors']} tensors, {facts['parameters']:,} parameters ({dtypes})"]
     if "config" in facts:
         config = facts["config"]

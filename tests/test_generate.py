@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from comfyui_l2p.l2p_core import generate as generate_module
 from comfyui_l2p.l2p_core.cli import main
@@ -91,9 +92,13 @@ def test_a_changed_start_picture_or_encoder_is_another_picture(tmp_path, capsys)
     assert main(command) == 1
     assert "input_image_sha256" in capsys.readouterr().err
     shutil.copytree(BUNDLED_MODEL, tmp_path / "model")
+    encoder = tmp_path / "model" / "text_encoder" / "model.safetensors"
+    tensors = load_file(encoder)
+    save_file({**tensors, "embed_tokens.weight": -tensors["embed_tokens.weight"]}, encoder, metadata={"format": "pt"})
     assert main([*command, "--overwrite"]) == 0
     assert main([*command, "--text-encoder", str(tmp_path / "model")]) == 1
-    assert "text_encoder" in capsys.readouterr().err
+    assert "text_encoder_sha256" in capsys.readouterr().err
+    assert str(tmp_path) not in json.dumps(settings(tmp_path / "out.png")), "a picture does not tell its folders"
 
 
 def test_turned_and_16_bit_pictures_are_read_as_they_look(tmp_path):
@@ -113,7 +118,7 @@ def test_an_error_does_not_wait_for_the_hash(tmp_path, monkeypatch):
         return ""
     monkeypatch.setattr(generate_module, "hash_files", slow)
     assert main(["generate", "a", "-o", str(tmp_path / "out.png"), *FEW, "--text-encoder", "nowhere"]) == 1
-    assert hashed == [True], "told to stop, not timed out"
+    assert hashed and all(hashed), "told to stop, not timed out"
 
 
 def test_pictures_of_other_settings_are_not_taken_for_these(tmp_path, capsys):
