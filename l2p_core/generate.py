@@ -1,6 +1,5 @@
 """Prompts to picture files, many at a time and over several processes: `l2p generate`."""
 import csv
-import hashlib
 import io
 import json
 import math
@@ -8,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import Field, asdict, dataclass, fields
+from functools import cache
 from itertools import groupby, islice
 from pathlib import Path
 from threading import Event
@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from tqdm import tqdm
 
+from .layout import hash_files
 from .pipeline import L2PPipeline, usable_device
 from .sampler import schedule, solver
 
@@ -120,14 +121,15 @@ def draw(pictures: list[Picture], pipe: L2PPipeline, batch: int = 1, free_text_e
         at_end.callback(stop.set)
         checkpoint_hash = beside.submit(hash_files, pipe.layout.files, stop)
         encoder = pipe.text_encoder_path
-        encoder_hash = beside.submit(hash_files, sorted(encoder.rglob("*.safetensors")) if encoder.is_dir() else
+        encoder_hash = beside.submit(hash_files, sorted(encoder.glob("*.safetensors")) if encoder.is_dir() else
                                      [encoder] if encoder.is_file() else [], stop)
+        hash_once = cache(lambda file: hash_files([Path(file)], stop))  # a start picture may serve thousands
 
         def describe(picture: Picture) -> dict:
             facts = {name: value for name, value in asdict(picture).items() if name in SETTINGS}
             for name in ("input_image", "inpaint_mask"):
                 if facts[name]:  # a folder's name is nobody's business, the content is
-                    facts[f"{name}_sha256"] = hash_files([Path(facts[name])], stop)
+                    facts[f"{name}_sha256"] = hash_once(facts[name])
                     facts[name] = Path(facts[name]).name
             return {**facts, "dtype": str(pipe.dtype).removeprefix("torch."), "quantization": pipe.layout.quantization,
                     "text_encoder_sha256": encoder_hash.result(), "checkpoint": pipe.layout.path.name,
@@ -139,10 +141,10 @@ def draw(pictures: list[Picture], pipe: L2PPipeline, batch: int = 1, free_text_e
             print(f"{len(pictures) - len(missing)} of {len(pictures)} pictures are there already")
         if not missing:
             return
-        texts = {text for picture in missing for text in (picture.prompt, picture.negative_prompt)}
         encode = pipe.encode_prompt
         encode(missing[0].prompt)  # what is wrong with the text encoder shows before the bar does
         if free_text_encoder:
+            texts = {text for picture in missing for text in (picture.prompt, picture.negative_prompt)}
             encode = {text: pipe.encode_prompt(text).cpu() for text in texts}.__getitem__
             pipe.unload_text_encoder()
         with tqdm(total=sum(picture.num_inference_steps for picture in missing), unit="step", disable=not progress) as bar:
@@ -242,13 +244,3 @@ def open_picture(file: str | Path) -> Image.Image:
     if picture.mode.startswith("I"):  # 16 bits a pixel
         picture = Image.fromarray((np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8))
     return picture
-
-
-def hash_files(files: list[Path], stop: Event | None = None) -> str:
-    """SHA-256 of a file, or of its shards one after the other. stop: ends it early, with a hash of no use."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while not (stop and stop.is_set()) and (block := stream.read(1 << 24)):
-                digest.update(block)
-    return digest.hexdigest()

@@ -3,6 +3,7 @@
 A layout maps every tensor of the model, under its published name, to where a file keeps it: under which key, as which
 rows of a packed tensor, with which INT8 scale.
 """
+import hashlib
 import json
 import math
 import re
@@ -11,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from threading import Event
 from typing import NamedTuple
 
 from .config import L2PConfig
@@ -216,6 +218,16 @@ def stamp(file: Path) -> tuple[int, ...]:
     """What tells that a file was changed or replaced: size, time of the last change, inode."""
     stat = file.stat()
     return stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+
+def hash_files(files: list[Path], stop: Event | None = None) -> str:
+    """SHA-256 of a file, or of its shards one after the other. stop: ends it early, with a hash of no use."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while not (stop and stop.is_set()) and (block := stream.read(1 << 24)):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:

@@ -15,7 +15,7 @@ from .image import check_size, to_mask, to_pictures, to_pixels
 from .layout import Layout, read_layout
 from .model import L2PTransformer
 from .sampler import Callback, guided_velocity, keeping, schedule, solver
-from .text import TextEncoder
+from .text import TextEncoder, find_encoder
 
 KEPT_ENCODINGS = 64
 BUNDLED_MODEL = Path(__file__).parent.parent / "examples" / "shapes" / "model"
@@ -62,7 +62,7 @@ class L2PPipeline:
             folders = (checkpoint, checkpoint.parent) if checkpoint.is_dir() else (checkpoint.parent,)
             text_encoder = next((folder for folder in folders if (folder / "text_encoder").is_dir()), folders[0]) / "text_encoder"
         device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(layout, Path(text_encoder), Path(tokenizer) if tokenizer else None, device, torch_dtype, progress)
+        return cls(layout, find_encoder(text_encoder), Path(tokenizer) if tokenizer else None, device, torch_dtype, progress)
 
     @cached_property
     def transformer(self) -> L2PTransformer:
@@ -124,7 +124,8 @@ class L2PPipeline:
         keeps the input picture's pixels exactly. num_images: pictures for each prompt, in one batch.
         shift: of the noise schedule; above 3 spends more steps on the outline. sampler: euler or ab2.
         callback: called before each step with the steps done, all steps, and the picture as it now looks to come out,
-        (B, 3, H, W) in about [-1, 1]; raise from it to stop. bf16_rounding: round times and the input picture as the published pipeline does.
+        (B, 3, H, W) in about [-1, 1]; raise from it to stop. bf16_rounding: round times and the input picture as the
+        published pipeline does.
         Raises ValueError for sizes, counts and options that do not fit."""
         solve = solver(sampler)
         if inpaint_mask is not None and input_image is None:

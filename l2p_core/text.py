@@ -30,9 +30,7 @@ class TextEncoder:
         """encoder: a Hugging Face folder, a folder that holds one as `text_encoder/`, or ComfyUI's single file.
         tokenizer: its folder; by default `tokenizer/` in or beside the encoder. Raises CheckpointError."""
         from transformers import AutoTokenizer  # takes seconds, so not before it is needed
-        encoder = Path(encoder)
-        if (encoder / "text_encoder").is_dir():
-            encoder = encoder / "text_encoder"
+        encoder = find_encoder(encoder)
         if not encoder.exists():
             raise CheckpointError(f"the text encoder {encoder} does not exist. Give the text_encoder/ folder of "
                                   "Tongyi-MAI/Z-Image-Turbo, or qwen_3_4b.safetensors")
@@ -57,6 +55,12 @@ class TextEncoder:
             raise CheckpointError(f"the text encoder gives NaN in {features.dtype}: its file is damaged, or its numbers "
                                   "overflow; bfloat16 has the range of float32")
         return features
+
+
+def find_encoder(path: str | Path) -> Path:
+    """The encoder itself: `text_encoder/` where the path is a folder that holds one, else the path."""
+    inside = Path(path) / "text_encoder"
+    return inside if inside.is_dir() else Path(path)
 
 
 def find_tokenizer(encoder: Path, tokenizer: str | Path | None) -> Path:

@@ -5,7 +5,6 @@ A plan is a list of pieces, one for each tensor; nothing is read before `write`.
 Sources are read, not mapped: a mapped file that shrinks would end the program.
 """
 import errno
-import hashlib
 import json
 import math
 import os
@@ -22,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..l2p_core.int8 import dequantize
-from ..l2p_core.layout import DTYPE_BYTES, CheckpointError, Layout, Source, stamp
+from ..l2p_core.layout import DTYPE_BYTES, CheckpointError, Layout, Source, hash_files, stamp
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
                 "I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
@@ -68,7 +67,7 @@ def write(path: Path, pieces: list[Piece], inputs: list[Layout], command: str, o
     stop = Event()
     beside = ThreadPoolExecutor(1)  # hashing releases the interpreter, so writing goes on meanwhile
     try:
-        hashes = [beside.submit(sha256_of, file, stop) for file, _ in files]
+        hashes = [beside.submit(hash_files, [file], stop) for file, _ in files]
         with part.open("wb") as stream, tqdm(total=total, desc=f"writing {path.name}", unit="B", unit_scale=True,
                                              disable=not progress) as bar:
             stream.write(head)
@@ -225,14 +224,6 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def sha256_of(file: Path, stop: Event) -> str:
-    digest, buffer = hashlib.sha256(), bytearray(1 << 22)
-    with file.open("rb", buffering=0) as stream:
-        while not stop.is_set() and (got := stream.readinto(buffer)):
-            digest.update(memoryview(buffer)[:got])
-    return digest.hexdigest()
 
 
 def gigabytes(count: int) -> str:
