@@ -5,12 +5,16 @@ import json
 import re
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from .layout import CheckpointError, read_header
+
+if TYPE_CHECKING:  # it takes seconds to import, so not before it is needed
+    import transformers
 
 # What Qwen3's own chat template gives for one user turn with thinking enabled. The prompt goes in as it is.
 TEMPLATE = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
@@ -21,7 +25,7 @@ LAYER = -2  # the features are what the last layer takes in: no final norm
 class TextEncoder:
     """Turns prompts into the features that an L2P model was trained on."""
 
-    def __init__(self, model: "transformers.Qwen3Model", tokenizer: "transformers.PreTrainedTokenizerBase"):
+    def __init__(self, model: transformers.Qwen3Model, tokenizer: transformers.PreTrainedTokenizerBase):
         self.model, self.tokenizer = model, tokenizer
 
     @classmethod
@@ -29,7 +33,7 @@ class TextEncoder:
              dtype: torch.dtype = torch.bfloat16) -> TextEncoder:
         """encoder: a Hugging Face folder, a folder that holds one as `text_encoder/`, or ComfyUI's single file.
         tokenizer: its folder; by default `tokenizer/` in or beside the encoder. Raises CheckpointError."""
-        from transformers import AutoTokenizer  # takes seconds, so not before it is needed
+        from transformers import AutoTokenizer
         encoder = find_encoder(encoder)
         if not encoder.exists():
             raise CheckpointError(f"the text encoder {encoder} does not exist. Give the text_encoder/ folder of "
@@ -73,7 +77,7 @@ def find_tokenizer(encoder: Path, tokenizer: str | Path | None) -> Path:
                           "Give the tokenizer/ folder of Tongyi-MAI/Z-Image-Turbo or Qwen/Qwen3-4B")
 
 
-def load_folder(folder: Path, dtype: torch.dtype) -> "transformers.Qwen3Model":
+def load_folder(folder: Path, dtype: torch.dtype) -> transformers.Qwen3Model:
     """A Hugging Face folder: config.json with one or more .safetensors files."""
     from transformers import Qwen3Config, Qwen3Model
     from transformers.utils import logging
@@ -102,7 +106,7 @@ def load_folder(folder: Path, dtype: torch.dtype) -> "transformers.Qwen3Model":
     return model
 
 
-def load_single_file(file: Path, dtype: torch.dtype) -> "transformers.Qwen3Model":
+def load_single_file(file: Path, dtype: torch.dtype) -> transformers.Qwen3Model:
     """ComfyUI's qwen_3_4b.safetensors: the tensors alone, so the configuration is read off their shapes."""
     from transformers import Qwen3Config, Qwen3Model
     entries, _ = read_header(file)

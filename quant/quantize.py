@@ -26,7 +26,7 @@ PRESETS = {
 }
 FORMATS = {"int8_tensorwise": ("I8", 127), "float8_e4m3fn": ("F8_E4M3", 448)}  # dtype and largest number
 GRANULARITIES = ("tensor", "row", "convrot")
-CONVROT_GROUPSIZES = (256, 64, 16)  # ComfyUI's own size first; powers of 4 that must divide the inputs
+PREFERRED_GROUPSIZES = (256, 64, 16)  # ComfyUI's own size first; powers of 4 that must divide the inputs
 
 
 @dataclass
@@ -128,7 +128,7 @@ def quantized(piece: Piece, options: Options, tallies: list[Tally]) -> list[Piec
     rows, inputs = piece.shape
     groupsize = 0
     if options.granularity == "convrot":
-        groupsize = next((size for size in CONVROT_GROUPSIZES if inputs % size == 0), 0)
+        groupsize = next((size for size in PREFERRED_GROUPSIZES if inputs % size == 0), 0)
     before = sum(math.prod(source.shape) * DTYPE_BYTES[source.entry.dtype] for source in piece.origin)
     tally = Tally(piece.name, piece.shape, before, rows * inputs, groupsize)
     tallies.append(tally)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from comfyui_l2p.examples.shapes.pictures import COLOURS, PLACES, SHAPES, SIZE, SIZES, Scene, draw, judge, scenes, training_scenes, test_scenes as held_out_scenes
+from comfyui_l2p.examples.shapes.pictures import COLOURS, PLACES, SHAPES, SIZE, SIZES, Scene, draw, scenes, training_scenes, test_scenes as held_out_scenes
 from comfyui_l2p.examples.shapes.score import contact_sheet, score
 
 SCENES = held_out_scenes(60)

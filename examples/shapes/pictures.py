@@ -2,7 +2,7 @@
 import math
 import random
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
