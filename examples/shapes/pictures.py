@@ -37,10 +37,13 @@ class Scene:
 
     def caption(self, with_size: bool = True, with_place: bool = True) -> str:
         """"a large red circle on a blue background, left" """
-        size = f"{self.size} " if with_size else ""
-        text = f"{size}{self.colour} {self.shape} on a {self.background} background"
-        article = "an" if text[0] in "aeiou" else "a"
-        return f"{article} {text}" + (f", {self.place}" if with_place else "")
+        shape = f"{self.size} {self.colour} {self.shape}" if with_size else f"{self.colour} {self.shape}"
+        text = f"{with_article(shape)} on {with_article(self.background)} background"
+        return f"{text}, {self.place}" if with_place else text
+
+
+def with_article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def scenes() -> list[Scene]:

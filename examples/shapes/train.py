@@ -20,9 +20,7 @@ from .pictures import SIZE, draw, scenes, training_scenes
 CONFIG = L2PConfig(
     dim=144, n_heads=3, n_layers=6, n_refiner_layers=1, ffn_dim=384, cap_feat_dim=96, bottleneck_dim=64,
     decoder=(Stage("1", 16, 16, 32), Stage("2", 32, 32, 16), Stage("3", 48, 48, 32), Stage("4", 64, 64, 48)))
-# Three in four noise levels come from the sampler's schedule, which is mostly about the layout; one in four from a
-# schedule leaning the other way, so that a narrow decoder sees enough of the last steps to leave backgrounds clean.
-SHIFTS = (3.0, 3.0, 3.0, 0.5)
+LAYOUT_SHIFT, FINISH_SHIFT = 3.0, 0.5  # noise levels as the sampler's schedule has them, and leaning the other way
 
 
 def make_text_encoder(folder: Path, captions: list[str]) -> TextEncoder:
@@ -93,8 +91,7 @@ def train(folder: Path, steps: int, batch: int, rate: float, seed: int) -> None:
                  for scene in chosen]
         pictures = np.stack([np.asarray(draw(scene, rng)) for scene in chosen])
         pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2) * (2 / 255) - 1
-        even, shift = torch.rand(batch), torch.tensor(SHIFTS)[torch.arange(batch) % len(SHIFTS)]
-        sigma = shift * even / (1 + (shift - 1) * even)
+        sigma = noise_levels(batch, finishing=4 * step >= steps)
         with torch.autocast("cpu", torch.bfloat16):
             loss = flow_matching_loss(
                 model, pictures, [encodings[caption] for caption in words], torch.randn(batch, 3, SIZE, SIZE), sigma)
@@ -111,6 +108,15 @@ def train(folder: Path, steps: int, batch: int, rate: float, seed: int) -> None:
             save(average.module, folder, step + 1)
 
 
+def noise_levels(batch: int, finishing: bool) -> torch.Tensor:
+    """(batch,) levels: most from the sampler's schedule, which is about the layout; one in four, later every other one,
+    from a schedule that shows a narrow decoder enough of the last steps to leave backgrounds clean."""
+    even = torch.rand(batch)
+    shift = torch.full((batch,), LAYOUT_SHIFT)
+    shift[::2 if finishing else 4] = FINISH_SHIFT
+    return shift * even / (1 + (shift - 1) * even)
+
+
 def save(model: L2PTransformer, folder: Path, steps: int) -> None:
     tensors = {name: value.to(torch.bfloat16).contiguous() for name, value in model.state_dict().items()}
     save_file(tensors, folder / "transformer.safetensors", metadata={
@@ -121,7 +127,7 @@ def save(model: L2PTransformer, folder: Path, steps: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "model")
-    parser.add_argument("--steps", type=int, default=3500)
+    parser.add_argument("--steps", type=int, default=11000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
