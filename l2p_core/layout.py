@@ -139,6 +139,12 @@ def read_layout(path: str | Path | list[str | Path], convrot_groupsize: int | No
     if absent := promised - entries.keys():
         raise CheckpointError(f"{path.name} names {len(absent)} tensors that its shards lack (first: {min(absent)}). "
                               "The shards are not this index's. Get them again")
+    return describe(path, files, entries, metadata, markers, stamps, convrot_groupsize)
+
+
+def describe(path: Path, files: list[Path], entries: dict[str, Entry], metadata: dict[str, str], markers: dict[str, dict],
+             stamps: dict[Path, tuple[int, ...]], convrot_groupsize: int | None = None) -> Layout:
+    """The layout of these entries, wherever they are kept. markers: of quantized layers, by `layer_name`."""
     prefix = find_prefix(entries)
     kind, naming = classify(entries, prefix)
     layout = Layout(path, files, entries, metadata, kind, prefix, naming, {}, stamps=stamps)
@@ -319,16 +325,11 @@ def classify(entries: dict[str, Entry], prefix: str) -> tuple[str, str]:
 def quantization_markers(entries: dict[str, Entry], metadata: dict[str, str]) -> dict[str, dict]:
     """One file's descriptions of quantized layers, by the layer's name without any prefix: from its metadata and its
     `comfy_quant` tensors."""
-    def bare(layer: str) -> str:
-        found = re.search(r"(?:^|\.)((?:layers|noise_refiner|context_refiner|t_embedder|cap_embedder|x_embedder|"
-                          r"all_x_embedder|local_decoder)\..+)", layer)
-        return found[1] if found else layer
-
     markers: dict[str, dict] = {}
     if "_quantization_metadata" in metadata:
         try:
             layers = json.loads(metadata["_quantization_metadata"])["layers"]
-            markers = {bare(layer): dict(marker) for layer, marker in layers.items()}
+            markers = {layer_name(layer): dict(marker) for layer, marker in layers.items()}
         except (ValueError, KeyError, TypeError, AttributeError):
             raise CheckpointError("the file's _quantization_metadata is not ComfyUI's table of layers") from None
     for key, entry in entries.items():
@@ -336,10 +337,17 @@ def quantization_markers(entries: dict[str, Entry], metadata: dict[str, str]) ->
             with entry.file.open("rb") as stream:
                 stream.seek(entry.begin)
                 try:
-                    markers[bare(key.removesuffix(".comfy_quant"))] = dict(json.loads(stream.read(entry.end - entry.begin)))
+                    markers[layer_name(key.removesuffix(".comfy_quant"))] = dict(json.loads(stream.read(entry.end - entry.begin)))
                 except (ValueError, TypeError):
                     raise CheckpointError(f"{key} is not the JSON that ComfyUI writes there") from None
     return markers
+
+
+def layer_name(key: str) -> str:
+    """A layer's name without any prefix."""
+    found = re.search(r"(?:^|\.)((?:layers|noise_refiner|context_refiner|t_embedder|cap_embedder|x_embedder|"
+                      r"all_x_embedder|local_decoder)\..+)", key)
+    return found[1] if found else key
 
 
 def quantized_source(source: Source, scale: Entry | None, marker: dict | None, convrot_groupsize: int | None) -> Source:

@@ -1,0 +1,237 @@
+"""How ComfyUI recognises L2P files, and how it runs our decoder on its own Z-Image backbone.
+
+ComfyUI calls: sigma runs 1 → 0, the model gives noise - picture, pixels in flight are a LATENT (B, 3, H, W) in [-1, 1].
+"""
+import json
+import logging
+from pathlib import Path
+
+import comfy.latent_formats
+import comfy.lora
+import comfy.model_base
+import comfy.model_detection
+import comfy.model_management
+import comfy.quant_ops
+import comfy.supported_models
+import torch
+from comfy.ldm.common_dit import pad_to_patch_size
+from comfy.ldm.lumina.model import NextDiT, TimestepEmbedder
+from torch import Tensor, nn
+
+from ..l2p_core.checkpoint import check
+from ..l2p_core.config import L2PConfig
+from ..l2p_core.decoder import LocalDecoder
+from ..l2p_core.int8 import dequantize
+from ..l2p_core.layout import CheckpointError, Entry, Layout, Source, describe, find_prefix, layer_name, quantization_markers
+from ..l2p_core.model import NORM_EPS, ROPE_THETA, TOKEN_MULTIPLE
+from ..quant.export import name_in
+from ..quant.stream import TORCH_DTYPES
+
+LANDMARK = "local_decoder.enc1.0.weight"  # in every L2P model, in no other
+INSTALLED = "_l2p_installed"  # set on ComfyUI's own module: a pack may be imported twice
+SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+class NextDiTL2P(NextDiT):
+    """ComfyUI's Z-Image transformer with the local decoder in place of its last layer."""
+
+    def __init__(self, l2p_config: L2PConfig, device=None, dtype=None, operations=None, **_):
+        config = self.l2p_config = l2p_config
+        super().__init__(
+            patch_size=config.patch_size, in_channels=3, dim=config.dim, n_layers=config.n_layers,
+            n_refiner_layers=config.n_refiner_layers, n_heads=config.n_heads, n_kv_heads=config.n_heads,
+            multiple_of=config.ffn_dim, ffn_dim_multiplier=config.ffn_dim / config.dim, norm_eps=NORM_EPS, qk_norm=True,
+            cap_feat_dim=config.cap_feat_dim, axes_dims=list(config.axes_dims), axes_lens=[1536, 512, 512],
+            rope_theta=ROPE_THETA, z_image_modulation=True, time_scale=1000.0, pad_tokens_multiple=TOKEN_MULTIPLE,
+            device=device, dtype=dtype, operations=operations)
+        factory = {"device": device, "dtype": dtype, "operations": operations}
+        self.t_embedder = TimestepEmbedder(config.t_hidden_dim, output_size=config.t_dim, **factory)
+        for block in (*self.noise_refiner, *self.context_refiner, *self.layers):
+            block.attention.q_norm.eps = block.attention.k_norm.eps = NORM_EPS  # core leaves it at float32's epsilon
+        self.final_layer = PassOn()
+        self.local_decoder = LocalDecoder(config, **factory)
+
+    def _forward(self, x: Tensor, *args, transformer_options: dict = {}, **kwargs) -> Tensor:
+        refuse_controlnet(transformer_options)
+        height, width = x.shape[-2:]
+        x = pad_to_patch_size(x, (self.l2p_config.size_multiple,) * 2)
+        return super()._forward(x, *args, transformer_options=transformer_options, **kwargs)[..., :height, :width]
+
+    def patchify_and_embed(self, x: Tensor, *args, **kwargs) -> tuple:
+        embedded = list(super().patchify_and_embed(x, *args, **kwargs))
+        embedded[2] = x, embedded[2]  # the picture goes with its size to unpatchify
+        return tuple(embedded)
+
+    def unpatchify(self, tokens: Tensor, image_and_sizes: tuple[Tensor, list], cap_size: list[int], return_tensor=False) -> Tensor:
+        image, _ = image_and_sizes
+        h, w = (side // self.patch_size for side in image.shape[-2:])
+        features = tokens[:, cap_size[0]:cap_size[0] + h * w].transpose(1, 2).unflatten(2, (h, w))
+        return self.local_decoder(image, features)
+
+
+class PassOn(nn.Module):
+    """Hands on its first argument."""
+
+    def forward(self, x: Tensor, *_, **__) -> Tensor:
+        return x
+
+
+class L2PModel(comfy.model_base.Lumina2):
+    """Derived from Lumina2, by which ComfyUI knows how LoRAs of Z-Image name their layers."""
+
+    def __init__(self, model_config, model_type=comfy.model_base.ModelType.FLOW, device=None):
+        comfy.model_base.BaseModel.__init__(self, model_config, model_type, device=device, unet_model=NextDiTL2P)
+        self.memory_usage_factor_conds = ("ref_latents",)
+
+
+class L2P(comfy.supported_models.ZImage):
+    unet_config = {"image_model": "l2p"}
+    latent_format = comfy.latent_formats.ZImagePixelSpace
+
+    def __init__(self, unet_config: dict):
+        super().__init__(unet_config)
+        if unet_config.get("quantized"):
+            self.quant_config = {"mixed_ops": True}
+
+    def get_model(self, state_dict: dict, prefix: str = "", device=None) -> L2PModel:
+        return L2PModel(self, device=device)
+
+    def process_unet_state_dict(self, state_dict: dict) -> dict:
+        return comfyui_state_dict(state_dict)
+
+    def process_vae_state_dict(self, state_dict: dict) -> dict:
+        return state_dict or {"pixel_space_vae": torch.tensor(1.0)}  # core's name for pixels as they are
+
+
+def install() -> None:
+    """Teach ComfyUI's loaders L2P, once, unless it knows L2P itself by now."""
+    detection = comfy.model_detection
+    if getattr(detection, INSTALLED, False):
+        return
+    if core_knows_l2p():
+        logging.info("ComfyUI-L2P: this ComfyUI loads L2P by itself, so the pack leaves loading to it")
+        return
+    prefix_from_state_dict, detect, lora_keys = (
+        detection.unet_prefix_from_state_dict, detection.detect_unet_config, comfy.lora.model_lora_keys_unet)
+
+    def with_l2p_prefix(state_dict):
+        return find_prefix(state_dict) if any(key.endswith(LANDMARK) for key in state_dict) else prefix_from_state_dict(state_dict)
+
+    def with_l2p_config(state_dict, key_prefix, *args, **kwargs):
+        return unet_config(state_dict, key_prefix) if key_prefix + LANDMARK in state_dict else detect(
+            state_dict, key_prefix, *args, **kwargs)
+
+    def with_l2p_lora_keys(model, key_map={}):
+        key_map = lora_keys(model, key_map)
+        return {**l2p_lora_keys(model.diffusion_model.l2p_config, key_map), **key_map} if isinstance(model, L2PModel) else key_map
+
+    comfy.supported_models.models.insert(0, L2P)
+    detection.unet_prefix_from_state_dict = with_l2p_prefix
+    detection.detect_unet_config = with_l2p_config
+    comfy.lora.model_lora_keys_unet = with_l2p_lora_keys
+    setattr(detection, INSTALLED, True)
+
+
+def core_knows_l2p() -> bool:
+    """Whether ComfyUI tells an L2P model from a latent Z-Image, asked with tensors that weigh nothing."""
+    with torch.device("meta"):
+        known = comfy.model_detection.detect_unet_config({
+            "x_embedder.weight": torch.empty(3840, 768), "cap_embedder.1.weight": torch.empty(3840, 2560),
+            "cap_embedder.0.weight": torch.empty(2560), "noise_refiner.0.attention.k_norm.weight": torch.empty(128),
+            "noise_refiner.0.attention.qkv.weight": torch.empty(11520, 3840), "x_pad_token": torch.empty(1, 3840),
+            "layers.0.attention.qkv.weight": torch.empty(11520, 3840), LANDMARK: torch.empty(64, 3, 3, 3)}, "")
+    return known is not None and (known.get("image_model") != "lumina2" or known.get("patch_size") == 16)
+
+
+def unet_config(state_dict: dict, prefix: str) -> dict:
+    """What ComfyUI keeps of a model before it is built. Raises CheckpointError, saying why, where it can't be drawn with."""
+    layout = layout_of(state_dict, prefix)
+    check(layout)
+    config = layout.config
+    quantized = layout.quantization is not None
+    if quantized and not has_int8_kernels():
+        multiply_out(state_dict, layout)
+        quantized = False
+    return {"image_model": "l2p", "in_channels": 3, "patch_size": config.patch_size, "dim": config.dim,
+            "n_layers": config.n_layers, "n_refiner_layers": config.n_refiner_layers, "l2p_config": config,
+            "quantized": quantized}
+
+
+def layout_of(state_dict: dict[str, Tensor], prefix: str = "", convrot_groupsize: int | None = None) -> Layout:
+    """The layout of tensors in memory. Of those that stand behind `prefix`, under any naming."""
+    tensors = {key: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
+    markers = {layer_name(key.removesuffix(".comfy_quant")): json.loads(bytes(tensors.pop(key).tolist()))
+               for key in list(tensors) if key.endswith(".comfy_quant")}
+    path = Path("the checkpoint")
+    entries = {key: Entry(path, key, SAFETENSORS_DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), 0, 0)
+               for key, tensor in tensors.items()}
+    return describe(path, [path], entries, {}, markers, {}, convrot_groupsize)
+
+
+def has_int8_kernels() -> bool:
+    return hasattr(comfy.quant_ops, "TensorWiseINT8Layout")
+
+
+def multiply_out(state_dict: dict[str, Tensor], layout: Layout) -> None:
+    """Turn quantized tensors into bfloat16 in place, without their scales and markers: for ComfyUI before v0.27."""
+    for source in {source.entry.key: source for source in layout.tensors.values() if source.format}.values():
+        key = source.entry.key
+        scale = state_dict.pop(source.scale.key)
+        state_dict[key] = dequantize(state_dict[key], scale.float().reshape(-1, 1), source.convrot_groupsize, torch.bfloat16)
+        state_dict.pop(f"{key.removesuffix('.weight')}.comfy_quant", None)
+
+
+def comfyui_state_dict(state_dict: dict[str, Tensor], convrot_groupsize: int | None = None) -> dict[str, Tensor]:
+    """The same tensors under ComfyUI's names: q, k and v packed, and every quantized layer marked.
+
+    convrot_groupsize: of INT8 weights without a marker, see `layout.read_layout`. Raises CheckpointError."""
+    packs: dict[str, dict[int, Source]] = {}
+    for name, source in layout_of(state_dict, "", convrot_groupsize).tensors.items():
+        name, place = name_in("comfyui", name)
+        packs.setdefault(name, {})[place] = source
+    out = {}
+    for name, pack in packs.items():
+        sources = [pack[place] for place in sorted(pack)]
+        out[name] = together([state_dict[key] for key in dict.fromkeys(source.entry.key for source in sources)])
+        if sources[0].format is None and len({source.format for source in sources}) == 1:
+            continue
+        if len({(source.format, source.convrot_groupsize) for source in sources}) > 1:
+            raise CheckpointError(f"{name} packs q, k and v, which are quantized in different ways. Multiply them out first: "
+                                  "l2p export --dtype bf16")
+        scales = {source.scale.key: state_dict[source.scale.key] for source in sources}
+        out[f"{name}_scale"] = together([
+            scale if len(scales) == 1 else scale.reshape(-1, 1).expand(sources[0].shape[0], 1) for scale in scales.values()])
+        groupsize = sources[0].convrot_groupsize
+        marker = {"format": sources[0].format, **({"convrot": True, "convrot_groupsize": groupsize} if groupsize else {})}
+        out[f"{name.removesuffix('.weight')}.comfy_quant"] = torch.tensor(list(json.dumps(marker).encode()), dtype=torch.uint8)
+    return out
+
+
+def together(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def l2p_lora_keys(config: L2PConfig, key_map: dict) -> dict:
+    """Layers of the model as LoRA files name them, where ComfyUI's own map lacks them.
+
+    Published names, q, k and v apart, stand in files behind nothing (DiffSynth), `diffusion_model.` (ai-toolkit),
+    `transformer.` (diffusers), `pipe.dit.` (T2I-L2P's trainer), and with underscores behind `lora_unet_` and `lycoris_`."""
+    with torch.device("meta"):
+        from ..l2p_core.model import L2PTransformer
+        names = [name.removesuffix(".weight") for name in L2PTransformer(config).state_dict() if name.endswith(".weight")]
+    found = {}
+    for name in names:
+        packed, place = name_in("comfyui", f"{name}.weight")
+        key = f"diffusion_model.{packed}"
+        target = (key, (0, place * config.dim, config.dim)) if packed.endswith(".qkv.weight") else key
+        found |= {f"{prefix}{name}": target for prefix in ("", "diffusion_model.", "transformer.", "pipe.dit.", "base_model.model.")}
+        found |= {f"{prefix}{name.replace('.', '_')}": target for prefix in ("lora_unet_", "lycoris_", "lora_transformer_")}
+    return found
+
+
+def refuse_controlnet(transformer_options: dict) -> None:
+    """Raise ValueError for Z-Image's ControlNets, which read latents of 16 channels and patches of 2."""
+    for patches in transformer_options.get("patches", {}).values():
+        if any(type(patch).__name__ == "ZImageControlPatch" for patch in patches):
+            raise ValueError("a Z-Image ControlNet is connected, which reads latents of 16 channels; an L2P model draws "
+                             "pixels and can't follow it. Take the ControlNet out, or draw with Z-Image itself")
