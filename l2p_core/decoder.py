@@ -9,22 +9,25 @@ from .config import L2PConfig
 class LocalDecoder(nn.Module):
     """(B, 3, H, W) noisy pixels and (B, D, H/p, W/p) features → (B, 3, H, W). One class for all four patches."""
 
-    def __init__(self, config: L2PConfig):
+    def __init__(self, config: L2PConfig, operations=nn, **factory):
+        """operations: where Conv2d comes from, so that ComfyUI can give its own. factory: its device and dtype."""
         super().__init__()
+
+        def conv(channels_in: int, channels: int, kernel: int = 3) -> nn.Conv2d:
+            return operations.Conv2d(channels_in, channels, kernel, padding=kernel // 2, **factory)
+
         self.names = [stage.name for stage in config.decoder]  # outermost first
         channels = 3
         for stage in config.decoder:
-            self.add_module(f"enc{stage.name}", nn.Sequential(nn.Conv2d(channels, stage.enc, 3, padding=1), nn.SiLU()))
+            self.add_module(f"enc{stage.name}", nn.Sequential(conv(channels, stage.enc), nn.SiLU()))
             channels = stage.enc
-        self.bottleneck = nn.Sequential(nn.Conv2d(channels + config.dim, config.bottleneck_dim, 1), nn.SiLU())
+        self.bottleneck = nn.Sequential(conv(channels + config.dim, config.bottleneck_dim, 1), nn.SiLU())
         channels = config.bottleneck_dim
         for stage in reversed(config.decoder):
-            self.add_module(f"up{stage.name}", nn.Sequential(nn.Upsample(scale_factor=2),
-                                                             nn.Conv2d(channels, stage.up, 3, padding=1)))
-            self.add_module(f"dec{stage.name}", nn.Sequential(
-                nn.Conv2d(stage.up + stage.enc, stage.dec, 3, padding=1), nn.SiLU()))
+            self.add_module(f"up{stage.name}", nn.Sequential(nn.Upsample(scale_factor=2), conv(channels, stage.up)))
+            self.add_module(f"dec{stage.name}", nn.Sequential(conv(stage.up + stage.enc, stage.dec), nn.SiLU()))
             channels = stage.dec
-        self.out_conv = nn.Conv2d(channels, 3, 1)
+        self.out_conv = conv(channels, 3, 1)
 
     def forward(self, image: Tensor, features: Tensor) -> Tensor:
         x, skips = image, []

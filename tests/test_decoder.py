@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS, L2PConfig
 from comfyui_l2p.l2p_core.decoder import LocalDecoder
@@ -76,3 +77,16 @@ def test_tensors_are_the_published_files(patch):
         model = L2PTransformer(L2PConfig(patch, n_layers=1, n_refiner_layers=1, decoder=PUBLISHED_DECODERS[patch]))
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     assert {name: shape for name, shape in shapes.items() if name.startswith(("local_decoder.", "all_x_embedder."))} == published
+
+
+def test_another_conv2d_can_be_given_with_device_and_dtype():
+    class Own(nn.Conv2d):
+        pass
+
+    class Operations:
+        Conv2d = Own
+
+    decoder = LocalDecoder(L2PConfig(dim=96, n_heads=3), Operations, device="meta", dtype=torch.float16)
+    convolutions = [module for module in decoder.modules() if isinstance(module, nn.Conv2d)]
+    assert len(convolutions) == 3 * 4 + 2 and all(type(module) is Own for module in convolutions)
+    assert {(tensor.device.type, tensor.dtype) for tensor in decoder.parameters()} == {("meta", torch.float16)}
