@@ -1,1 +1,7 @@
-"""ComfyUI-L2P: L2P checkpoints as a library, the command `l2p`, and (to come) ComfyUI nodes. Importing does nothing."""
+"""ComfyUI-L2P: L2P checkpoints as a library, the command `l2p`, and ComfyUI nodes. Does nothing where ComfyUI is absent."""
+import sys
+
+if "folder_paths" in sys.modules:  # ComfyUI is importing its packs
+    from .nodes import comfy_entrypoint
+
+    WEB_DIRECTORY = "./web"

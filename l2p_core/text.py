@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -116,16 +117,8 @@ def load_single_file(file: Path, dtype: torch.dtype) -> transformers.Qwen3Model:
                               "qwen_3_4b.safetensors, or the text_encoder/ folder of Tongyi-MAI/Z-Image-Turbo")
     if odd := next((key for key, entry in entries.items() if entry.dtype not in ("F32", "F16", "BF16")), None):
         raise CheckpointError(f"{file.name} is quantized ({odd} is {entries[odd].dtype}); give the BF16 qwen_3_4b.safetensors")
-    head_dim, = shapes["layers.0.self_attn.q_norm.weight"]
-    vocab_size, hidden_size = shapes["embed_tokens.weight"]
-    layers = 1 + max(int(key.split(".")[1]) for key in shapes if re.match(r"layers\.\d+\.", key))
     try:
-        config = Qwen3Config(
-            vocab_size=vocab_size, hidden_size=hidden_size, num_hidden_layers=layers, head_dim=head_dim,
-            intermediate_size=shapes["layers.0.mlp.gate_proj.weight"][0],
-            num_attention_heads=shapes["layers.0.self_attn.q_proj.weight"][0] // head_dim,
-            num_key_value_heads=shapes["layers.0.self_attn.k_proj.weight"][0] // head_dim,
-            rms_norm_eps=1e-6, rope_theta=1e6)
+        config = Qwen3Config(**qwen3_sizes(shapes))
     except KeyError as missing:
         raise CheckpointError(f"{file.name} is not a whole Qwen3 text encoder: it lacks {missing.args[0]}. Get it again") from None
     with torch.device("meta"):
@@ -138,3 +131,16 @@ def load_single_file(file: Path, dtype: torch.dtype) -> transformers.Qwen3Model:
     except RuntimeError as error:
         raise CheckpointError(f"{file.name} is not a whole Qwen3 text encoder: {str(error).splitlines()[-1].strip()}") from None
     return model
+
+
+def qwen3_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int | float]:
+    """The configuration of a Qwen3 by the shapes of its tensors, named without `model.`. Raises KeyError."""
+    head_dim, = shapes["layers.0.self_attn.q_norm.weight"]
+    vocab_size, hidden_size = shapes["embed_tokens.weight"]
+    return {
+        "vocab_size": vocab_size, "hidden_size": hidden_size, "head_dim": head_dim,
+        "num_hidden_layers": 1 + max(int(key.split(".")[1]) for key in shapes if re.match(r"layers\.\d+\.", key)),
+        "intermediate_size": shapes["layers.0.mlp.gate_proj.weight"][0],
+        "num_attention_heads": shapes["layers.0.self_attn.q_proj.weight"][0] // head_dim,
+        "num_key_value_heads": shapes["layers.0.self_attn.k_proj.weight"][0] // head_dim,
+        "rms_norm_eps": 1e-6, "rope_theta": 1e6}

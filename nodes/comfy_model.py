@@ -22,7 +22,7 @@ from ..l2p_core.checkpoint import check
 from ..l2p_core.config import L2PConfig
 from ..l2p_core.decoder import LocalDecoder
 from ..l2p_core.int8 import dequantize
-from ..l2p_core.layout import CheckpointError, Entry, Layout, Source, describe, find_prefix, layer_name, quantization_markers
+from ..l2p_core.layout import CheckpointError, Entry, Layout, Source, describe, find_prefix, layer_name
 from ..l2p_core.model import NORM_EPS, ROPE_THETA, TOKEN_MULTIPLE
 from ..quant.export import name_in
 from ..quant.stream import TORCH_DTYPES
@@ -97,7 +97,7 @@ class L2P(comfy.supported_models.ZImage):
         return L2PModel(self, device=device)
 
     def process_unet_state_dict(self, state_dict: dict) -> dict:
-        return comfyui_state_dict(state_dict)
+        return comfyui_state_dict(state_dict, layout_of(state_dict))
 
     def process_vae_state_dict(self, state_dict: dict) -> dict:
         return state_dict or {"pixel_space_vae": torch.tensor(1.0)}  # core's name for pixels as they are
@@ -157,15 +157,15 @@ def unet_config(state_dict: dict, prefix: str) -> dict:
             "quantized": quantized}
 
 
-def layout_of(state_dict: dict[str, Tensor], prefix: str = "", convrot_groupsize: int | None = None) -> Layout:
-    """The layout of tensors in memory. Of those that stand behind `prefix`, under any naming."""
+def layout_of(state_dict: dict[str, Tensor], prefix: str = "") -> Layout:
+    """The layout of tensors in memory, of those behind `prefix`."""
     tensors = {key: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
     markers = {layer_name(key.removesuffix(".comfy_quant")): json.loads(bytes(tensors.pop(key).tolist()))
                for key in list(tensors) if key.endswith(".comfy_quant")}
     path = Path("the checkpoint")
     entries = {key: Entry(path, key, SAFETENSORS_DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), 0, 0)
                for key, tensor in tensors.items()}
-    return describe(path, [path], entries, {}, markers, {}, convrot_groupsize)
+    return describe(path, [path], entries, {}, markers, {})
 
 
 def has_int8_kernels() -> bool:
@@ -181,12 +181,12 @@ def multiply_out(state_dict: dict[str, Tensor], layout: Layout) -> None:
         state_dict.pop(f"{key.removesuffix('.weight')}.comfy_quant", None)
 
 
-def comfyui_state_dict(state_dict: dict[str, Tensor], convrot_groupsize: int | None = None) -> dict[str, Tensor]:
-    """The same tensors under ComfyUI's names: q, k and v packed, and every quantized layer marked.
+def comfyui_state_dict(state_dict: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """The model's tensors under ComfyUI's names: q, k and v packed, and every quantized layer marked.
 
-    convrot_groupsize: of INT8 weights without a marker, see `layout.read_layout`. Raises CheckpointError."""
+    state_dict: by the layout's own keys. Raises CheckpointError where q, k and v can't be packed."""
     packs: dict[str, dict[int, Source]] = {}
-    for name, source in layout_of(state_dict, "", convrot_groupsize).tensors.items():
+    for name, source in layout.tensors.items():
         name, place = name_in("comfyui", name)
         packs.setdefault(name, {})[place] = source
     out = {}

@@ -5,6 +5,7 @@ from safetensors.torch import load_file, save_file
 from comfyui_l2p.l2p_core.config import L2PConfig
 from comfyui_l2p.l2p_core.model import L2PTransformer
 
+import real_comfyui
 from golden import recipe
 from helpers import GOLDEN
 
@@ -37,3 +38,14 @@ def write(tmp_path):
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata=metadata)
         return path
     return writer
+
+
+@pytest.fixture(scope="session")
+def comfyui(tmp_path_factory):
+    """A `real_comfyui.Worker`; tests that ask for it are skipped where there is no ComfyUI."""
+    found = real_comfyui.find()
+    if isinstance(found, str):
+        pytest.skip(found)
+    worker = real_comfyui.Worker(*found, tmp_path_factory.mktemp("comfyui"))
+    yield worker
+    worker.close()

@@ -1,0 +1,45 @@
+"""Prompts to CONDITIONING."""
+import logging
+
+from comfy_api.latest import io
+
+from ..l2p_core.text import MAX_TOKENS
+
+
+class L2PTextEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="L2PTextEncode", display_name="L2P Text Encode (Prompt)", category="L2P",
+            description="Encodes the prompt and the negative prompt. An empty negative prompt is encoded as well: L2P was "
+                        "trained with it, so zeroed conditioning is no substitute.",
+            search_aliases=["clip text encode", "prompt", "negative prompt", "conditioning"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="Z-Image's text encoder, Qwen3-4B."),
+                io.String.Input("prompt", multiline=True, dynamic_prompts=True,
+                                tooltip=f"What to draw. Up to {MAX_TOKENS} tokens with the template's 9, about 350 words; the rest "
+                                        "is left out, with a note in the log."),
+                io.String.Input("negative_prompt", multiline=True, dynamic_prompts=True, default="",
+                                tooltip="What to steer away from; may be empty. Has no effect at guidance 1."),
+            ],
+            outputs=[io.Conditioning.Output("positive"), io.Conditioning.Output("negative")])
+
+    @classmethod
+    def execute(cls, clip, prompt: str, negative_prompt: str = "") -> io.NodeOutput:
+        return io.NodeOutput(encode(clip, prompt), encode(clip, negative_prompt))
+
+
+def encode(clip, prompt: str) -> list:
+    """CONDITIONING of one prompt, cut at as many tokens as the model was trained on."""
+    if clip is None:
+        raise ValueError("there is no text encoder: an L2P checkpoint holds none. Connect Load Z-Image Text Encoder")
+    tokens = clip.tokenize(prompt)
+    for key, (row, *_) in tokens.items():
+        if len(row) > MAX_TOKENS:
+            logging.warning(f"the prompt takes {len(row)} tokens with its template, {MAX_TOKENS} are read: the last "
+                            f"{len(row) - MAX_TOKENS} are left out (it begins {prompt[:40]!r})")
+            tokens[key] = [row[:MAX_TOKENS]]
+    return clip.encode_from_tokens_scheduled(tokens)
+
+
+NODES = [L2PTextEncode]

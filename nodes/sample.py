@@ -1,0 +1,223 @@
+"""Noise to pixels: MODEL and CONDITIONING to IMAGE, and the pieces for graphs of ComfyUI's own samplers.
+
+A pixel LATENT is (B, 3, H, W) in [-1, 1], an IMAGE (B, H, W, 3) in [0, 1].
+"""
+import logging
+
+import comfy.model_management
+import comfy.model_sampling
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import torch
+from comfy_api.latest import io
+from PIL import Image
+from torch import Tensor
+
+from ..l2p_core.config import L2PConfig
+from ..l2p_core.image import check_size, to_pictures
+from ..l2p_core.sampler import schedule
+
+EXACT = "l2p"
+MAX_SIZE = 10240
+PREVIEW_SIZE = 512
+RATIOS = {"square": (1024, 1024), "16:9": (1344, 768), "9:16": (768, 1344), "3:2": (1248, 832)}
+PRESETS = {f"{scale}K {name} ({width * scale} x {height * scale})": (width * scale, height * scale)
+           for scale in (1, 2, 4) for name, (width, height) in RATIOS.items()}
+CUSTOM = "custom"
+
+STEPS = io.Int.Input("steps", default=30, min=1, max=1000, tooltip="Evaluations of the model; the 1K model was published with "
+                                                                  "30, the 4K and larger ones with 50.")
+SHIFT = io.Float.Input("shift", default=3.0, min=0.1, max=100.0, step=0.1, advanced=True,
+                       tooltip="Of the noise schedule. Published: 3. More spends more steps on the outline.")
+WIDTH = io.Int.Input("width", default=1024, min=16, max=MAX_SIZE, step=16,
+                     tooltip="Pixels, a multiple of 16; of 64, 128 or 320 for the 4K, 8K and 10K models.")
+HEIGHT = io.Int.Input("height", default=1024, min=16, max=MAX_SIZE, step=16,
+                      tooltip="Pixels, a multiple of 16; of 64, 128 or 320 for the 4K, 8K and 10K models.")
+BATCH = io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="Pictures drawn at a time.")
+
+
+class L2PKSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="L2PKSampler", display_name="L2P KSampler", category="L2P",
+            description="Draws pixels, without a VAE. With an image it redraws that, with a mask only there.",
+            search_aliases=["ksampler", "sampler", "generate", "text to image", "image to image", "inpaint"],
+            inputs=[
+                io.Model.Input("model", tooltip="An L2P model."),
+                io.Conditioning.Input("positive"),
+                io.Conditioning.Input("negative"),
+                WIDTH, HEIGHT, BATCH,
+                io.Int.Input("seed", default=42, min=0, max=0xffffffffffffffff, control_after_generate=True,
+                             tooltip="Of the noise. The same seed gives the picture that `l2p generate` draws."),
+                STEPS,
+                io.Float.Input("cfg", default=2.0, min=0.0, max=100.0, step=0.1, round=0.01,
+                               tooltip="Guidance: 1 for none, at half the time. Published: 2 for 1K, 4 for larger models."),
+                io.Combo.Input("sampler_name", options=comfy.samplers.SAMPLER_NAMES, default="euler"),
+                io.Combo.Input("scheduler", options=[EXACT, *comfy.samplers.SCHEDULER_NAMES], default=EXACT,
+                               tooltip="l2p: the published schedule, exactly."),
+                SHIFT,
+                io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01,
+                               tooltip="How far to redraw the image: 1 keeps nothing of it. Leave 1 without an image."),
+                io.Image.Input("image", optional=True, tooltip="Start from this picture; resized where it is not of that size."),
+                io.Mask.Input("mask", optional=True, tooltip="Redraw only where it is white; the rest of the image is kept exactly."),
+            ],
+            outputs=[io.Image.Output(), io.Latent.Output()])
+
+    @classmethod
+    def execute(cls, model, positive, negative, width, height, batch_size, seed, steps, cfg, sampler_name, scheduler,
+                shift, denoise, image=None, mask=None) -> io.NodeOutput:
+        config = l2p_config(model)
+        check_size(height, width, config.size_multiple)
+        for conditioning in (positive, negative):
+            check_conditioning(conditioning, config)
+        if image is None and (mask is not None or denoise < 1):
+            raise ValueError("the mask, or denoise below 1, needs an image to keep something of. Connect one, or set denoise to 1")
+        latent = torch.zeros(batch_size, 3, height, width) if image is None else to_latent(fit(image, width, height), batch_size)
+        noise_mask = None if mask is None else fit_mask(mask, width, height)
+        samples = sample(model, positive, negative, latent, seed, cfg, comfy.samplers.sampler_object(sampler_name),
+                         noise_levels(model, scheduler, steps, denoise, shift), noise_mask)
+        if not samples.isfinite().all():
+            raise ValueError("the picture came out as NaN: the model's numbers overflow in this weight_dtype, or its file is "
+                             "damaged. Try weight_dtype bfloat16")
+        return io.NodeOutput(to_image(samples), {"samples": samples})
+
+
+class L2PScheduler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="L2PScheduler", display_name="L2P Scheduler", category="L2P",
+            description="The published noise schedule, exactly, for SamplerCustom and its kin.",
+            search_aliases=["sigmas", "basic scheduler", "flow shift"],
+            inputs=[STEPS, SHIFT,
+                    io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01,
+                                   tooltip="How far to redraw a picture: 1 keeps nothing of it.")],
+            outputs=[io.Sigmas.Output()])
+
+    @classmethod
+    def execute(cls, steps: int, shift: float, denoise: float) -> io.NodeOutput:
+        return io.NodeOutput(schedule(steps, denoise, shift))
+
+
+class EmptyL2PLatentImage(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EmptyL2PLatentImage", display_name="Empty L2P Latent Image", category="L2P",
+            description="An empty pixel latent for ComfyUI's own samplers.",
+            search_aliases=["empty latent", "size", "resolution", "aspect ratio"],
+            inputs=[io.Combo.Input("size", options=[*PRESETS, CUSTOM], default=next(iter(PRESETS)),
+                                   tooltip="A usual size, or custom: the width and height below."),
+                    WIDTH, HEIGHT, BATCH],
+            outputs=[io.Latent.Output()])
+
+    @classmethod
+    def execute(cls, size: str, width: int, height: int, batch_size: int) -> io.NodeOutput:
+        width, height = PRESETS.get(size, (width, height))
+        return io.NodeOutput({"samples": torch.zeros(batch_size, 3, height, width, device=comfy.model_management.intermediate_device())})
+
+
+class L2PImageToLatent(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="L2PImageToLatent", display_name="L2P Image to Pixel Latent", category="L2P",
+            description="What VAE Encode is to other models: the picture's own pixels, in float32.",
+            search_aliases=["vae encode", "pixel latent"],
+            inputs=[io.Image.Input("image")], outputs=[io.Latent.Output()])
+
+    @classmethod
+    def execute(cls, image: Tensor) -> io.NodeOutput:
+        return io.NodeOutput({"samples": to_latent(image, len(image))})
+
+
+class L2PLatentToImage(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="L2PLatentToImage", display_name="L2P Pixel Latent to Image", category="L2P",
+            description="What VAE Decode is to other models: the drawn pixels, in float32.",
+            search_aliases=["vae decode", "pixel latent"],
+            inputs=[io.Latent.Input("latent")], outputs=[io.Image.Output()])
+
+    @classmethod
+    def execute(cls, latent: dict) -> io.NodeOutput:
+        samples = latent["samples"]
+        if samples.dim() != 4 or samples.shape[1] != 3:
+            raise ValueError(f"the latent is {tuple(samples.shape)}; expected pixels, (batch, 3, height, width). A latent of "
+                             "another model needs that model's VAE Decode")
+        return io.NodeOutput(to_image(samples))
+
+
+def sample(model, positive, negative, latent: Tensor, seed: int, cfg: float, sampler, sigmas: Tensor,
+           noise_mask: Tensor | None = None) -> Tensor:
+    """Pixels (B, 3, H, W), float32, drawn by ComfyUI's sampler, with progress and a preview of the true picture."""
+    progress = comfy.utils.ProgressBar(len(sigmas) - 1)
+
+    def callback(step: int, x0: Tensor, x: Tensor, steps: int) -> None:
+        progress.update_absolute(step + 1, steps, ("JPEG", preview(x0), PREVIEW_SIZE))
+
+    return comfy.sample.sample_custom(
+        model, comfy.sample.prepare_noise(latent, seed), cfg, sampler, sigmas, positive, negative, latent,
+        noise_mask=noise_mask, callback=callback, disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed).float()
+
+
+def noise_levels(model, scheduler: str, steps: int, denoise: float, shift: float) -> Tensor:
+    """(steps + 1,) noise levels down to 0, of the published schedule or one of ComfyUI's."""
+    if scheduler == EXACT:
+        return schedule(steps, denoise, shift)
+    sampling = comfy.model_sampling.ModelSamplingDiscreteFlow(model.model.model_config)
+    sampling.set_parameters(shift=shift, multiplier=1.0)
+    return comfy.samplers.calculate_sigmas(sampling, scheduler, max(steps, int(steps / denoise)))[-(steps + 1):]
+
+
+def l2p_config(model) -> L2PConfig:
+    """The L2P model's numbers. Raises ValueError for another model."""
+    config = getattr(model.model.diffusion_model, "l2p_config", None)
+    if config is None:
+        raise ValueError(f"the model is a {type(model.model).__name__}, which is no L2P model. Load one with Load L2P Checkpoint")
+    return config
+
+
+def check_conditioning(conditioning: list, config: L2PConfig) -> None:
+    """Raise ValueError unless a text encoder that fits the model made it."""
+    for features, _ in conditioning:
+        if features.shape[-1] != config.cap_feat_dim:
+            raise ValueError(f"the conditioning is {features.shape[-1]} wide, this model reads {config.cap_feat_dim}. Encode the "
+                             "prompt with the text encoder it was trained with: Qwen3-4B, or the bundled one for the bundled model")
+
+
+def fit(image: Tensor, width: int, height: int) -> Tensor:
+    """An IMAGE of that size, resized with a note where it has another."""
+    if image.shape[1:3] == (height, width):
+        return image
+    logging.warning(f"the image is {image.shape[2]} x {image.shape[1]} and was resized to {width} x {height}")
+    return comfy.utils.common_upscale(image.movedim(-1, 1), width, height, "lanczos", "disabled").movedim(1, -1)
+
+
+def fit_mask(mask: Tensor, width: int, height: int) -> Tensor:
+    """A MASK (B, H, W) of that size."""
+    return comfy.utils.common_upscale(mask[:, None], width, height, "bilinear", "disabled")[:, 0]
+
+
+def to_latent(image: Tensor, batch_size: int) -> Tensor:
+    """IMAGE → pixel latent of so many pictures."""
+    return comfy.utils.repeat_to_batch_size(image[..., :3].movedim(-1, 1).float() * 2 - 1, batch_size)
+
+
+def to_image(samples: Tensor) -> Tensor:
+    """Pixel latent → IMAGE."""
+    return ((samples.float() + 1) / 2).clamp(0, 1).movedim(1, -1)
+
+
+def preview(x0: Tensor) -> Image.Image:
+    """The first picture as it now looks to come out, small."""
+    small = min(1.0, PREVIEW_SIZE / max(x0.shape[-2:]))
+    if small < 1:
+        x0 = torch.nn.functional.interpolate(x0[:1].float(), scale_factor=small, mode="area")
+    return to_pictures(x0[:1])[0]
+
+
+NODES = [L2PKSampler, L2PScheduler, EmptyL2PLatentImage, L2PImageToLatent, L2PLatentToImage]

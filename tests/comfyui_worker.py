@@ -1,0 +1,111 @@
+"""Runs inside ComfyUI's own Python: one JSON call a line in, one JSON answer a line out. Tensors travel as files.
+
+`real_comfyui.Worker` is the other end. Nothing here asserts; the tests compare what comes back."""
+import asyncio
+import json
+import sys
+import traceback
+
+answers, sys.stdout = sys.stdout, sys.stderr  # ComfyUI prints, which is not an answer
+root, pack = sys.argv[1:3]
+sys.argv[1:] = ["--cpu", *sys.argv[3:]]
+sys.path.insert(0, root)
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+import comfy.lora  # noqa: E402
+import comfy.model_detection  # noqa: E402
+import comfy.model_management  # noqa: E402
+import comfy.sd  # noqa: E402
+import comfy.utils  # noqa: E402
+import folder_paths  # noqa: E402
+import nodes  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+
+def import_pack() -> list[str]:
+    """Import the pack as ComfyUI does, and name the nodes that came."""
+    before = set(nodes.NODE_CLASS_MAPPINGS)
+    assert asyncio.run(nodes.load_custom_node(pack)), "the pack failed to import"
+    return sorted(set(nodes.NODE_CLASS_MAPPINGS) - before)
+
+
+def load(path: str, loader: str, **options):
+    if loader == "checkpoint":
+        return comfy.sd.load_checkpoint_guess_config(path, output_clip=False)[:3]
+    if loader == "diffusion":
+        return comfy.sd.load_diffusion_model(path), None, None
+    folder, _, name = path.rpartition("/")
+    folder_paths.add_model_folder_path("diffusion_models", folder, is_default=True)
+    folder_paths.filename_list_cache.clear()
+    return nodes.NODE_CLASS_MAPPINGS["L2PCheckpointLoader"].execute(name, **options)[0], None, None
+
+
+def forward(path: str, loader: str, inputs: str, output: str, lora: str | None = None, strength: float = 1.0, **options) -> dict:
+    """The network's output, noise - picture, and what was loaded."""
+    model, _, vae = load(path, loader, **options)
+    if lora:
+        model, _ = comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(lora), strength, 0)
+    comfy.model_management.load_models_gpu([model], force_full_load=True)
+    tensors = load_file(inputs)
+    with torch.no_grad():
+        out = model.model.diffusion_model(tensors["image"], tensors["sigma"], tensors["caption"], tensors["caption"].shape[1],
+                                          transformer_options={})
+    save_file({"output": out.float().contiguous()}, output)
+    return {"class": type(model.model).__name__, "patches": len(model.patches), "vae": vae is not None,
+            "formats": sorted({str(getattr(module.weight, "layout_cls", None) or module.weight.dtype)
+                               for module in model.model.diffusion_model.modules() if hasattr(module, "weight")})}
+
+
+def vae_round_trip(path: str) -> float:
+    """The largest change of a picture that went through Load Checkpoint's VAE and back."""
+    vae = load(path, "checkpoint")[2]
+    picture = torch.rand(1, 32, 48, 3, generator=torch.Generator().manual_seed(0))
+    return float((vae.decode(vae.encode(picture)) - picture).abs().max())
+
+
+def save_and_reload(path: str, inputs: str, output: str) -> dict:
+    """Save Checkpoint, then forward with what was saved."""
+    model, _, vae = load(path, "checkpoint")
+    saved = output + ".saved.safetensors"
+    comfy.sd.save_checkpoint(saved, model, vae=vae)
+    return forward(saved, "checkpoint", inputs, output)
+
+
+def detect(shapes: dict[str, list[int]], prefix: str = "") -> str | None:
+    """Which model ComfyUI takes these for."""
+    with torch.device("meta"):
+        config = comfy.model_detection.model_config_from_unet({key: torch.empty(shape) for key, shape in shapes.items()}, prefix)
+    return config and type(config).__name__
+
+
+def encode(prompt: str, output: str, text_encoder: str) -> list[int]:
+    clip = nodes.NODE_CLASS_MAPPINGS["L2PTextEncoderLoader"].execute(text_encoder)[0]
+    positive, negative = nodes.NODE_CLASS_MAPPINGS["L2PTextEncode"].execute(clip, prompt, "").args
+    save_file({"positive": positive[0][0].float().contiguous(), "negative": negative[0][0].float().contiguous()}, output)
+
+
+def install_again() -> bool:
+    """Whether a second import of the pack leaves ComfyUI as the first did."""
+    before = comfy.model_detection.detect_unet_config, comfy.lora.model_lora_keys_unet, len(comfy.supported_models.models)
+    asyncio.run(nodes.load_custom_node(pack))
+    return before == (comfy.model_detection.detect_unet_config, comfy.lora.model_lora_keys_unet, len(comfy.supported_models.models))
+
+
+def memory(path: str, shape: list[int]) -> float:
+    return load(path, "diffusion")[0].model.memory_required(shape)
+
+
+def main() -> None:
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer = {"result": globals()[request["call"]](**request["arguments"])}
+        except BaseException as error:  # ComfyUI's interrupt is a BaseException
+            traceback.print_exc()
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+main()

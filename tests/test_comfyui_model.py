@@ -1,0 +1,124 @@
+"""The network inside ComfyUI against l2p_core, through ComfyUI's own loaders and ours."""
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from comfyui_l2p.l2p_core import load_model
+from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS, L2PConfig
+from comfyui_l2p.l2p_core.model import L2PTransformer
+from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
+
+from helpers import comfyui_naming, int8, rms
+from real_comfyui import Refused
+
+LOADERS = ("checkpoint", "diffusion", "node")
+
+
+@pytest.fixture
+def compare(comfyui, tmp_path):
+    """compare(path, loader, reference model) → (relative error of ComfyUI's output, what it loaded)."""
+    def run(path, loader, reference, height=64, width=96, batch=2, call="forward", **options):
+        config = reference.config
+        generator = torch.Generator().manual_seed(1)
+        image = torch.randn(batch, 3, height, width, generator=generator)
+        sigma = torch.linspace(0.9, 0.3, batch)
+        caption = torch.randn(batch, 21, config.cap_feat_dim, generator=generator)
+        save_file({"image": image, "sigma": sigma, "caption": caption}, tmp_path / "inputs.safetensors")
+        arguments = {"path": path, "inputs": tmp_path / "inputs.safetensors", "output": tmp_path / "output.safetensors"}
+        loaded = comfyui.call(call, **arguments, **({"loader": loader} if loader else {}), **options)
+        with torch.no_grad():
+            expected = -reference(image, 1 - sigma, list(caption))
+        return rms(load_file(tmp_path / "output.safetensors")["output"] - expected, expected), loaded
+    return run
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("naming", ["published", "comfyui"])
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model.", "pipe.dit."])
+def test_every_loader_reads_every_naming(compare, write, tiny_model, tiny_weights, loader, naming, prefix):
+    weights = tiny_weights if naming == "published" else comfyui_naming(tiny_weights)
+    path = write({prefix + name: tensor for name, tensor in weights.items()})
+    error, loaded = compare(path, loader, tiny_model)
+    assert error < 1e-5
+    assert loaded["class"] == "L2PModel"
+
+
+def test_the_epsilon_of_query_and_key_norms_is_ours(compare, write, tiny_weights):
+    """With queries and keys this small the epsilon decides the output: core's own would be 10 % off."""
+    weights = {name: tensor * 0.003 if ".to_q." in name or ".to_k." in name else tensor for name, tensor in tiny_weights.items()}
+    path = write(weights)
+    assert compare(path, "diffusion", load_model(path, dtype=torch.float32))[0] < 1e-5
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("naming", ["published", "comfyui"])
+@pytest.mark.parametrize("granularity, marked, convrot", [
+    ("tensor", "tensors", 0), ("row", None, 0), ("flat", None, 0), ("row", "metadata", 0), ("row", "tensors", 16), ("row", "metadata", 16)])
+def test_int8_stays_int8(compare, write, tiny_model, tiny_weights, loader, naming, granularity, marked, convrot):
+    weights = tiny_weights if naming == "published" else comfyui_naming(tiny_weights)
+    tensors, metadata = int8(weights, "model.diffusion_model.", granularity, marked, convrot)
+    error, loaded = compare(write(tensors, metadata=metadata), loader, tiny_model)
+    assert error < 2e-2
+    assert any("INT8" in name for name in loaded["formats"]), loaded
+
+
+def test_unmarked_rotated_int8_is_read_as_the_loader_is_told(compare, write, tiny_model, tiny_weights):
+    tensors, _ = int8(tiny_weights, "", "row", None, 16)
+    path = write(tensors)
+    assert compare(path, "node", tiny_model, convrot="16")[0] < 2e-2
+    assert compare(path, "node", tiny_model)[0] > 0.1
+
+
+@pytest.mark.parametrize("patch", [16, 64, 128, 160])
+def test_all_decoders(compare, write, patch):
+    torch.manual_seed(0)
+    narrow = tuple(stage._replace(enc=min(stage.enc, 8), up=8, dec=8) for stage in PUBLISHED_DECODERS[patch])
+    config = L2PConfig(patch_size=patch, dim=96, n_heads=3, n_layers=2, n_refiner_layers=1, ffn_dim=128, cap_feat_dim=64,
+                       decoder=narrow, bottleneck_dim=16)
+    model = L2PTransformer(config).eval()
+    side = config.size_multiple
+    assert compare(write(model.state_dict()), "checkpoint", model, height=side, width=2 * side, batch=1)[0] < 1e-5
+
+
+def test_the_bundled_model(compare):
+    path = BUNDLED_MODEL / "transformer.safetensors"
+    assert compare(path, "diffusion", load_model(path, dtype=torch.float32), 96, 96)[0] < 1e-5
+
+
+def test_load_checkpoint_gives_a_vae_that_passes_pixels(comfyui, write, tiny_weights):
+    assert comfyui.call("vae_round_trip", path=write(tiny_weights)) < 1e-6
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_save_checkpoint_and_load_again(compare, write, tiny_model, tiny_weights, quantized):
+    tensors = int8(tiny_weights, "", "row")[0] if quantized else tiny_weights
+    error, loaded = compare(write(tensors), None, tiny_model, call="save_and_reload")
+    assert error < (2e-2 if quantized else 1e-5)
+    assert loaded["vae"] and quantized == any("INT8" in name for name in loaded["formats"])
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_what_cannot_be_drawn_with_is_named(comfyui, write, tiny_weights, loader):
+    def refusal(tensors):
+        with pytest.raises(Refused) as refused:
+            comfyui.call("forward", path=write(tensors), loader=loader, inputs="", output="")
+        return str(refused.value)
+
+    part = {name: tensor for name, tensor in tiny_weights.items() if not name.startswith("layers.1.")}
+    assert "trained part" in refusal(part) and "l2p merge" in refusal(part)
+    assert "lacks 1 of the model's" in refusal({name: tensor for name, tensor in tiny_weights.items() if name != "x_pad_token"})
+    assert "layers.0.new" in refusal({**tiny_weights, "layers.0.new": torch.zeros(1)})
+
+
+def test_installed_once_and_nodes_are_there(comfyui):
+    assert {"L2PCheckpointLoader", "L2PTextEncoderLoader", "L2PTextEncode", "L2PKSampler", "L2PScheduler",
+            "EmptyL2PLatentImage"} <= set(comfyui.nodes)
+    assert comfyui.call("install_again")
+
+
+def test_other_models_are_recognised_as_before(comfyui):
+    latent = {"cap_embedder.1.weight": (3840, 2560), "cap_embedder.0.weight": (2560,), "x_embedder.weight": (3840, 64),
+              "noise_refiner.0.attention.k_norm.weight": (128,), "noise_refiner.0.attention.qkv.weight": (11520, 3840),
+              "x_pad_token": (1, 3840), "layers.0.attention.qkv.weight": (11520, 3840)}
+    assert comfyui.call("detect", shapes=latent) == "ZImage"
+
