@@ -29,6 +29,24 @@ class L2PTextEncode(io.ComfyNode):
         return io.NodeOutput(encode(clip, prompt), encode(clip, negative_prompt))
 
 
+class L2PPromptList(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="L2PPromptList", display_name="L2P Prompt List", category="L2P",
+            description="Many prompts, one a line: what follows runs once for each.",
+            search_aliases=["batch of prompts", "prompt lines", "list", "for each"],
+            inputs=[io.String.Input("prompts", multiline=True, tooltip="One prompt a line; empty lines are left out.")],
+            outputs=[io.String.Output("prompt", is_output_list=True)])
+
+    @classmethod
+    def execute(cls, prompts: str) -> io.NodeOutput:
+        lines = [line.strip() for line in prompts.splitlines() if line.strip()]
+        if not lines:
+            raise ValueError("the list of prompts is empty; write at least one line")
+        return io.NodeOutput(lines)
+
+
 def encode(clip, prompt: str) -> list:
     """CONDITIONING of one prompt, cut at as many tokens as the model was trained on."""
     if clip is None:
@@ -42,4 +60,4 @@ def encode(clip, prompt: str) -> list:
     return clip.encode_from_tokens_scheduled(tokens)
 
 
-NODES = [L2PTextEncode]
+NODES = [L2PTextEncode, L2PPromptList]

@@ -86,6 +86,17 @@ def encode(prompt: str, output: str, text_encoder: str) -> list[int]:
     save_file({"positive": positive[0][0].float().contiguous(), "negative": negative[0][0].float().contiguous()}, output)
 
 
+def with_controlnet(path: str) -> None:
+    """Sample under ComfyUI's Z-Image ControlNet, its weights aside."""
+    from comfy_extras.nodes_model_patch import ZImageControlPatch
+    model = load(path, "diffusion")[0].clone()
+    patch = ZImageControlPatch.__new__(ZImageControlPatch)
+    model.set_model_noise_refiner_patch(patch)
+    model.set_model_double_block_patch(patch)
+    model.model.diffusion_model(torch.zeros(1, 3, 32, 32), torch.ones(1), torch.zeros(1, 4, 64), 4,
+                                transformer_options=model.model_options["transformer_options"])
+
+
 def install_again() -> bool:
     """Whether a second import of the pack leaves ComfyUI as the first did."""
     before = comfy.model_detection.detect_unet_config, comfy.lora.model_lora_keys_unet, len(comfy.supported_models.models)

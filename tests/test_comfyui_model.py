@@ -122,3 +122,47 @@ def test_other_models_are_recognised_as_before(comfyui):
               "x_pad_token": (1, 3840), "layers.0.attention.qkv.weight": (11520, 3840)}
     assert comfyui.call("detect", shapes=latent) == "ZImage"
 
+
+
+LORA_TARGETS = ("layers.0.attention.to_q", "layers.1.attention.to_k", "layers.1.attention.to_out.0", "layers.2.feed_forward.w2",
+                "noise_refiner.0.attention.to_v", "context_refiner.0.feed_forward.w1", "layers.0.adaLN_modulation.0",
+                "cap_embedder.1", "all_x_embedder.16-1", "local_decoder.dec2.0", "local_decoder.out_conv")
+DIFFUSERS, KOHYA = ("lora_A.weight", "lora_B.weight"), ("lora_down.weight", "lora_up.weight")
+NAMINGS = {  # who writes it: (a layer's name in the file, the names of its two factors)
+    "ai-toolkit": ("diffusion_model.{}".format, DIFFUSERS),
+    "diffusers": ("transformer.{}".format, DIFFUSERS),
+    "DiffSynth": ("{}".format, ("lora_A.default.weight", "lora_B.default.weight")),
+    "T2I-L2P's trainer": ("pipe.dit.{}".format, ("lora_A.default.weight", "lora_B.default.weight")),
+    "peft": ("base_model.model.{}".format, DIFFUSERS),
+    "kohya": (lambda name: "lora_unet_" + name.replace(".", "_"), KOHYA),
+    "LyCORIS": (lambda name: "lycoris_" + name.replace(".", "_"), KOHYA),
+}
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_loras_change_the_picture_as_merged_weights_do(compare, write, tiny_model, tiny_weights, naming, quantized):
+    name_of, (down, up) = NAMINGS[naming]
+    generator = torch.Generator().manual_seed(2)
+    lora, merged = {}, dict(tiny_weights)
+    for target in LORA_TARGETS:
+        weight = tiny_weights[f"{target}.weight"]
+        a = torch.randn(4, *weight.shape[1:], generator=generator)
+        b = torch.randn(weight.shape[0], 4, *[1] * (weight.dim() - 2), generator=generator)
+        lora |= {f"{name_of(target)}.{down}": a, f"{name_of(target)}.{up}": b}
+        change = b.flatten(1) @ a.flatten(1)
+        merged[f"{target}.weight"] = weight + (0.5 * 0.5 * weight.norm() / change.norm()) * change.view_as(weight)
+        lora[f"{name_of(target)}.{up}"] = b * (0.5 * weight.norm() / change.norm())
+    changed = L2PTransformer(tiny_model.config)
+    changed.load_state_dict(merged)
+    file = write(lora, "lora.safetensors")
+    path = write(int8(tiny_weights, "", "row")[0] if quantized else tiny_weights)
+    error, loaded = compare(path, "diffusion", changed.eval(), lora=file, strength=0.5)
+    assert loaded["patches"] == len(LORA_TARGETS)
+    assert error < (3e-2 if quantized else 1e-5)
+    assert compare(path, "diffusion", tiny_model, lora=file, strength=0.5)[0] > 0.1
+
+
+def test_a_z_image_controlnet_is_refused_by_name(comfyui, write, tiny_weights):
+    with pytest.raises(Refused, match="Z-Image ControlNet is connected.*Take the ControlNet out"):
+        comfyui.call("with_controlnet", path=write(tiny_weights))
