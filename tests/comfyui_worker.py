@@ -104,6 +104,15 @@ def install_again() -> bool:
     return before == (comfy.model_detection.detect_unet_config, comfy.lora.model_lora_keys_unet, len(comfy.supported_models.models))
 
 
+def core_detection_tests() -> int | None:
+    """Exit status of ComfyUI's own tests of model detection, None where it has no pytest."""
+    try:
+        import pytest
+    except ImportError:
+        return None
+    return int(pytest.main(["-q", "-p", "no:cacheprovider", f"{root}/tests-unit/comfy_test/model_detection_test.py"]))
+
+
 def memory(path: str, shape: list[int]) -> float:
     return load(path, "diffusion")[0].model.memory_required(shape)
 

@@ -29,6 +29,9 @@ class Worker:
     """ComfyUI in a process of its own, with the pack imported. worker.call("forward", ...) → the answer."""
 
     def __init__(self, root: Path, python: Path, folder: Path):
+        version = {}
+        exec((root / "comfyui_version.py").read_text(), version)
+        self.version = tuple(map(int, version["__version__"].split(".")[:2]))
         base = folder / "base"
         (base / "custom_nodes").mkdir(parents=True)
         link = base / "custom_nodes" / "ComfyUI-L2P"
