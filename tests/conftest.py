@@ -49,3 +49,14 @@ def comfyui(tmp_path_factory):
     worker = real_comfyui.Worker(*found, tmp_path_factory.mktemp("comfyui"))
     yield worker
     worker.close()
+
+
+@pytest.fixture(scope="session")
+def comfyui_server(tmp_path_factory):
+    """A `real_comfyui.Server`; tests that ask for it are skipped where there is no ComfyUI."""
+    found = real_comfyui.find()
+    if isinstance(found, str):
+        pytest.skip(found)
+    server = real_comfyui.Server(*found, tmp_path_factory.mktemp("comfyui_server"))
+    yield server
+    server.close()

@@ -1,8 +1,15 @@
 """A real ComfyUI to test against: at $COMFYUI_PATH, in the folders above (as an installed pack), or at ~/comfy/ComfyUI."""
 import json
 import os
+import signal
+import socket
 import subprocess
 import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
 from pathlib import Path
 
 PACK = Path(__file__).parents[1]
@@ -25,6 +32,15 @@ class Refused(Exception):
     """What ComfyUI answered with an error."""
 
 
+def install_pack(folder: Path) -> tuple[Path, Path]:
+    """(a base directory for ComfyUI in that folder, the pack installed in it)."""
+    base = folder / "base"
+    (base / "custom_nodes").mkdir(parents=True)
+    link = base / "custom_nodes" / "ComfyUI-L2P"
+    link.symlink_to(PACK)
+    return base, link
+
+
 class Worker:
     """ComfyUI in a process of its own, with the pack imported. worker.call("forward", ...) → the answer."""
 
@@ -32,10 +48,7 @@ class Worker:
         version = {}
         exec((root / "comfyui_version.py").read_text(), version)
         self.version = tuple(map(int, version["__version__"].split(".")[:2]))
-        base = folder / "base"
-        (base / "custom_nodes").mkdir(parents=True)
-        link = base / "custom_nodes" / "ComfyUI-L2P"
-        link.symlink_to(PACK)
+        base, link = install_pack(folder)
         self.log = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
             [python, Path(__file__).with_name("comfyui_worker.py"), root, link, "--base-directory", base],
@@ -58,3 +71,99 @@ class Worker:
         self.process.stdin.close()
         self.process.wait(30)
         self.log.close()
+
+
+class Server:
+    """ComfyUI's server on a free port, with the pack and no other installed, and folders of its own.
+
+    server.run(graph) → [picture files, as bytes]; server.models / "loras" is where files go; server.log tells what it said."""
+
+    def __init__(self, root: Path, python: Path, folder: Path, *arguments: str, ready_within: float = 300):
+        self.base, _ = install_pack(folder)
+        self.models = self.base / "models"
+        for name in ("checkpoints", "diffusion_models", "text_encoders", "loras"):
+            (self.models / name).mkdir(parents=True)
+        settings = self.base / "user" / "default" / "comfy.settings.json"
+        settings.parent.mkdir(parents=True)
+        settings.write_text('{"Comfy.TutorialCompleted": true}')  # or the page opens with a tour over the canvas
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = folder / "server.log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [python, root / "main.py", "--cpu", "--port", str(port), "--listen", "127.0.0.1", "--base-directory", self.base,
+                 "--database-url", f"sqlite:///{folder / 'comfyui.db'}", "--disable-auto-launch", "--disable-api-nodes", *arguments],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+        deadline = time.monotonic() + ready_within
+        while not self._answers():
+            ended = self.process.poll()
+            if ended is not None or time.monotonic() > deadline:
+                self.close()
+                why = f"is not ready after {ready_within} s" if ended is None else f"ended with {ended}"
+                raise RuntimeError(f"ComfyUI's server {why}: {self.log.read_text()[-3000:]}")
+            time.sleep(0.5)
+
+    def _answers(self) -> bool:
+        try:
+            return "system" in self.get("/system_stats")
+        except OSError:
+            return False
+
+    def get(self, path: str, **query) -> dict | list | bytes:
+        """What the server answers: parsed where it is JSON. Raises Refused."""
+        return self._open(f"{path}?{urllib.parse.urlencode(query)}" if query else path)
+
+    def post(self, path: str, body: dict) -> dict | list | bytes:
+        return self._open(path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+
+    def _open(self, path: str, data: bytes | None = None, headers: dict[str, str] = {}) -> dict | list | bytes:
+        try:
+            with urllib.request.urlopen(urllib.request.Request(self.url + path, data, headers), timeout=60) as answer:
+                body = answer.read()
+                return json.loads(body) if body and answer.headers.get_content_type() == "application/json" else body
+        except urllib.error.HTTPError as error:
+            raise Refused(error.read().decode(errors="replace") or str(error)) from None
+
+    def upload(self, name: str, data: bytes) -> str:
+        """Put a picture into ComfyUI's input folder, as the Load Image node does. Returns the name it has there."""
+        edge = uuid.uuid4().hex
+        head = f'--{edge}\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\nContent-Type: image/png\r\n\r\n'
+        overwrite = f'\r\n--{edge}\r\nContent-Disposition: form-data; name="overwrite"\r\n\r\ntrue\r\n--{edge}--\r\n'
+        return self._open("/upload/image", head.encode() + data + overwrite.encode(),
+                          {"Content-Type": f"multipart/form-data; boundary={edge}"})["name"]
+
+    def queue(self, graph: dict) -> str:
+        """The id of the prompt. Raises Refused where the graph does not pass ComfyUI's validation, or not all of it."""
+        answer = self.post("/prompt", {"prompt": graph})
+        if answer["node_errors"]:
+            raise Refused(json.dumps(answer["node_errors"]))
+        return answer["prompt_id"]
+
+    def wait(self, prompt_id: str, seconds: float = 300) -> dict:
+        """The prompt's history entry once it has run. Raises Refused with the node's own message where it failed."""
+        deadline = time.monotonic() + seconds
+        while not (entry := self.get(f"/history/{prompt_id}").get(prompt_id, {})).get("status"):
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the prompt did not finish in {seconds} s: {self.log.read_text()[-3000:]}")
+            time.sleep(0.2)
+        if entry["status"]["status_str"] != "success":
+            failed = [message for kind, message in entry["status"]["messages"] if kind == "execution_error"]
+            raise Refused("; ".join(f"{each['node_type']}: {each['exception_message']}" for each in failed) or str(entry["status"]))
+        return entry
+
+    def run(self, graph: dict, seconds: float = 300) -> list[bytes]:
+        """Run a graph in API form. Returns the picture files it saved, in the order of its nodes."""
+        outputs = self.wait(self.queue(graph), seconds)["outputs"]
+        return [self.get("/view", **{key: image[key] for key in ("filename", "subfolder", "type")})
+                for node in graph for image in outputs.get(node, {}).get("images", ())]
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
