@@ -17,6 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="l2p", description="Pictures from L2P checkpoints, straight to pixels.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_generate(commands)
+    add_queue(commands)
     add_inspect(commands)
     add_convert(commands)
     add_merge(commands)
@@ -102,6 +103,49 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
         if rank == 0:
             print(args.output)
     parser.set_defaults(run=run, when_stopped="The same command goes on where this one ended")
+
+
+def add_queue(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "queue", help="have ComfyUI servers draw a workflow, with many prompts",
+        description="Send a workflow to one or several ComfyUI servers with these values filled in, and fetch the pictures. "
+                    "A value goes to the input of that name; several inputs that say the same in the workflow are filled "
+                    "alike. A run that was stopped continues: pictures that are there with the same settings are not drawn "
+                    "again.")
+    parser.add_argument("workflow", type=Path, metavar="WORKFLOW.json", help="in API format (ComfyUI: Workflow > Export (API))")
+    parser.add_argument("--server", action="append", metavar="URL",
+                        help="may be given again: each draws the next picture when it is free (default http://127.0.0.1:8188)")
+    parser.add_argument("-o", "--output", type=Path, default=Path("out.png"), metavar="PATH",
+                        help="a .png for one picture, a folder for several (default out.png)")
+    parser.add_argument("--timeout", type=float, default=600, metavar="SECONDS",
+                        help="how long to wait for a server that is away or restarts (default 600)")
+    parser.add_argument("--overwrite", action="store_true", help="draw again what was drawn with other settings")
+    picture = parser.add_argument_group("picture", "what is not given stays as it is in the workflow")
+    texts = picture.add_mutually_exclusive_group()
+    texts.add_argument("--prompt", metavar="TEXT", help="what to draw")
+    texts.add_argument("--prompts", type=Path, metavar="FILE",
+                       help="draw many: .txt (a prompt a line), .csv, .json or .jsonl (columns prompt, file_name, seed and any "
+                            "other of l2p generate, model, text_encoder, or NODE.INPUT)")
+    picture.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
+    picture.add_argument("--seed", type=int, help="of a prompt's first picture, the next has the next")
+    picture.add_argument("--count", type=int, default=1, help="pictures for each prompt (default 1)")
+    picture.add_argument("--height", type=int, metavar="PIXELS")
+    picture.add_argument("--width", type=int, metavar="PIXELS")
+    picture.add_argument("--steps", type=int, dest="num_inference_steps")
+    picture.add_argument("--cfg-scale", type=float, help="guidance, 1 for none")
+    picture.add_argument("--model", metavar="NAME", help="checkpoint, as the server lists it")
+    picture.add_argument("--text-encoder", metavar="NAME", help="as the server lists it")
+    picture.add_argument("--input-image", metavar="FILE", help="a picture of yours for the Load Image node")
+    picture.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE",
+                         help="any other input; NODE is the node's id, title or class; may be given again")
+
+    def run(args: argparse.Namespace) -> None:
+        from .queue import PLACES, queue
+        settings = {name: getattr(args, name, None) for name in PLACES}
+        queue(args.workflow, args.output, args.server or ["http://127.0.0.1:8188"], args.prompts, settings, args.set,
+              args.count, args.timeout, args.overwrite)
+        print(args.output)
+    parser.set_defaults(run=run, when_stopped="Our jobs were taken off the servers; the same command goes on where this one ended")
 
 
 def add_inspect(commands: argparse._SubParsersAction) -> None:

@@ -1,0 +1,499 @@
+"""A workflow and prompts to ComfyUI servers, their pictures to files: `l2p queue`. Knows ComfyUI's HTTP API, not ComfyUI."""
+import csv
+import io
+import json
+import math
+import sys
+import time
+import uuid
+import zlib
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cache
+from http.client import HTTPException
+from pathlib import Path
+from threading import Event
+from urllib.error import HTTPError
+from urllib.parse import urlencode, urlsplit
+from urllib.request import Request, urlopen
+
+from tqdm import tqdm
+
+from .generate import PNG_KEY, is_drawn, open_picture, read_rows
+from .layout import hash_files
+
+TEXTS = ("prompt", "text")
+PLACES = {  # what a flag or a column says → the inputs that take it, by name or as CLASS.NAME
+    "prompt": TEXTS, "negative_prompt": ("negative_prompt",), "seed": ("seed", "noise_seed"),
+    "width": ("width",), "height": ("height",), "num_inference_steps": ("steps",), "cfg_scale": ("cfg",),
+    "shift": ("shift",), "sampler": ("sampler_name",), "denoising_strength": ("denoise",),
+    "model": ("checkpoint", "ckpt_name", "unet_name"), "text_encoder": ("text_encoder", "clip_name"),
+    "input_image": ("LoadImage.image",), "inpaint_mask": ("LoadImageMask.image",),
+}
+WHOLE = ("seed", "noise_seed", "width", "height", "steps")  # the server would cut off a fraction and say nothing
+PICTURES = ("input_image", "inpaint_mask")  # files of ours, uploaded
+SECONDS = 1.0  # between two looks at a server that says nothing
+TRIES = 3  # a job that takes its server down this often is not sent again
+
+
+class Away(Exception):
+    """The server doesn't answer; it may come back."""
+
+
+class Refused(ValueError):
+    """The server won't take this workflow."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to have drawn. uploads: the name that the graph has for a file → the file."""
+    output: Path
+    graph: dict
+    uploads: dict[str, Path]
+    id: str  # the same in every run of the same command, so that a server that knows the job is not asked again
+
+    @property
+    def record(self) -> dict:
+        """The graph with one entry an input, as it is kept in the picture and compared."""
+        return {f"{node}.{name}": value for node, settings in self.graph.items()
+                for name, value in {"class_type": settings["class_type"], **settings["inputs"]}.items()}
+
+
+def queue(workflow: Path, output: Path, servers: list[str], prompts: Path | None, settings: dict, assignments: list[str],
+          count: int = 1, timeout: float = 600, overwrite: bool = False, progress: bool = True) -> None:
+    """Have every row of the prompt file drawn by whichever server is free, and write the pictures.
+
+    settings: see `PLACES`, None for the workflow's own; assignments: NODE.INPUT=VALUE. A row's value comes before both.
+    count: pictures for each row, with seeds one apart. timeout: seconds to wait for a server that went away.
+    Raises ValueError, before anything is sent, where a value finds no place, and at the end where pictures are missing."""
+    try:
+        import websocket  # noqa: F401
+    except ImportError:
+        raise ImportError("l2p queue needs websocket-client: pip install 'websocket-client>=1.6'") from None
+    values = [(name, value) for name, value in settings.items() if value is not None]
+    for assignment in assignments:
+        name, found, value = assignment.partition("=")
+        if not found:
+            raise ValueError(f"--set {assignment}: expected NODE.INPUT=VALUE, such as 3.steps=20")
+        values.append((name, value))
+    jobs = plan(read_workflow(workflow), read_table(prompts) if prompts else [{}], values, count, output, overwrite)
+    missing = [job for job in jobs if overwrite or not job.output.exists() or not is_drawn(job.output, job.record)]
+    if len(missing) < len(jobs):
+        print(f"{len(jobs) - len(missing)} of {len(jobs)} pictures are there already")
+    if missing:
+        draw(missing, [Server(url) for url in dict.fromkeys(servers)], timeout, progress)
+
+
+def read_workflow(file: Path) -> dict:
+    """The graph {node id: {class_type, inputs}}. Raises ValueError where the file holds something else."""
+    try:
+        graph = json.loads(file.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{file.name} is not JSON: {error}") from None
+    if isinstance(graph, dict) and isinstance(graph.get("nodes"), list):
+        raise ValueError(f"{file.name} is a workflow for ComfyUI's canvas, which the server does not take. Use the file of "
+                         "that name in workflows/api/, or in ComfyUI: Workflow > Export (API)")
+    if not isinstance(graph, dict) or not graph or not all(
+            isinstance(node, dict) and isinstance(node.get("inputs"), dict) and "class_type" in node for node in graph.values()):
+        raise ValueError(f"{file.name} is no workflow in API format, {{id: {{class_type, inputs}}}}; in ComfyUI: Workflow > "
+                         "Export (API)")
+    return graph
+
+
+def read_table(file: Path) -> list[dict]:
+    """Rows as of `read_rows`, but any column will do, and none is needed: the workflow decides what it has a place for."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        match file.suffix.lower():
+            case ".csv":
+                rows = [{name: value for name, value in row.items() if value}
+                        for row in csv.DictReader(io.StringIO(text, newline=""))]
+            case ".json":
+                rows = json.loads(text)
+            case ".jsonl":
+                rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+            case _:
+                rows = None
+    except (ValueError, csv.Error, RecursionError):
+        rows = None
+    if isinstance(rows, list) and rows and all(isinstance(row, dict) and None not in row for row in rows):
+        return rows
+    return read_rows(file)  # plain prompts, or a file that can't be read, which it explains
+
+
+def plan(graph: dict, rows: list[dict], values: list[tuple[str, object]], count: int, output: Path,
+         overwrite: bool = False) -> list[Job]:
+    """Every picture to have drawn, files named as by `l2p generate`. values: (name, value), for what a row leaves out.
+    Raises ValueError where a value finds no place or the output makes no sense."""
+    if output.suffix and output.suffix.lower() != ".png":
+        raise ValueError(f"--output is {output}; pictures are written as .png, which keeps their settings")
+    if count < 1:
+        raise ValueError(f"--count is {count}; expected 1 or more")
+    if output.suffix and len(rows) * count > 1:
+        raise ValueError(f"--output is one file, {output}, for {len(rows) * count} pictures; give a folder")
+    seeds = places(graph, "seed")
+    if count > 1 and not seeds:
+        raise ValueError(f"--count is {count}, but the workflow has no seed that would tell the pictures apart")
+    jobs = []
+
+    @cache
+    def name_on_server(file: Path) -> str:  # by content: the graph is the same on every server, and no file there is lost
+        open_picture(file)
+        return f"l2p-{hash_files([file])[:16]}{file.suffix.lower()}"
+    for number, row in enumerate(rows):
+        row = {"prompt" if name == "text" else name: value for name, value in row.items() if value is not None}
+        file_name = Path(str(row.pop("file_name", f"{number:05d}")))
+        file_name = file_name.with_name(file_name.name.removesuffix(".png"))
+        if file_name.is_absolute() or ".." in file_name.parts:
+            raise ValueError(f"prompt {number + 1}: file_name {file_name} leads out of {output}")
+        try:
+            filled, uploads = deepcopy(graph), {}
+            for name, value in [*values, *row.items()]:
+                if name in PICTURES:
+                    file = Path(str(value))
+                    value = name_on_server(file)
+                    uploads[value] = file
+                fill(filled, graph, name, value)
+        except ValueError as error:
+            raise ValueError(f"prompt {number + 1}: {error}" if len(rows) > 1 else str(error)) from None
+        for copy in range(count):
+            drawn = deepcopy(filled)
+            for node, name in seeds:
+                drawn[node]["inputs"][name] += copy
+            name = file_name.with_name(f"{file_name.name}-{copy}.png" if count > 1 else f"{file_name.name}.png")
+            target = output if output.suffix else output / name
+            key = uuid.uuid4() if overwrite else uuid.uuid5(uuid.NAMESPACE_URL, json.dumps([str(target.resolve()), drawn]))
+            jobs.append(Job(target, drawn, uploads, str(key)))
+    if len({job.output for job in jobs}) < len(jobs):
+        raise ValueError("two prompts have the same file_name; give each its own")
+    return jobs
+
+
+def fill(filled: dict, graph: dict, name: str, value: object) -> None:
+    """Write the value into the places of `filled` that its name stands for in `graph`: one, or several that say the same
+    there, such as a latent's width and a sampler's. Raises ValueError where there is none, or which one is not clear."""
+    found = places(graph, name)
+    if len({json.dumps(graph[node]["inputs"][key]) for node, key in found}) != 1:
+        inputs = found or [(node, key) for node in graph for key, old in graph[node]["inputs"].items() if not is_link(old)]
+        listed = ", ".join(f"{node}.{key} ({title(graph, node)})" for node, key in inputs)
+        raise ValueError(f"{name} could go to several inputs: {listed}. Say which: --set NODE.INPUT=VALUE" if found else
+                         f"the workflow has no input for {name}. It has: {listed}. Inputs that are wired are not filled")
+    for node, key in found:
+        old = graph[node]["inputs"][key]
+        filled[node]["inputs"][key] = like(old, value, f"{name} ({node}.{key})", key in WHOLE)
+
+
+def places(graph: dict, name: str) -> list[tuple[str, str]]:
+    """(node, input) of all literal inputs that a name of `PLACES` stands for, or INPUT, or NODE.INPUT with the node's id,
+    title or class."""
+    def literal(*names: str) -> list[tuple[str, str]]:
+        return [(node, key) for node, settings in graph.items() for key, value in settings["inputs"].items()
+                if not is_link(value) and {key, f"{node}.{key}", f"{settings['class_type']}.{key}",
+                                           f"{title(graph, node)}.{key}"} & set(names)]
+    if name in ("prompt", "negative_prompt"):  # the same input on two nodes, told apart by where they are wired to
+        positive, negative = upstream(graph, "positive", "negative"), upstream(graph, "negative", "positive")
+        texts = literal(*TEXTS)
+        if name == "prompt":
+            return [place for place in texts if place[0] in positive] or [place for place in texts if place[0] not in negative]
+        return literal(*PLACES[name]) or [place for place in texts if place[0] in negative - positive]
+    return literal(*PLACES.get(name, [name]))
+
+
+def upstream(graph: dict, side: str, other: str) -> set[str]:
+    """Ids of the nodes that feed any input called `side`, but for what goes through one called `other`."""
+    todo = [settings["inputs"][side] for settings in graph.values() if side in settings["inputs"]]
+    found = set()
+    while todo:
+        link = todo.pop()
+        if is_link(link) and link[0] in graph and link[0] not in found:
+            found.add(link[0])
+            todo += [value for key, value in graph[link[0]]["inputs"].items() if key != other]
+    return found
+
+
+def is_link(value: object) -> bool:
+    return isinstance(value, list)
+
+
+def title(graph: dict, node: str) -> str:
+    return graph[node].get("_meta", {}).get("title") or graph[node]["class_type"]
+
+
+def like(old: object, value: object, name: str, whole: bool) -> object:
+    """The value as the type that the input has. A whole number there may stand for a fraction: ComfyUI saves 2.0 as 2."""
+    if isinstance(old, str):
+        return str(value)
+    try:
+        new = json.loads(str(value).lower() if isinstance(old, bool) else str(value))
+        if isinstance(new, bool) != isinstance(old, bool) or not isinstance(new, (int, float)) or not math.isfinite(new) or (
+                whole and not isinstance(new, int)):
+            raise ValueError
+        return new
+    except ValueError:
+        raise ValueError(f"{name} is {value!r}; expected "
+                         + ("true or false" if isinstance(old, bool) else "a whole number" if whole else "a number")) from None
+
+
+class Server:
+    """One ComfyUI server. Every method but `draw` raises Away where it does not answer."""
+
+    def __init__(self, url: str):
+        self.url = (url if "://" in url else f"http://{url}").rstrip("/")
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+            raise ValueError(f"--server is {url}; expected an address such as http://127.0.0.1:8188")
+        self.client, self.socket, self.has_drawn = str(uuid.uuid4()), None, False
+
+    def draw(self, job: Job, stop: Event, timeout: float, say: Callable[[str], None]) -> list[bytes]:
+        """The job's pictures as PNG files; none where stop was set. Stays with the job while the server restarts.
+        say takes news of the progress. Raises Away after timeout seconds of silence, ValueError where the job fails."""
+        entry, sent, lost, silent_since = None, False, 0, None
+        while not stop.is_set():
+            try:
+                known = entry or self.find(job)
+                if isinstance(known, dict) and (sent or failure(known, job.graph) is None):
+                    entry = known
+                    return self.fetch(entry, job)
+                if known is not True:
+                    lost += sent
+                    if lost == TRIES:
+                        raise ValueError(f"{self.url} lost the job {TRIES} times; if it runs out of memory, its log says so")
+                    if sent:
+                        note(f"{self.url} lost {job.output.name}, which is queued again")
+                    sent = False
+                    self.send(job)
+                    sent = True
+                silent_since = None
+                self.listen(job, say)
+            except Away as error:
+                if silent_since is None:
+                    silent_since = time.monotonic()
+                    note(f"{error}; waiting up to {timeout:g} s for it")
+                say("away")
+                if time.monotonic() - silent_since >= timeout:
+                    raise
+                stop.wait(SECONDS)
+        try:
+            self.cancel(job)
+        except Away as error:
+            note(f"{error}; {job.output.name} may still be in its queue")
+        return []
+
+    def find(self, job: Job) -> dict | bool | None:
+        """What the server's history says of the job; True while it is queued or running, None where it is not known."""
+        queued = self.ask_json("/queue")  # first, as a job that ends in between goes from here to there
+        if any(item[1] == job.id for items in (queued.get("queue_running", []), queued.get("queue_pending", [])) for item in items):
+            return True
+        return self.ask_json(f"/history/{job.id}").get(job.id)
+
+    def send(self, job: Job) -> None:
+        """Queue the job. Raises Refused with the reason."""
+        for name, file in job.uploads.items():
+            border = uuid.uuid4().hex
+            head = f'--{border}\r\nContent-Disposition: form-data; name='
+            self.ask("/upload/image", f'{head}"overwrite"\r\n\r\ntrue\r\n{head}"image"; filename="{name}"\r\n\r\n'.encode()
+                     + file.read_bytes() + f"\r\n--{border}--\r\n".encode(), f"multipart/form-data; boundary={border}")
+        try:
+            reply = self.ask_json("/prompt", {"prompt": job.graph, "client_id": self.client, "prompt_id": job.id})
+            if not reply.get("node_errors"):
+                return
+            self.cancel(job)  # it was taken, but for some of the workflow's outputs only
+        except HTTPError as error:
+            reply = read_json(error.read(), self.url)
+        raise Refused(f"{self.url} refuses the workflow: {explain(reply, job.graph)}")
+
+    def listen(self, job: Job, say: Callable[[str], None]) -> None:
+        """Pass on the job's progress until it ends, `SECONDS` at most. Only a courtesy: what counts is `find`."""
+        import websocket
+        until = time.monotonic() + SECONDS
+        node = ""
+        try:
+            self.socket = self.socket or websocket.create_connection(
+                f"ws{self.url[4:]}/ws?clientId={self.client}", timeout=SECONDS, suppress_origin=True)
+            while (rest := until - time.monotonic()) > 0:
+                self.socket.settimeout(rest)
+                message = self.socket.recv()
+                if not message or isinstance(message, bytes):  # previews
+                    continue
+                message = json.loads(message)
+                facts = message.get("data") or {}
+                if facts.get("prompt_id") != job.id:
+                    continue
+                if message["type"] in ("executing", "progress"):
+                    node = facts.get("node")
+                    if node is None:
+                        return
+                    steps = f" {facts['value']}/{facts['max']}" if message["type"] == "progress" else ""
+                    say((title(job.graph, node) if node in job.graph else str(node)) + steps)
+                elif message["type"] in ("execution_error", "execution_interrupted"):
+                    return
+        except websocket.WebSocketTimeoutException:
+            pass
+        except (websocket.WebSocketException, OSError, ValueError):
+            self.socket = None
+            time.sleep(max(0.0, until - time.monotonic()))
+
+    def fetch(self, entry: dict, job: Job) -> list[bytes]:
+        """The pictures of a job that ended: those it saved, or else its previews. Raises ValueError where there are none."""
+        if reason := failure(entry, job.graph):
+            raise ValueError(f"{self.url}: {reason}")
+        images = [image for output in entry["outputs"].values() for image in output.get("images", [])]
+        images = [image for image in images if image.get("type") == "output"] or images
+        if not images:
+            raise ValueError(f"{self.url}: the workflow ran and made no picture; give it a Save Image node")
+        pictures = []
+        for image in images:
+            try:
+                pictures.append(self.ask("/view?" + urlencode({key: image.get(key, "") for key in ("filename", "subfolder", "type")})))
+            except HTTPError:
+                raise ValueError(f"{self.url} made {image['filename']} and no longer has it. It would not draw the same again: "
+                                 "restart it, or give another --seed") from None
+            if not pictures[-1].startswith(b"\x89PNG\r\n\x1a\n"):
+                raise ValueError(f"{self.url} made {image['filename']}, which is not PNG; save with a Save Image node")
+        return pictures
+
+    def cancel(self, job: Job) -> None:
+        """Take the job out of the queue, or end it where it runs, and nobody else's."""
+        self.ask("/queue", {"delete": [job.id]})
+        if self.find(job) is True:
+            self.ask("/interrupt", {"prompt_id": job.id})
+
+    def ask(self, path: str, body: dict | bytes | None = None, content_type: str = "application/json") -> bytes:
+        """GET, or POST where there is a body. Raises HTTPError for /prompt and /view, Refused where else it says no."""
+        data = json.dumps(body).encode() if isinstance(body, dict) else body
+        try:
+            with urlopen(Request(self.url + path, data, {"Content-Type": content_type}), timeout=30) as reply:
+                return reply.read()
+        except HTTPError as error:
+            if error.code in (502, 503, 504):  # a proxy, before a server that restarts
+                raise Away(f"{self.url} does not answer ({error})") from None
+            if path.startswith(("/prompt", "/view")):
+                raise
+            raise Refused(f"{self.url}{path} answers {error}; is it a ComfyUI server?") from None
+        except (OSError, HTTPException) as error:
+            raise Away(f"{self.url} does not answer ({getattr(error, 'reason', None) or error})") from None
+
+    def ask_json(self, path: str, body: dict | None = None) -> dict:
+        return read_json(self.ask(path, body), self.url)
+
+
+def draw(jobs: list[Job], servers: list[Server], timeout: float, progress: bool = True) -> None:
+    """Let every server draw the next job whenever it is free, and write the pictures, each file whole or not at all.
+
+    A server that refuses a job, is away for timeout seconds, or fails its first job gets no more; its job goes to another.
+    Raises ValueError, once nothing more can be done, where pictures are missing."""
+    todo, done, failed, reasons, stop, states = deque(jobs), [], [], [], Event(), {}
+
+    def work(server: Server) -> None:
+        def say(text: str) -> None:
+            states[server.url] = text if len(servers) == 1 else f"{urlsplit(server.url).netloc} {text}"
+            bar.set_postfix_str(", ".join(states.values()))
+        while not stop.is_set() and len(done) + len(failed) < len(jobs):
+            try:
+                job = todo.popleft()
+            except IndexError:
+                stop.wait(SECONDS)  # another server may give its job back
+                continue
+            try:
+                if pictures := server.draw(job, stop, timeout, say):
+                    write(pictures, job)
+                    server.has_drawn = True
+                    done.append(job)
+                    bar.update()
+            except (Away, ValueError) as error:
+                reasons.append(f"{job.output.name}: {error}")
+                if isinstance(error, ValueError) and not isinstance(error, Refused) and server.has_drawn:
+                    failed.append(job)
+                    continue
+                todo.append(job)
+                say("left")
+                return
+
+    with (tqdm(total=len(jobs), unit="picture", disable=not progress) as bar, ThreadPoolExecutor(len(servers)) as threads,
+          ExitStack() as at_end):
+        at_end.callback(stop.set)
+        running = {threads.submit(work, server) for server in servers}
+        while running:  # by bits, as Windows takes no Ctrl-C inside a long wait
+            ended, running = wait(running, 0.2, FIRST_EXCEPTION)
+            for thread in ended:
+                thread.result()
+    if len(done) < len(jobs):
+        raise ValueError(f"{len(done)} of {len(jobs)} pictures were drawn. The same command goes on with the rest. What went "
+                         "wrong:\n  " + "\n  ".join(dict.fromkeys(reasons)))
+
+
+def write(pictures: list[bytes], job: Job) -> None:
+    """Write the job's pictures, the second as NAME_2.png, and the first last: where it is, all are."""
+    job.output.parent.mkdir(parents=True, exist_ok=True)
+    settings = b"iTXt" + PNG_KEY.encode() + bytes(5) + json.dumps(job.record).encode()  # neither compressed nor translated
+    chunk = (len(settings) - 4).to_bytes(4, "big") + settings + zlib.crc32(settings).to_bytes(4, "big")
+    for number, picture in reversed(list(enumerate(pictures, 1))):
+        output = job.output if number == 1 else job.output.with_stem(f"{job.output.stem}_{number}")
+        unfinished = output.with_name(f".{output.name}.part")
+        try:
+            unfinished.write_bytes(picture[:33] + chunk + picture[33:])  # behind the header, which is 33 bytes
+            unfinished.replace(output)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def failure(entry: dict, graph: dict) -> str | None:
+    """Why the job of this history entry failed; None where it didn't."""
+    status = entry.get("status") or {}
+    if status.get("status_str") != "error":
+        return None
+    for kind, facts in status.get("messages", []):
+        if kind == "execution_error":
+            return (f"{title(graph, facts['node_id']) if facts['node_id'] in graph else facts.get('node_type')} (node "
+                    f"{facts['node_id']}) failed: {facts['exception_type']}: {facts['exception_message'].strip()}")
+        if kind == "execution_interrupted":
+            return "the job was interrupted there"
+    return "the job failed; the server's log says why"
+
+
+def explain(reply: dict, graph: dict) -> str:
+    """What the server has against the workflow, in plain words."""
+    said = []
+    for node, facts in dict(reply.get("node_errors") or {}).items():
+        name = title(graph, node) if node in graph else facts.get("class_type")
+        name = f"{name} (node {node}" + (f", {facts['class_type']})" if name != facts["class_type"] else ")")
+        for error in facts["errors"]:
+            extra = error.get("extra_info") or {}
+            key, kind, limits = extra.get("input_name"), *(extra.get("input_config") or ["", {}])
+            match error["type"]:
+                case "value_not_in_list":
+                    options = kind if isinstance(kind, list) else limits.get("options")
+                    said.append(f"{name}: {key} is {extra['received_value']!r}, which the server does not have. "
+                                + (f"It has {', '.join(map(str, options))}" if options else
+                                   "It has none" if options == [] else "Its list is long; ComfyUI shows it in the node"))
+                case "value_smaller_than_min" | "value_bigger_than_max":
+                    said.append(f"{name}: {key} is {extra['received_value']!r}; expected {limits['min']} to {limits['max']}"
+                                if {"min", "max"} <= limits.keys() else f"{name}: {key}: {error['message']}")
+                case "required_input_missing":
+                    said.append(f"{name} lacks its input {key}")
+                case _:
+                    said.append(f"{name}: {error['message']}: {error['details']}")
+    error = reply.get("error") or {}
+    if not said and error.get("type") == "missing_node_type":
+        kind = str(error["extra_info"]["class_type"])
+        said = [f"it does not know the node {kind} (node {error['extra_info']['node_id']}): install "
+                + ("ComfyUI-L2P" if kind.startswith("L2P") or kind.startswith("EmptyL2P") else "the pack it comes from")
+                + " into custom_nodes and restart the server"]
+    elif not said and error.get("type") == "prompt_no_outputs":
+        said = ["it saves nothing; give it a Save Image node"]
+    return "; ".join(said) or f"{error.get('message')}: {error.get('details')}"
+
+
+def read_json(text: bytes, url: str) -> dict:
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError):
+        raise Refused(f"{url} answers {text[:40]!r}; is it a ComfyUI server?") from None
+
+
+def note(text: str) -> None:
+    tqdm.write(f"l2p: note: {text}", file=sys.stderr)
