@@ -1,0 +1,140 @@
+"""What ComfyUI's server draws against what the library draws: the same pixels, to the level that ComfyUI's Save Image cuts off."""
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from comfyui_l2p.examples.shapes.pictures import test_scenes as held_out_scenes
+from comfyui_l2p.l2p_core import L2PPipeline
+
+from real_comfyui import Refused
+
+BUNDLED = "L2P shapes (bundled small model)"
+PROMPT = "a large red circle on a blue background, left"
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return L2PPipeline.from_pretrained(torch_dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def picture(pipe):
+    """A picture to start from."""
+    return pipe("a small green square on a yellow background, top", seed=1, num_inference_steps=6)
+
+
+@pytest.fixture(scope="module")
+def mask():
+    out = Image.new("L", (96, 96), 0)
+    out.paste(255, (0, 48, 96, 96))
+    return out
+
+
+def png(picture: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def graph(prompt: str | list = PROMPT, negative: str = "", **sampler) -> dict:
+    """Text to image with the bundled model. sampler: inputs of the L2P KSampler that differ from the published ones."""
+    return {
+        "model": {"class_type": "L2PCheckpointLoader", "inputs": {"checkpoint": BUNDLED, "weight_dtype": "float32", "convrot": "as marked"}},
+        "encoder": {"class_type": "L2PTextEncoderLoader", "inputs": {"text_encoder": BUNDLED, "device": "default"}},
+        "prompt": {"class_type": "L2PTextEncode", "inputs": {"clip": ["encoder", 0], "prompt": prompt, "negative_prompt": negative}},
+        "sampler": {"class_type": "L2PKSampler", "inputs": {
+            "model": ["model", 0], "positive": ["prompt", 0], "negative": ["prompt", 1], "width": 96, "height": 96, "batch_size": 1,
+            "seed": 7, "steps": 6, "cfg": 2.0, "sampler_name": "euler", "scheduler": "l2p", "shift": 3.0, "denoise": 1.0, **sampler}},
+        "save": {"class_type": "SaveImage", "inputs": {"images": ["sampler", 0], "filename_prefix": "l2p"}},
+    }
+
+
+def levels(picture: Image.Image | bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(picture)) if isinstance(picture, bytes) else picture).astype(int)
+
+
+def assert_same(found: list[bytes], expected: list[Image.Image]) -> None:
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected):
+        assert np.abs(levels(ours) - levels(theirs)).max() <= 1
+
+
+@pytest.mark.parametrize("cfg, negative, width, height, steps", [
+    (2.0, "", 96, 96, 6), (1.0, "", 96, 96, 6), (3.5, "a star", 128, 80, 4)])
+def test_text_to_image(comfyui_server, pipe, cfg, negative, width, height, steps):
+    expected = pipe(PROMPT, negative, cfg_scale=cfg, num_inference_steps=steps, width=width, height=height, seed=7)
+    assert_same(comfyui_server.run(graph(negative=negative, cfg=cfg, steps=steps, width=width, height=height)), [expected])
+
+
+def test_a_batch_and_another_shift(comfyui_server, pipe):
+    expected = pipe(PROMPT, num_inference_steps=4, seed=7, shift=5.0, num_images=2)
+    assert_same(comfyui_server.run(graph(batch_size=2, steps=4, shift=5.0)), expected)
+
+
+def test_image_to_image(comfyui_server, pipe, picture):
+    expected = pipe(PROMPT, input_image=picture, denoising_strength=0.6, num_inference_steps=6, seed=7)
+    request = graph(denoise=0.6, image=["image", 0])
+    request["image"] = {"class_type": "LoadImage", "inputs": {"image": comfyui_server.upload("start.png", png(picture))}}
+    assert_same(comfyui_server.run(request), [expected])
+
+
+def test_inpaint_keeps_what_is_not_masked(comfyui_server, pipe, picture, mask):
+    expected = pipe(PROMPT, input_image=picture, inpaint_mask=mask, num_inference_steps=6, seed=7)
+    request = graph(image=["image", 0], mask=["mask", 0])
+    request["image"] = {"class_type": "LoadImage", "inputs": {"image": comfyui_server.upload("start.png", png(picture))}}
+    request["mask"] = {"class_type": "LoadImageMask", "inputs": {
+        "image": comfyui_server.upload("mask.png", png(mask.convert("RGB"))), "channel": "red"}}
+    found = comfyui_server.run(request)
+    assert_same(found, [expected])
+    kept = np.abs(levels(found[0]) - levels(picture))[:48]
+    assert kept.max() <= 1  # Save Image cuts off what the library rounds
+
+
+def test_a_list_of_prompts_draws_each(comfyui_server, pipe):
+    """The held-out prompts, as the score asks them: what the library's pictures score, ComfyUI's do."""
+    prompts = [scene.caption() for scene in held_out_scenes(8)]
+    request = graph(["prompts", 0], steps=4)
+    request["prompts"] = {"class_type": "L2PPromptList", "inputs": {"prompts": "\n".join([*prompts, "", "  "])}}
+    assert_same(comfyui_server.run(request), [pipe(prompt, num_inference_steps=4, seed=7) for prompt in prompts])
+
+
+def test_comfyuis_own_nodes_draw_the_same(comfyui_server, pipe):
+    """Load Diffusion Model, SamplerCustom with the exact schedule, and the pixel VAE, whose default dtype is kept to float32."""
+    import shutil
+
+    from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
+    shutil.copy(BUNDLED_MODEL / "transformer.safetensors", comfyui_server.models / "diffusion_models" / "shapes.safetensors")
+    request = graph()
+    request |= {
+        "model": {"class_type": "UNETLoader", "inputs": {"unet_name": "shapes.safetensors", "weight_dtype": "default"}},
+        "empty": {"class_type": "EmptyL2PLatentImage", "inputs": {"size": "custom", "width": 96, "height": 96, "batch_size": 1}},
+        "sigmas": {"class_type": "L2PScheduler", "inputs": {"steps": 6, "shift": 3.0, "denoise": 1.0}},
+        "euler": {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "euler"}},
+        "sampler": {"class_type": "SamplerCustom", "inputs": {
+            "model": ["model", 0], "add_noise": True, "noise_seed": 7, "cfg": 2.0, "positive": ["prompt", 0],
+            "negative": ["prompt", 1], "sampler": ["euler", 0], "sigmas": ["sigmas", 0], "latent_image": ["empty", 0]}},
+        "decode": {"class_type": "L2PLatentToImage", "inputs": {"latent": ["sampler", 0]}},
+        "save": {"class_type": "SaveImage", "inputs": {"images": ["decode", 0], "filename_prefix": "l2p"}},
+    }
+    assert_same(comfyui_server.run(request), [pipe(PROMPT, num_inference_steps=6, seed=7)])
+
+
+@pytest.mark.parametrize("scheduler, sampler", [("simple", "dpmpp_2m"), ("beta", "euler_ancestral"), ("normal", "deis")])
+def test_comfyuis_samplers_and_schedulers_draw_near(comfyui_server, pipe, scheduler, sampler):
+    expected = levels(pipe(PROMPT, num_inference_steps=12, seed=7))
+    found = levels(comfyui_server.run(graph(steps=12, scheduler=scheduler, sampler_name=sampler))[0])
+    assert found.std() > 10  # a picture, neither flat nor NaN
+    if sampler != "euler_ancestral":  # which adds noise of its own
+        assert np.abs(found - expected).mean() < 20
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"width": 100}, "multiple"), ({"denoise": 0.5}, "needs an image"), ({"mask": ["blank", 0]}, "needs an image")])
+def test_what_does_not_fit_is_explained(comfyui_server, change, message):
+    request = graph(**change)
+    request["blank"] = {"class_type": "SolidMask", "inputs": {"value": 1.0, "width": 96, "height": 96}}
+    with pytest.raises(Refused, match=message):
+        comfyui_server.run(request)
