@@ -13,9 +13,9 @@ class L2PExtension(ComfyExtension):
             logging.error(f"ComfyUI-L2P needs ComfyUI v{'.'.join(map(str, OLDEST_COMFYUI))} or newer, this is "
                           f"v{comfyui_version}: its nodes are left out. Update ComfyUI")
             return []
-        from . import comfy_model, load, prompt, sample
+        from . import comfy_model, files, load, prompt, sample
         comfy_model.install()
-        return [*load.NODES, *prompt.NODES, *sample.NODES]
+        return [*load.NODES, *prompt.NODES, *sample.NODES, *files.NODES]
 
 
 async def comfy_entrypoint() -> ComfyExtension:

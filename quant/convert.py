@@ -18,13 +18,13 @@ from ..l2p_core.config import PUBLISHED_DECODERS, L2PConfig
 from ..l2p_core.layout import CheckpointError, Layout, read_layout
 from . import stream
 from .export import arrange, note_left_out
-from .stream import Piece, write
+from .stream import Piece, Progress, write
 
 NEW = ("all_x_embedder.", "local_decoder.")  # parts that belong to a patch size
 LATENT_ONLY = ("x_embedder.", "all_final_layer.", "final_layer.", "norm_final.")  # of the source, not of any L2P model
 
 
-def convert(source: Path | list[Path], output: Path, patch: int = 16, seed: int = 0, progress: bool = False) -> None:
+def convert(source: Path | list[Path], output: Path, patch: int = 16, seed: int = 0, progress: bool | Progress = False) -> None:
     """Write a pixel initialisation of this patch size, under the published names.
 
     source: a latent Z-Image (file, folder, index or list of shards), or an L2P model with a smaller patch. patch: 16, 64,

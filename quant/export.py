@@ -11,14 +11,14 @@ from torch import Tensor
 
 from ..l2p_core.checkpoint import check
 from ..l2p_core.layout import COMFYUI_NAMES, PACKED, CheckpointError, Layout, Source, read_layout
-from .stream import TORCH_DTYPES, Piece, read_scale, write
+from .stream import TORCH_DTYPES, Piece, Progress, read_scale, write
 
 PREFIXES = {"published": "", "comfyui": "model.diffusion_model."}  # what each naming usually stands behind
 DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 
 
 def export(checkpoint: Path, output: Path, naming: str = "comfyui", prefix: str | None = None, dtype: str | None = None,
-           convrot_groupsize: int | None = None, progress: bool = False) -> None:
+           convrot_groupsize: int | None = None, progress: bool | Progress = False) -> None:
     """Write a model or a trained part under another naming. Bytes are kept where names are all that changes.
 
     naming: published or comfyui, which packs q, k and v. prefix: None for the naming's usual one. dtype: fp32, bf16 or

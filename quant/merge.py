@@ -5,11 +5,11 @@ from pathlib import Path
 from ..l2p_core.checkpoint import check
 from ..l2p_core.layout import CheckpointError, Layout, Source, read_layout
 from .export import DTYPES, arrange, note_left_out
-from .stream import write
+from .stream import Progress, write
 
 
-def merge(trained: Path, base: Path, output: Path, dtype: str | None = None, skip: list[str] | None = None,
-          progress: bool = False) -> None:
+def merge(trained: Path | list[Path], base: Path | list[Path], output: Path, dtype: str | None = None, skip: list[str] | None = None,
+          progress: bool | Progress = False) -> None:
     """Write the base with the trained tensors in place of its own, under the base's names and prefix.
 
     trained: what a training saved, any naming. base: the pixel initialisation, whole. dtype: fp32, bf16 or fp16 for all

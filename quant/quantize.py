@@ -15,7 +15,7 @@ from ..l2p_core.checkpoint import check
 from ..l2p_core.int8 import comfy_kitchen, dequantize
 from ..l2p_core.layout import DTYPE_BYTES, CheckpointError, Layout, read_layout
 from .export import PREFIXES, arrange, marker_piece, note_left_out
-from .stream import Piece, gigabytes, read_floats, write
+from .stream import Piece, Progress, gigabytes, read_floats, write
 
 # Which tensors become 8 bits, by ComfyUI's names: the linears of the blocks. Norms, biases, modulation, embedders and the
 # decoder are a hundredth of the model's work and the most sensitive to rounding.
@@ -61,8 +61,8 @@ class Options:
     prefix: str = PREFIXES["comfyui"]
 
 
-def quantize(checkpoint: Path, output: Path, options: Options | None = None, verify: bool = False,
-             progress: bool = False) -> dict:
+def quantize(checkpoint: Path | list[Path], output: Path, options: Options | None = None, verify: bool = False,
+             progress: bool | Progress = False) -> dict:
     """Write a whole model with its large linears in 8 bits, for ComfyUI and for `load_model`. Returns the report: sizes
     and signal-to-noise, in total and for each tensor, ready for JSON.
 

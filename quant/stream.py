@@ -27,6 +27,7 @@ TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16
                 "I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 BLOCK = 1 << 22  # numbers in memory at a time: 16 MB as float32
 FORMAT_VERSION = "1"  # of the l2p.* metadata below
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all); raise from it to stop
 PENDING_HASH = "0" * 64  # stands in the header until the inputs are hashed, which goes on beside the writing
 
 
@@ -43,11 +44,11 @@ class Piece(NamedTuple):
 
 
 def write(path: Path, pieces: list[Piece], inputs: list[Layout], command: str, options: dict[str, object],
-          modelspec: dict[str, str], progress: bool = False) -> None:
+          modelspec: dict[str, str], progress: bool | Progress = False) -> None:
     """Write the pieces as one file, in their order, and say in its metadata how it was made.
 
     inputs: what the pieces read; hashed into the metadata. command, options: what makes the file, for the metadata.
-    modelspec: fields beside those of the first input; an empty value drops one. progress: show a bar, in bytes. Raises
+    modelspec: fields beside those of the first input; an empty value drops one. progress: show a bar, or call this. Raises
     ValueError, with nothing left behind, where there is no place to write or a source changed meanwhile."""
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
@@ -69,16 +70,22 @@ def write(path: Path, pieces: list[Piece], inputs: list[Layout], command: str, o
     try:
         hashes = [beside.submit(hash_files, [file], stop) for file, _ in files]
         with part.open("wb") as stream, tqdm(total=total, desc=f"writing {path.name}", unit="B", unit_scale=True,
-                                             disable=not progress) as bar:
+                                             disable=progress is not True) as bar:
+            def advance(done: int) -> None:
+                bar.update(done - bar.n)
+                if callable(progress):
+                    progress(done, total)
+
             stream.write(head)
-            bar.update(len(head))
+            done = len(head)
             for piece in pieces:
                 stream.seek(len(head) + begins[piece.name])
                 written = 0
                 for block in blocks(piece):
                     written += stream.write(block)
-                    bar.update(len(block))
+                    advance(done + written)
                 assert written == piece.bytes, f"{piece.name}: {written} bytes for {piece.bytes}"
+                done += written
             final = header([future.result() for future in hashes])
             assert len(final) == len(head)
             stream.seek(0)

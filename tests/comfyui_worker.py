@@ -97,6 +97,22 @@ def with_controlnet(path: str) -> None:
                                 transformer_options=model.model_options["transformer_options"])
 
 
+def quantize_while_stopping(path: str) -> None:
+    """Quantize with Stop pressed once a tenth is written."""
+    folder, _, name = path.rpartition("/")
+    folder_paths.add_model_folder_path("diffusion_models", folder, is_default=True)
+    folder_paths.filename_list_cache.clear()
+
+    def press_stop(done: int, total: int, *_, **__) -> None:
+        comfy.model_management.interrupt_current_processing(done > total / 10)
+
+    comfy.utils.set_progress_bar_global_hook(press_stop)
+    try:
+        nodes.NODE_CLASS_MAPPINGS["L2PQuantizeCheckpoint"].execute(name, "int8_tensorwise", "row", "small", "", False)
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
+
+
 def install_again() -> bool:
     """Whether a second import of the pack leaves ComfyUI as the first did."""
     before = comfy.model_detection.detect_unet_config, comfy.lora.model_lora_keys_unet, len(comfy.supported_models.models)

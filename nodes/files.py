@@ -1,0 +1,125 @@
+"""Checkpoint files to checkpoint files, inside ComfyUI's model folders."""
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..l2p_core.layout import CheckpointError
+from ..quant import convert, merge, quantize
+from ..quant.stream import Progress, gigabytes
+from .load import model_files, model_paths
+
+FILENAME = io.String.Input("filename", default="", tooltip="Name of the new file in models/diffusion_models; empty for the "
+                                                          "source's with what was done to it.")
+OVERWRITE = io.Boolean.Input("overwrite", default=False, advanced=True, tooltip="Replace a file of that name.")
+DTYPE = io.Combo.Input("dtype", options=["as they are", *merge.DTYPES], default="as they are",
+                       tooltip="Of all tensors. bf16 makes 12 GB of the published 1K model's 20.")
+
+
+class L2PQuantizeCheckpoint(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="L2PQuantizeCheckpoint", display_name="L2P Quantize Checkpoint", category="L2P/files", is_output_node=True,
+            description="Writes a whole L2P model with its large linears in 8 bits, about a third of the size, and reports what "
+                        "each tensor lost. Needs little memory, whatever the file's size.",
+            search_aliases=["int8", "fp8", "shrink", "compress"],
+            inputs=[
+                io.Combo.Input("checkpoint", options=model_files(), tooltip="A whole L2P model that is not quantized yet."),
+                io.Combo.Input("format", options=list(quantize.FORMATS), default="int8_tensorwise",
+                               tooltip="int8_tensorwise runs on any recent GPU and on the CPU; float8_e4m3fn on RTX 40 and newer."),
+                io.Combo.Input("granularity", options=list(quantize.GRANULARITIES), default="row",
+                               tooltip="A scale for each tensor or row, or for each row after a rotation that spreads outliers "
+                                       "(convrot). FP8 has one for each tensor, whatever is chosen."),
+                io.Combo.Input("preset", options=list(quantize.PRESETS), default="card",
+                               tooltip="card: the linears of all main layers but the first; small: of all blocks."),
+                FILENAME, OVERWRITE],
+            outputs=[io.String.Output("filename"), io.String.Output("report")])
+
+    @classmethod
+    def execute(cls, checkpoint, format, granularity, preset, filename, overwrite) -> io.NodeOutput:
+        source, output = source_and_output(checkpoint, filename, "fp8" if format.startswith("float8") else "int8", overwrite)
+        options = quantize.Options(format, "tensor" if format.startswith("float8") else granularity, preset)
+        return written(output, quantize.table(quantize.quantize(source, output, options, progress=bar())))
+
+
+class L2PConvertCheckpoint(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="L2PConvertCheckpoint", display_name="L2P Convert Checkpoint", category="L2P/files", is_output_node=True,
+            description="Makes a pixel initialisation, where training starts, from Z-Image or from an L2P model of a smaller "
+                        "patch. It does not draw before it is trained.",
+            search_aliases=["pixel initialisation", "z-image to l2p", "train"],
+            inputs=[
+                io.Combo.Input("checkpoint", options=model_files(), tooltip="Z-Image or Z-Image-Turbo (of shards, any one), or "
+                                                                            "an L2P model of a smaller patch."),
+                io.Combo.Input("patch", options=["16", "64", "128", "160"], default="16",
+                               tooltip="Pixels: 16 for 1K pictures, 64 for 4K, 128 for 8K, 160 for 10K."),
+                io.Int.Input("seed", default=0, min=0, max=0xffffffff, tooltip="Of the new tensors; the same on every machine."),
+                FILENAME, OVERWRITE],
+            outputs=[io.String.Output("filename")])
+
+    @classmethod
+    def execute(cls, checkpoint, patch, seed, filename, overwrite) -> io.NodeOutput:
+        source, output = source_and_output(checkpoint, filename, f"l2p-patch{patch}", overwrite)
+        convert.convert(source, output, int(patch), seed, progress=bar())
+        return written(output)
+
+
+class L2PMergeCheckpoint(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="L2PMergeCheckpoint", display_name="L2P Merge Checkpoint", category="L2P/files", is_output_node=True,
+            description="Puts what a training saved over the pixel initialisation it started from, and writes the whole model.",
+            search_aliases=["trained part", "whole model", "bf16"],
+            inputs=[
+                io.Combo.Input("trained", options=model_files(), tooltip="What the training saved."),
+                io.Combo.Input("base", options=model_files(), tooltip="The pixel initialisation it started from."),
+                DTYPE, FILENAME, OVERWRITE],
+            outputs=[io.String.Output("filename")])
+
+    @classmethod
+    def execute(cls, trained, base, dtype, filename, overwrite) -> io.NodeOutput:
+        part, output = source_and_output(trained, filename, "merged", overwrite)
+        merge.merge(part, model_paths(base), output, None if dtype == "as they are" else dtype, progress=bar())
+        return written(output)
+
+
+def source_and_output(checkpoint: str, filename: str, suffix: str, overwrite: bool) -> tuple[list[Path], Path]:
+    """The input's files, and the output in ComfyUI's first folder of diffusion models. Raises CheckpointError for a name
+    that leads out of it or is taken."""
+    sources = model_paths(checkpoint)
+    folder = Path(folder_paths.get_folder_paths("diffusion_models")[0])
+    name = filename.strip() or f"{sources[0].stem}-{suffix}"
+    name = name if name.endswith(".safetensors") else f"{name}.safetensors"
+    output = folder / name
+    if Path(name).name != name or "\\" in name or ":" in name or name.startswith("."):
+        raise CheckpointError(f"filename is {name!r}; expected a plain name, which is put into {folder}")
+    if output.exists() and not overwrite:
+        raise CheckpointError(f"{name} is in {folder} already. Give another filename, or turn overwrite on")
+    folder.mkdir(parents=True, exist_ok=True)
+    return sources, output
+
+
+def bar() -> Progress:
+    """A node's progress, which Stop ends."""
+    progress = comfy.utils.ProgressBar(1)
+
+    def advance(done: int, total: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        progress.update_absolute(done, total)
+    return advance
+
+
+def written(output: Path, report: str | None = None) -> io.NodeOutput:
+    """Name of the new file, which the loaders list from now on, and what to tell the user."""
+    folder_paths.filename_list_cache.pop("diffusion_models", None)
+    said = report or f"{output}: {gigabytes(output.stat().st_size)}"
+    return io.NodeOutput(output.name, *([report] if report else []), ui=ui.PreviewText(said))
+
+
+NODES = [L2PQuantizeCheckpoint, L2PConvertCheckpoint, L2PMergeCheckpoint]

@@ -1,0 +1,83 @@
+"""The file tools on the canvas: what they write is what the command line writes, and it is there to load at once."""
+import hashlib
+
+import pytest
+from safetensors.torch import save_file
+
+from comfyui_l2p.l2p_core.layout import read_layout
+from comfyui_l2p.quant.quantize import Options, quantize
+
+from real_comfyui import Refused
+
+
+@pytest.fixture
+def folder(comfyui_server, tiny_weights):
+    """ComfyUI's folder of diffusion models, with a whole model and the two files it is merged from."""
+    folder = comfyui_server.models / "diffusion_models"
+    save_file(tiny_weights, folder / "whole.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tiny_weights.items() if name.startswith("layers.0.")}, folder / "part.safetensors")
+    yield folder
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+
+
+def node(kind: str, **inputs) -> dict:
+    return {"node": {"class_type": kind, "inputs": {"filename": "", "overwrite": False, **inputs}}}
+
+
+def numbers(path):
+    layout = read_layout(path)
+    with path.open("rb") as stream:
+        def digest(entry):
+            stream.seek(entry.begin)
+            return hashlib.sha256(stream.read(entry.end - entry.begin)).hexdigest()
+        return {key: digest(entry) for key, entry in layout.entries.items()}
+
+
+@pytest.mark.parametrize("kind, granularity", [("int8_tensorwise", "row"), ("int8_tensorwise", "convrot"), ("float8_e4m3fn", "row")])
+def test_quantize_writes_what_the_library_writes(comfyui_server, folder, tmp_path, kind, granularity):
+    request = node("L2PQuantizeCheckpoint", checkpoint="whole.safetensors", format=kind, granularity=granularity, preset="small",
+                   filename="small")
+    entry = comfyui_server.wait(comfyui_server.queue(request))
+    assert "signal to noise" in entry["outputs"]["node"]["text"][0]
+    quantize(folder / "whole.safetensors", tmp_path / "ours.safetensors",
+             Options(kind, "tensor" if kind == "float8_e4m3fn" else granularity, "small"))
+    assert numbers(folder / "small.safetensors") == numbers(tmp_path / "ours.safetensors")
+    listed = comfyui_server.get("/object_info/L2PCheckpointLoader")["L2PCheckpointLoader"]["input"]["required"]["checkpoint"]
+    assert "small.safetensors" in str(listed)
+
+
+def test_merge_and_convert(comfyui_server, folder, tiny_weights):
+    comfyui_server.wait(comfyui_server.queue(node(
+        "L2PMergeCheckpoint", trained="part.safetensors", base="whole.safetensors", dtype="as they are")))
+    merged = numbers(folder / "part-merged.safetensors")
+    assert merged["layers.0.attention.to_q.weight"] == numbers(folder / "part.safetensors")["layers.0.attention.to_q.weight"]
+    assert merged["layers.1.attention.to_q.weight"] == numbers(folder / "whole.safetensors")["layers.1.attention.to_q.weight"]
+    comfyui_server.wait(comfyui_server.queue(node("L2PConvertCheckpoint", checkpoint="whole.safetensors", patch="64", seed=3)))
+    assert read_layout(folder / "whole-l2p-patch64.safetensors").config.patch_size == 64
+
+
+@pytest.mark.parametrize("filename", ["../escaped", "sub/name", "/tmp/name", "..\\name", "C:name", ".hidden"])
+def test_names_that_leave_the_folder_are_refused(comfyui_server, folder, filename):
+    before = sorted(comfyui_server.base.rglob("*.safetensors"))
+    with pytest.raises(Refused, match="expected a plain name"):
+        comfyui_server.run(node("L2PConvertCheckpoint", checkpoint="whole.safetensors", patch="64", seed=0, filename=filename))
+    assert sorted(comfyui_server.base.rglob("*.safetensors")) == before
+
+
+def test_a_file_that_is_there_is_kept(comfyui_server, folder):
+    before = (folder / "part.safetensors").read_bytes()
+    request = node("L2PConvertCheckpoint", checkpoint="whole.safetensors", patch="64", seed=0, filename="part")
+    with pytest.raises(Refused, match="already.*overwrite"):
+        comfyui_server.run(request)
+    assert (folder / "part.safetensors").read_bytes() == before
+    request["node"]["inputs"]["overwrite"] = True
+    comfyui_server.wait(comfyui_server.queue(request))
+    assert read_layout(folder / "part.safetensors").config.patch_size == 64
+
+
+def test_stop_leaves_nothing_behind(comfyui, tiny_weights, tmp_path):
+    save_file(tiny_weights, tmp_path / "whole.safetensors")
+    with pytest.raises(Refused, match="InterruptProcessingException"):
+        comfyui.call("quantize_while_stopping", path=tmp_path / "whole.safetensors")
+    assert [file.name for file in tmp_path.iterdir()] == ["whole.safetensors"]
