@@ -467,6 +467,14 @@ def test_a_failing_write_leaves_nothing(tmp_path, fakes, workflow, monkeypatch, 
     assert "No space left" in capsys.readouterr().err and os.listdir(tmp_path / "out") == []
 
 
+def test_the_first_of_several_pictures_is_written_last(tmp_path, fakes, workflow):
+    fake = fakes()
+    fake.images = 2
+    (tmp_path / "out" / "00000_2.png").mkdir(parents=True)  # can't be replaced by a file
+    assert main(["queue", workflow, "--server", fake.url, "-o", str(tmp_path / "out")]) == 1
+    assert os.listdir(tmp_path / "out") == ["00000_2.png"], "where the first is, all are taken to be"
+
+
 def test_without_websocket_client_the_pip_command_is_told(workflow, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "websocket", None)
     assert main(["queue", workflow]) == 1
