@@ -85,7 +85,7 @@ def queue(workflow: Path, output: Path, servers: list[str], prompts: Path | None
     if len(missing) < len(jobs):
         print(f"{len(jobs) - len(missing)} of {len(jobs)} pictures are there already")
     if missing:
-        draw(missing, [Server(url) for url in dict.fromkeys(servers)], timeout, progress)
+        draw(missing, [Server(url, len(servers) > 1) for url in dict.fromkeys(servers)], timeout, progress)
 
 
 def read_workflow(file: Path) -> dict:
@@ -239,13 +239,14 @@ def like(old: object, value: object, name: str, whole: bool) -> object:
 
 
 class Server:
-    """One ComfyUI server. Every method but `draw` raises Away where it does not answer."""
+    """One ComfyUI server, one of several or alone. Its methods raise Away where it does not answer."""
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, several: bool = False):
         self.url = (url if "://" in url else f"http://{url}").rstrip("/")
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
             raise ValueError(f"--server is {url}; expected an address such as http://127.0.0.1:8188")
+        self.mark = f"_{parts.netloc.replace(':', '-')}" if several else ""
         self.client, self.socket, self.has_drawn = str(uuid.uuid4()), None, False
 
     def draw(self, job: Job, stop: Event, timeout: float, say: Callable[[str], None]) -> list[bytes]:
@@ -297,8 +298,12 @@ class Server:
             head = f'--{border}\r\nContent-Disposition: form-data; name='
             self.ask("/upload/image", f'{head}"overwrite"\r\n\r\ntrue\r\n{head}"image"; filename="{name}"\r\n\r\n'.encode()
                      + file.read_bytes() + f"\r\n--{border}--\r\n".encode(), f"multipart/form-data; boundary={border}")
+        graph = deepcopy(job.graph)
+        for settings in graph.values():  # servers with one folder between them would write over each other's files
+            if isinstance(settings["inputs"].get("filename_prefix"), str):
+                settings["inputs"]["filename_prefix"] += self.mark
         try:
-            reply = self.ask_json("/prompt", {"prompt": job.graph, "client_id": self.client, "prompt_id": job.id})
+            reply = self.ask_json("/prompt", {"prompt": graph, "client_id": self.client, "prompt_id": job.id})
             if not reply.get("node_errors"):
                 return
             self.cancel(job)  # it was taken, but for some of the workflow's outputs only

@@ -301,6 +301,8 @@ def test_two_servers_share_the_work(tmp_path, fakes, workflow):
     assert main(["queue", workflow, "--server", one.url, "--server", two.url, "--prompts", str(tmp_path / "p.txt"),
                  "-o", str(tmp_path / "out")]) == 0
     assert (len(one.graphs()), len(two.graphs())) == (1, 4)
+    assert one.graphs()[0]["6"]["inputs"]["filename_prefix"] != two.graphs()[0]["6"]["inputs"]["filename_prefix"], (
+        "in one folder they would write over each other's files")
     prompts = [json.loads(Image.open(tmp_path / "out" / f"0000{n}.png").info["prompt"])["3"]["inputs"]["prompt"] for n in range(5)]
     assert prompts == list("abcde")
 
@@ -428,6 +430,27 @@ def test_ctrl_c_takes_the_job_off_the_server_and_leaves_no_half_file(tmp_path, f
     assert not fake.running and not (tmp_path / "out").exists()
 
 
+def test_progress_is_read_off_the_socket_until_the_job_ends(tmp_path):
+    job, = plan(GRAPH, [{}], [], 1, tmp_path / "out.png")
+
+    class Socket:
+        messages = [b"preview", ""] + [json.dumps({"type": kind, "data": data}) for kind, data in (
+            ("status", {}), ("executing", {"node": "1", "prompt_id": "another"}), ("executing", {"node": "5", "prompt_id": job.id}),
+            ("progress", {"node": "5", "value": 2, "max": 9, "prompt_id": job.id}), ("executing", {"node": None, "prompt_id": job.id}),
+            ("executing", {"node": "6", "prompt_id": job.id}))]
+
+        def settimeout(self, seconds):
+            assert 0 < seconds <= queue_module.SECONDS
+
+        def recv(self):
+            return self.messages.pop(0)
+    server, said = queue_module.Server("127.0.0.1:1"), []
+    server.socket = Socket()
+    queue_module.SECONDS = 60
+    server.listen(job, said.append)
+    assert said == ["Sampler", "Sampler 2/9"] and len(Socket.messages) == 1
+
+
 def test_another_ones_job_is_not_interrupted(tmp_path, fakes, workflow):
     fake = fakes()
     job, = plan(read_workflow(tmp_path / "flow.json"), [{}], [], 1, tmp_path / "out.png")
@@ -442,6 +465,14 @@ def test_a_failing_write_leaves_nothing(tmp_path, fakes, workflow, monkeypatch, 
     monkeypatch.setattr("pathlib.Path.replace", full)
     assert main(["queue", workflow, "--server", fakes().url, "-o", str(tmp_path / "out" / "a.png")]) == 1
     assert "No space left" in capsys.readouterr().err and os.listdir(tmp_path / "out") == []
+
+
+def test_the_first_of_several_pictures_is_written_last(tmp_path, fakes, workflow):
+    fake = fakes()
+    fake.images = 2
+    (tmp_path / "out" / "00000_2.png").mkdir(parents=True)  # can't be replaced by a file
+    assert main(["queue", workflow, "--server", fake.url, "-o", str(tmp_path / "out")]) == 1
+    assert os.listdir(tmp_path / "out") == ["00000_2.png"], "where the first is, all are taken to be"
 
 
 def test_without_websocket_client_the_pip_command_is_told(workflow, monkeypatch, capsys):
