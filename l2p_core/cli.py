@@ -140,7 +140,8 @@ def add_queue(commands: argparse._SubParsersAction) -> None:
                          help="any other input; NODE is the node's id, title or class; may be given again")
 
     def run(args: argparse.Namespace) -> None:
-        from .queue import PLACES, queue
+        from .queue import queue
+        from .workflow import PLACES
         settings = {name: getattr(args, name, None) for name in PLACES}
         queue(args.workflow, args.output, args.server or ["http://127.0.0.1:8188"], args.prompts, settings, args.set,
               args.count, args.timeout, args.overwrite)

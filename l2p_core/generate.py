@@ -57,20 +57,10 @@ def plan(rows: list[dict], settings: dict, count: int, output: Path, pipe: L2PPi
     rows: of a prompt file, see `COLUMNS`. settings: for what a row leaves out; None for the checkpoint's default.
     count: pictures for each row, with seeds one apart. output: a .png for one picture, a folder for several.
     Raises ValueError where a row, a setting or the output makes no sense."""
-    if output.suffix and output.suffix.lower() != ".png":
-        raise ValueError(f"--output is {output}; pictures are written as .png, which keeps their settings")
-    if count < 1:
-        raise ValueError(f"--count is {count}; expected 1 or more")
-    if output.suffix and len(rows) * count > 1:
-        raise ValueError(f"--output is one file, {output}, for {len(rows) * count} pictures; give a folder")
     pictures = []
-    for number, row in enumerate(rows):
-        row = {name: value for name, value in row.items() if value is not None}
-        file_name = Path(str(row.pop("file_name", f"{number:05d}")))
-        file_name = file_name.with_name(file_name.name.removesuffix(".png"))
+    for number, (row, files) in enumerate(zip(rows, output_files(rows, count, output))):
+        row = {name: value for name, value in row.items() if value is not None and name != "file_name"}
         row["prompt"] = row.pop("text", row.get("prompt", ""))
-        if file_name.is_absolute() or ".." in file_name.parts:
-            raise ValueError(f"prompt {number + 1}: file_name {file_name} leads out of {output}")
         values = {**{name: value for name, value in settings.items() if value is not None}, **row}
         if values.get("input_image") and not ("height" in values or "width" in values):
             values["height"], values["width"] = pipe.size_for(open_picture(values["input_image"]))
@@ -81,24 +71,43 @@ def plan(rows: list[dict], settings: dict, count: int, output: Path, pipe: L2PPi
             schedule(values["num_inference_steps"], values["denoising_strength"], values["shift"])
             solver(values["sampler"])
             usable_device(values["rand_device"])
-            if not 0 <= values["seed"] < 2**63 - count:
-                raise ValueError(f"seed is {values['seed']}; expected a whole number from 0 to 2^63")
+            if not 0 <= values["seed"] <= 2**64 - count:
+                raise ValueError(f"seed is {values['seed']}; expected a whole number from 0 to 2^64 - 1")
         except ValueError as error:
             raise ValueError(f"prompt {number + 1}: {error}" if len(rows) > 1 else str(error)) from None
-        for copy in range(count):
-            name = file_name.with_name(f"{file_name.name}-{copy}.png" if count > 1 else f"{file_name.name}.png")
-            pictures.append(Picture(output if output.suffix else output / name,
-                                    **{**values, "seed": values["seed"] + copy}))
-    if len({picture.output for picture in pictures}) < len(pictures):
-        raise ValueError("two prompts have the same file_name; give each its own")
+        pictures += [Picture(file, **{**values, "seed": values["seed"] + copy}) for copy, file in enumerate(files)]
     return pictures
+
+
+def output_files(rows: list[dict], count: int, output: Path) -> list[list[Path]]:
+    """The files of each row's pictures: `output` itself where it is a .png, else named in that folder by the row's
+    file_name or number, and by the copy where there are several. Raises ValueError where that makes no sense."""
+    if output.suffix and output.suffix.lower() != ".png":
+        raise ValueError(f"--output is {output}; pictures are written as .png, which keeps their settings")
+    if count < 1:
+        raise ValueError(f"--count is {count}; expected 1 or more")
+    if output.suffix and len(rows) * count > 1:
+        raise ValueError(f"--output is one file, {output}, for {len(rows) * count} pictures; give a folder")
+    out = []
+    for number, row in enumerate(rows):
+        name = Path(str(row.get("file_name") or f"{number:05d}"))
+        if name.is_absolute() or ".." in name.parts:
+            raise ValueError(f"prompt {number + 1}: file_name {name} leads out of {output}")
+        stem = name.name.removesuffix(".png")
+        out.append([output] if output.suffix else
+                   [output / name.with_name(f"{stem}-{copy}.png" if count > 1 else f"{stem}.png") for copy in range(count)])
+    files = [file for row in out for file in row]
+    if len(set(files)) < len(files):
+        raise ValueError("two prompts have the same file_name; give each its own")
+    return out
 
 
 def cast(setting: Field, value: object) -> str | int | float:
     """A setting as the type it has. Raises ValueError where it can't be."""
     try:
         result = setting.type(value)
-        if isinstance(value, (list, dict)) or setting.type is not str and (result != float(value) or not math.isfinite(result)):
+        if isinstance(value, (list, dict)) or setting.type is not str and (
+                not math.isfinite(result) or not isinstance(value, str) and result != value):
             raise ValueError
         return result
     except (TypeError, ValueError, OverflowError):
@@ -161,8 +170,9 @@ def draw(pictures: list[Picture], pipe: L2PPipeline, batch: int = 1, free_text_e
                 bar.update(len(group))
 
 
-def read_rows(file: Path) -> list[dict]:
-    """One dict per prompt from .txt, .csv, .json or .jsonl. Raises ValueError with the line that can't be read."""
+def read_rows(file: Path, any_column: bool = False) -> list[dict]:
+    """One dict per prompt from .txt, .csv, .json or .jsonl. any_column: take columns of every name, and none for granted.
+    Raises ValueError with the line that can't be read."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
@@ -192,8 +202,8 @@ def read_rows(file: Path) -> list[dict]:
     if not rows:
         raise ValueError(f"{file.name} holds no prompts")
     for number, row in enumerate(rows):
-        unknown = row.keys() - set(COLUMNS) if isinstance(row, dict) else {"not a table"}
-        if unknown or not isinstance(row.get("prompt", row.get("text")), str):
+        unknown = row.keys() - set(row if any_column else COLUMNS) if isinstance(row, dict) else {"not a table"}
+        if unknown or not any_column and not isinstance(row.get("prompt", row.get("text")), str):
             raise ValueError(f"{file.name}, prompt {number + 1}: "
                              + (f"unknown column {sorted(map(str, unknown))[0]}" if unknown else "no column prompt or text")
                              + f"; known are {', '.join(COLUMNS)}")

@@ -1,8 +1,5 @@
 """A workflow and prompts to ComfyUI servers, their pictures to files: `l2p queue`. Knows ComfyUI's HTTP API, not ComfyUI."""
-import csv
-import io
 import json
-import math
 import sys
 import time
 import uuid
@@ -23,18 +20,10 @@ from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
-from .generate import PNG_KEY, is_drawn, open_picture, read_rows
+from .generate import PNG_KEY, is_drawn, open_picture, output_files, read_rows
 from .layout import hash_files
+from .workflow import fill, places, read_workflow, title
 
-TEXTS = ("prompt", "text")
-PLACES = {  # what a flag or a column says → the inputs that take it, by name or as CLASS.NAME
-    "prompt": TEXTS, "negative_prompt": ("negative_prompt",), "seed": ("seed", "noise_seed"),
-    "width": ("width",), "height": ("height",), "num_inference_steps": ("steps",), "cfg_scale": ("cfg",),
-    "shift": ("shift",), "sampler": ("sampler_name",), "denoising_strength": ("denoise",),
-    "model": ("checkpoint", "ckpt_name", "unet_name"), "text_encoder": ("text_encoder", "clip_name"),
-    "input_image": ("LoadImage.image",), "inpaint_mask": ("LoadImageMask.image",),
-}
-WHOLE = ("seed", "noise_seed", "width", "height", "steps")  # the server would cut off a fraction and say nothing
 PICTURES = ("input_image", "inpaint_mask")  # files of ours, uploaded
 SECONDS = 1.0  # between two looks at a server that says nothing
 TRIES = 3  # a job that takes its server down this often is not sent again
@@ -80,7 +69,7 @@ def queue(workflow: Path, output: Path, servers: list[str], prompts: Path | None
         if not found:
             raise ValueError(f"--set {assignment}: expected NODE.INPUT=VALUE, such as 3.steps=20")
         values.append((name, value))
-    jobs = plan(read_workflow(workflow), read_table(prompts) if prompts else [{}], values, count, output, overwrite)
+    jobs = plan(read_workflow(workflow), read_rows(prompts, any_column=True) if prompts else [{}], values, count, output, overwrite)
     missing = [job for job in jobs if overwrite or not job.output.exists() or not is_drawn(job.output, job.record)]
     if len(missing) < len(jobs):
         print(f"{len(jobs) - len(missing)} of {len(jobs)} pictures are there already")
@@ -88,53 +77,10 @@ def queue(workflow: Path, output: Path, servers: list[str], prompts: Path | None
         draw(missing, [Server(url, len(servers) > 1) for url in dict.fromkeys(servers)], timeout, progress)
 
 
-def read_workflow(file: Path) -> dict:
-    """The graph {node id: {class_type, inputs}}. Raises ValueError where the file holds something else."""
-    try:
-        graph = json.loads(file.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{file.name} is not JSON: {error}") from None
-    if isinstance(graph, dict) and isinstance(graph.get("nodes"), list):
-        raise ValueError(f"{file.name} is a workflow for ComfyUI's canvas, which the server does not take. Use the file of "
-                         "that name in workflows/api/, or in ComfyUI: Workflow > Export (API)")
-    if not isinstance(graph, dict) or not graph or not all(
-            isinstance(node, dict) and isinstance(node.get("inputs"), dict) and "class_type" in node for node in graph.values()):
-        raise ValueError(f"{file.name} is no workflow in API format, {{id: {{class_type, inputs}}}}; in ComfyUI: Workflow > "
-                         "Export (API)")
-    return graph
-
-
-def read_table(file: Path) -> list[dict]:
-    """Rows as of `read_rows`, but any column will do, and none is needed: the workflow decides what it has a place for."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-        match file.suffix.lower():
-            case ".csv":
-                rows = [{name: value for name, value in row.items() if value}
-                        for row in csv.DictReader(io.StringIO(text, newline=""))]
-            case ".json":
-                rows = json.loads(text)
-            case ".jsonl":
-                rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-            case _:
-                rows = None
-    except (ValueError, csv.Error, RecursionError):
-        rows = None
-    if isinstance(rows, list) and rows and all(isinstance(row, dict) and None not in row for row in rows):
-        return rows
-    return read_rows(file)  # plain prompts, or a file that can't be read, which it explains
-
-
 def plan(graph: dict, rows: list[dict], values: list[tuple[str, object]], count: int, output: Path,
          overwrite: bool = False) -> list[Job]:
     """Every picture to have drawn, files named as by `l2p generate`. values: (name, value), for what a row leaves out.
     Raises ValueError where a value finds no place or the output makes no sense."""
-    if output.suffix and output.suffix.lower() != ".png":
-        raise ValueError(f"--output is {output}; pictures are written as .png, which keeps their settings")
-    if count < 1:
-        raise ValueError(f"--count is {count}; expected 1 or more")
-    if output.suffix and len(rows) * count > 1:
-        raise ValueError(f"--output is one file, {output}, for {len(rows) * count} pictures; give a folder")
     seeds = places(graph, "seed")
     if count > 1 and not seeds:
         raise ValueError(f"--count is {count}, but the workflow has no seed that would tell the pictures apart")
@@ -144,12 +90,9 @@ def plan(graph: dict, rows: list[dict], values: list[tuple[str, object]], count:
     def name_on_server(file: Path) -> str:  # by content: the graph is the same on every server, and no file there is lost
         open_picture(file)
         return f"l2p-{hash_files([file])[:16]}{file.suffix.lower()}"
-    for number, row in enumerate(rows):
-        row = {"prompt" if name == "text" else name: value for name, value in row.items() if value is not None}
-        file_name = Path(str(row.pop("file_name", f"{number:05d}")))
-        file_name = file_name.with_name(file_name.name.removesuffix(".png"))
-        if file_name.is_absolute() or ".." in file_name.parts:
-            raise ValueError(f"prompt {number + 1}: file_name {file_name} leads out of {output}")
+    for number, (row, files) in enumerate(zip(rows, output_files(rows, count, output))):
+        row = {"prompt" if name == "text" else name: value for name, value in row.items()
+               if value is not None and name != "file_name"}
         try:
             filled, uploads = deepcopy(graph), {}
             for name, value in [*values, *row.items()]:
@@ -160,82 +103,13 @@ def plan(graph: dict, rows: list[dict], values: list[tuple[str, object]], count:
                 fill(filled, graph, name, value)
         except ValueError as error:
             raise ValueError(f"prompt {number + 1}: {error}" if len(rows) > 1 else str(error)) from None
-        for copy in range(count):
+        for copy, target in enumerate(files):
             drawn = deepcopy(filled)
             for node, name in seeds:
                 drawn[node]["inputs"][name] += copy
-            name = file_name.with_name(f"{file_name.name}-{copy}.png" if count > 1 else f"{file_name.name}.png")
-            target = output if output.suffix else output / name
             key = uuid.uuid4() if overwrite else uuid.uuid5(uuid.NAMESPACE_URL, json.dumps([str(target.resolve()), drawn]))
             jobs.append(Job(target, drawn, uploads, str(key)))
-    if len({job.output for job in jobs}) < len(jobs):
-        raise ValueError("two prompts have the same file_name; give each its own")
     return jobs
-
-
-def fill(filled: dict, graph: dict, name: str, value: object) -> None:
-    """Write the value into the places of `filled` that its name stands for in `graph`: one, or several that say the same
-    there, such as a latent's width and a sampler's. Raises ValueError where there is none, or which one is not clear."""
-    found = places(graph, name)
-    if len({json.dumps(graph[node]["inputs"][key]) for node, key in found}) != 1:
-        inputs = found or [(node, key) for node in graph for key, old in graph[node]["inputs"].items() if not is_link(old)]
-        listed = ", ".join(f"{node}.{key} ({title(graph, node)})" for node, key in inputs)
-        raise ValueError(f"{name} could go to several inputs: {listed}. Say which: --set NODE.INPUT=VALUE" if found else
-                         f"the workflow has no input for {name}. It has: {listed}. Inputs that are wired are not filled")
-    for node, key in found:
-        old = graph[node]["inputs"][key]
-        filled[node]["inputs"][key] = like(old, value, f"{name} ({node}.{key})", key in WHOLE)
-
-
-def places(graph: dict, name: str) -> list[tuple[str, str]]:
-    """(node, input) of all literal inputs that a name of `PLACES` stands for, or INPUT, or NODE.INPUT with the node's id,
-    title or class."""
-    def literal(*names: str) -> list[tuple[str, str]]:
-        return [(node, key) for node, settings in graph.items() for key, value in settings["inputs"].items()
-                if not is_link(value) and {key, f"{node}.{key}", f"{settings['class_type']}.{key}",
-                                           f"{title(graph, node)}.{key}"} & set(names)]
-    if name in ("prompt", "negative_prompt"):  # the same input on two nodes, told apart by where they are wired to
-        positive, negative = upstream(graph, "positive", "negative"), upstream(graph, "negative", "positive")
-        texts = literal(*TEXTS)
-        if name == "prompt":
-            return [place for place in texts if place[0] in positive] or [place for place in texts if place[0] not in negative]
-        return literal(*PLACES[name]) or [place for place in texts if place[0] in negative - positive]
-    return literal(*PLACES.get(name, [name]))
-
-
-def upstream(graph: dict, side: str, other: str) -> set[str]:
-    """Ids of the nodes that feed any input called `side`, but for what goes through one called `other`."""
-    todo = [settings["inputs"][side] for settings in graph.values() if side in settings["inputs"]]
-    found = set()
-    while todo:
-        link = todo.pop()
-        if is_link(link) and link[0] in graph and link[0] not in found:
-            found.add(link[0])
-            todo += [value for key, value in graph[link[0]]["inputs"].items() if key != other]
-    return found
-
-
-def is_link(value: object) -> bool:
-    return isinstance(value, list)
-
-
-def title(graph: dict, node: str) -> str:
-    return graph[node].get("_meta", {}).get("title") or graph[node]["class_type"]
-
-
-def like(old: object, value: object, name: str, whole: bool) -> object:
-    """The value as the type that the input has. A whole number there may stand for a fraction: ComfyUI saves 2.0 as 2."""
-    if isinstance(old, str):
-        return str(value)
-    try:
-        new = json.loads(str(value).lower() if isinstance(old, bool) else str(value))
-        if isinstance(new, bool) != isinstance(old, bool) or not isinstance(new, (int, float)) or not math.isfinite(new) or (
-                whole and not isinstance(new, int)):
-            raise ValueError
-        return new
-    except ValueError:
-        raise ValueError(f"{name} is {value!r}; expected "
-                         + ("true or false" if isinstance(old, bool) else "a whole number" if whole else "a number")) from None
 
 
 class Server:

@@ -17,7 +17,8 @@ from PIL import Image, PngImagePlugin
 
 from comfyui_l2p.l2p_core import queue as queue_module
 from comfyui_l2p.l2p_core.cli import main
-from comfyui_l2p.l2p_core.queue import fill, plan, read_workflow
+from comfyui_l2p.l2p_core.queue import plan
+from comfyui_l2p.l2p_core.workflow import fill, read_workflow
 
 GRAPH = {
     "1": {"class_type": "L2PCheckpointLoader", "inputs": {"checkpoint": "a.safetensors"}},

@@ -1,0 +1,95 @@
+"""A ComfyUI workflow in API form, {node id: {class_type, inputs}}, and where in it a prompt, a seed or a size goes."""
+import json
+import math
+from pathlib import Path
+
+TEXTS = ("prompt", "text")
+PLACES = {  # what a flag or a column says → the inputs that take it, by name or as CLASS.NAME
+    "prompt": TEXTS, "negative_prompt": ("negative_prompt",), "seed": ("seed", "noise_seed"),
+    "width": ("width",), "height": ("height",), "num_inference_steps": ("steps",), "cfg_scale": ("cfg",),
+    "shift": ("shift",), "sampler": ("sampler_name",), "denoising_strength": ("denoise",),
+    "model": ("checkpoint", "ckpt_name", "unet_name"), "text_encoder": ("text_encoder", "clip_name"),
+    "input_image": ("LoadImage.image",), "inpaint_mask": ("LoadImageMask.image",),
+}
+WHOLE = ("seed", "noise_seed", "width", "height", "steps")  # the server would cut off a fraction and say nothing
+
+
+def read_workflow(file: Path) -> dict:
+    """The graph {node id: {class_type, inputs}}. Raises ValueError where the file holds something else."""
+    try:
+        graph = json.loads(file.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{file.name} is not JSON: {error}") from None
+    if isinstance(graph, dict) and isinstance(graph.get("nodes"), list):
+        raise ValueError(f"{file.name} is a workflow for ComfyUI's canvas, which the server does not take. Use the file of "
+                         "that name in workflows/api/, or in ComfyUI: Workflow > Export (API)")
+    if not isinstance(graph, dict) or not graph or not all(
+            isinstance(node, dict) and isinstance(node.get("inputs"), dict) and "class_type" in node for node in graph.values()):
+        raise ValueError(f"{file.name} is no workflow in API format, {{id: {{class_type, inputs}}}}; in ComfyUI: Workflow > "
+                         "Export (API)")
+    return graph
+
+
+def fill(filled: dict, graph: dict, name: str, value: object) -> None:
+    """Write the value into the places of `filled` that its name stands for in `graph`: one, or several that say the same
+    there, such as a latent's width and a sampler's. Raises ValueError where there is none, or which one is not clear."""
+    found = places(graph, name)
+    if len({json.dumps(graph[node]["inputs"][key]) for node, key in found}) != 1:
+        inputs = found or [(node, key) for node in graph for key, old in graph[node]["inputs"].items() if not is_link(old)]
+        listed = ", ".join(f"{node}.{key} ({title(graph, node)})" for node, key in inputs)
+        raise ValueError(f"{name} could go to several inputs: {listed}. Say which: --set NODE.INPUT=VALUE" if found else
+                         f"the workflow has no input for {name}. It has: {listed}. Inputs that are wired are not filled")
+    for node, key in found:
+        old = graph[node]["inputs"][key]
+        filled[node]["inputs"][key] = like(old, value, f"{name} ({node}.{key})", key in WHOLE)
+
+
+def places(graph: dict, name: str) -> list[tuple[str, str]]:
+    """(node, input) of all literal inputs that a name of `PLACES` stands for, or INPUT, or NODE.INPUT with the node's id,
+    title or class."""
+    def literal(*names: str) -> list[tuple[str, str]]:
+        return [(node, key) for node, settings in graph.items() for key, value in settings["inputs"].items()
+                if not is_link(value) and {key, f"{node}.{key}", f"{settings['class_type']}.{key}",
+                                           f"{title(graph, node)}.{key}"} & set(names)]
+    if name in ("prompt", "negative_prompt"):  # the same input on two nodes, told apart by where they are wired to
+        positive, negative = upstream(graph, "positive", "negative"), upstream(graph, "negative", "positive")
+        texts = literal(*TEXTS)
+        if name == "prompt":
+            return [place for place in texts if place[0] in positive] or [place for place in texts if place[0] not in negative]
+        return literal(*PLACES[name]) or [place for place in texts if place[0] in negative - positive]
+    return literal(*PLACES.get(name, [name]))
+
+
+def upstream(graph: dict, side: str, other: str) -> set[str]:
+    """Ids of the nodes that feed any input called `side`, but for what goes through one called `other`."""
+    todo = [settings["inputs"][side] for settings in graph.values() if side in settings["inputs"]]
+    found = set()
+    while todo:
+        link = todo.pop()
+        if is_link(link) and link[0] in graph and link[0] not in found:
+            found.add(link[0])
+            todo += [value for key, value in graph[link[0]]["inputs"].items() if key != other]
+    return found
+
+
+def is_link(value: object) -> bool:
+    return isinstance(value, list)
+
+
+def title(graph: dict, node: str) -> str:
+    return graph[node].get("_meta", {}).get("title") or graph[node]["class_type"]
+
+
+def like(old: object, value: object, name: str, whole: bool) -> object:
+    """The value as the type that the input has. A whole number there may stand for a fraction: ComfyUI saves 2.0 as 2."""
+    if isinstance(old, str):
+        return str(value)
+    try:
+        new = json.loads(str(value).lower() if isinstance(old, bool) else str(value))
+        if isinstance(new, bool) != isinstance(old, bool) or not isinstance(new, (int, float)) or not math.isfinite(new) or (
+                whole and not isinstance(new, int)):
+            raise ValueError
+        return new
+    except ValueError:
+        raise ValueError(f"{name} is {value!r}; expected "
+                         + ("true or false" if isinstance(old, bool) else "a whole number" if whole else "a number")) from None
