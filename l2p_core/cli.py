@@ -79,6 +79,9 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     machine.add_argument("--rand-device", default="cpu", help="where noise is drawn; a GPU draws another (default cpu)")
     machine.add_argument("--convrot", type=int, metavar="GROUP",
                          help="group size of rotated INT8 weights in a file that does not say so")
+    machine.add_argument("--decoder-tile", type=int, metavar="PIXELS",
+                         help="compute the local decoder in squares of this side, for the same picture in less memory; 0 "
+                              "for the whole at once (default: large pictures are cut)")
     machine.add_argument("--free-text-encoder", action="store_true",
                          help="encode all prompts first, then free the encoder's memory")
     machine.add_argument("--overwrite", action="store_true", help="draw again what was drawn with other settings")
@@ -92,7 +95,8 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
         if args.device == "cuda" or args.device is None and torch.cuda.is_available():
             args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         pipe = L2PPipeline.from_pretrained(args.checkpoint, args.text_encoder, args.tokenizer, args.device,
-                                           getattr(torch, args.dtype), args.convrot, progress=args.checkpoint is not None)
+                                           getattr(torch, args.dtype), args.convrot, progress=args.checkpoint is not None,
+                                           decoder_tile=args.decoder_tile)
         if args.checkpoint is None and rank == 0:
             print(f"No --checkpoint given: drawing with the bundled small model, which knows plain shapes "
                   f"({BUNDLED_MODEL.parent / 'README.md'})")

@@ -35,6 +35,7 @@ class L2PTransformer(nn.Module):
         self.context_refiner = nn.ModuleList(Block(config, modulated=False) for _ in range(config.n_refiner_layers))
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.local_decoder = LocalDecoder(config)
+        self.decoder_tile: int | None = None  # as `LocalDecoder.forward` takes it
 
     @property
     def dtype(self) -> torch.dtype:
@@ -53,7 +54,7 @@ class L2PTransformer(nn.Module):
         Raises ValueError where these do not fit each other or the model."""
         self._check(image, t, captions)
         image = image.to(self.dtype)
-        return self.local_decoder(image, self.features(image, t, captions))
+        return self.local_decoder(image, self.features(image, t, captions), self.decoder_tile)
 
     def features(self, image: Tensor, t: Tensor, captions: list[Tensor]) -> Tensor:
         """The transformer without its decoder: (B, D, h, w)."""

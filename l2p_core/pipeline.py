@@ -39,22 +39,26 @@ class L2PPipeline:
     see `encode_prompt` and `unload_text_encoder`."""
 
     def __init__(self, layout: Layout, text_encoder: Path, tokenizer: Path | None, device: torch.device,
-                 dtype: torch.dtype, progress: bool = False):
+                 dtype: torch.dtype, progress: bool = False, decoder_tile: int | None = None):
         self.layout, self.device, self.dtype = layout, device, dtype
         self.text_encoder_path, self.tokenizer_path = text_encoder, tokenizer
-        self._progress = progress
+        self.decoder_tile, self._progress = decoder_tile, progress
         self._encodings: dict[str, Tensor] = {}  # of the prompts seen last
 
     @classmethod
     def from_pretrained(cls, checkpoint: str | Path | None = None, text_encoder: str | Path | None = None,
                         tokenizer: str | Path | None = None, device: str | torch.device | None = None,
                         torch_dtype: torch.dtype = torch.bfloat16, convrot_groupsize: int | None = None,
-                        progress: bool = False) -> "L2PPipeline":
+                        progress: bool = False, decoder_tile: int | None = None) -> "L2PPipeline":
         """Open a checkpoint of any kind that `load_model` reads; only its header is read for now.
 
         checkpoint: None for the bundled small model. text_encoder, tokenizer: as for `TextEncoder.load`; by default
         `text_encoder/` and `tokenizer/` beside the checkpoint. device: by default the GPU where there is one.
-        progress: show a bar while loading. Raises CheckpointError where the checkpoint can't be used."""
+        progress: show a bar while loading. decoder_tile: side in pixels of the squares that the local decoder computes
+        one after another, 0 for the whole at once; by default large pictures are cut. The picture is the same.
+        Raises CheckpointError where the checkpoint can't be used, and ValueError for a tile below 0."""
+        if decoder_tile is not None and decoder_tile < 0:
+            raise ValueError(f"decoder_tile is {decoder_tile}; expected a side in pixels, or 0 for the whole at once")
         checkpoint = Path(checkpoint) if checkpoint else BUNDLED_MODEL / "transformer.safetensors"
         layout = read_layout(checkpoint, convrot_groupsize)
         check(layout)
@@ -62,11 +66,14 @@ class L2PPipeline:
             folders = (checkpoint, checkpoint.parent) if checkpoint.is_dir() else (checkpoint.parent,)
             text_encoder = next((folder for folder in folders if (folder / "text_encoder").is_dir()), folders[0]) / "text_encoder"
         device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(layout, find_encoder(text_encoder), Path(tokenizer) if tokenizer else None, device, torch_dtype, progress)
+        return cls(layout, find_encoder(text_encoder), Path(tokenizer) if tokenizer else None, device, torch_dtype, progress,
+                   decoder_tile)
 
     @cached_property
     def transformer(self) -> L2PTransformer:
-        return load_model(self.layout, self.device, self.dtype, progress=self._progress)
+        model = load_model(self.layout, self.device, self.dtype, progress=self._progress)
+        model.decoder_tile = self.decoder_tile
+        return model
 
     @cached_property
     def text_encoder(self) -> TextEncoder:

@@ -1,13 +1,16 @@
-"""The local decoder against recorded numbers, all four patches."""
+"""The local decoder against recorded numbers, all four patches; in tiles against uncut; its memory against a count."""
 import json
 
 import pytest
 import torch
 from torch import nn
 
-from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS, L2PConfig
-from comfyui_l2p.l2p_core.decoder import LocalDecoder
+from comfyui_l2p.benchmarks.decoder import peak_bytes
+from comfyui_l2p.l2p_core import decoder as decoder_module
+from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS, L2PConfig, Stage
+from comfyui_l2p.l2p_core.decoder import LocalDecoder, decoder_bytes, tile_side
 from comfyui_l2p.l2p_core.model import L2PTransformer
+from comfyui_l2p.l2p_core.pipeline import L2PPipeline
 
 from golden import recipe
 from helpers import GOLDEN
@@ -90,3 +93,137 @@ def test_another_conv2d_can_be_given_with_device_and_dtype():
     convolutions = [module for module in decoder.modules() if isinstance(module, nn.Conv2d)]
     assert len(convolutions) == 3 * 4 + 2 and all(type(module) is Own for module in convolutions)
     assert {(tensor.device.type, tensor.dtype) for tensor in decoder.parameters()} == {("meta", torch.float16)}
+
+
+def narrow(patch: int, dtype: torch.dtype) -> LocalDecoder:
+    """A published decoder's stages with few channels."""
+    stages = tuple(Stage(stage.name, *(max(width // 32, 2) for width in stage[1:])) for stage in PUBLISHED_DECODERS[patch])
+    decoder = LocalDecoder(L2PConfig(patch, dim=16, n_heads=1, decoder=stages, bottleneck_dim=16), dtype=dtype)
+    decoder.load_state_dict({name: torch.from_numpy(recipe.param(f"local_decoder.{name}", tuple(tensor.shape)))
+                             for name, tensor in decoder.state_dict().items()})
+    return decoder
+
+
+def inputs(decoder: LocalDecoder, dtype: torch.dtype, batch: int = 1) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Image and features at least 7 by 2 innermost pixels large, and the size of those in pixels."""
+    config, step = decoder.config, 2 ** len(decoder.config.decoder)
+    height, width = (-(-cells * step // config.size_multiple) * config.size_multiple for cells in (7, 2))
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(batch, 3, height, width, generator=generator)
+    features = torch.randn(batch, config.dim, height // config.patch_size, width // config.patch_size, generator=generator)
+    return image.to(dtype), 10 * features.to(dtype), step  # strong, so that their reach shows
+
+
+# Sums may be taken in another order: a few units in the last place.
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2**-6)])
+@pytest.mark.parametrize("patch", PUBLISHED_DECODERS)
+def test_tiles_give_what_the_whole_gives(patch, dtype, tolerance):
+    decoder = narrow(patch, dtype)
+    image, features, step = inputs(decoder, dtype, batch=2)
+    with torch.no_grad():
+        whole = decoder(image, features, 0)
+        for tile in (1, 3 * step + 1):  # rounded up to 1 and 4 steps
+            torch.testing.assert_close(decoder(image, features, tile), whole, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("patch", PUBLISHED_DECODERS)
+def test_less_around_a_tile_would_show(patch, monkeypatch):
+    decoder = narrow(patch, torch.float32)
+    image, features, step = inputs(decoder, torch.float32)
+    monkeypatch.setattr(decoder_module, "HALO", 2)
+    with torch.no_grad():
+        assert (decoder(image, features, 4 * step) - decoder(image, features, 0)).abs().max() > 5e-4
+
+
+def test_large_pictures_are_cut_unless_gradients_are_kept(monkeypatch):
+    decoder = narrow(16, torch.float64)
+    image, features, step = inputs(decoder, torch.float64)
+    monkeypatch.setattr(decoder_module, "tile_side", lambda *_: step)
+    passes = []
+    decoder.out_conv.register_forward_hook(lambda *_: passes.append(1))
+    with torch.no_grad():
+        decoder(image, features)
+    assert len(passes) == 7 * 2
+    passes.clear()
+    decoder(image, features).sum().backward()
+    assert len(passes) == 1
+
+
+def test_gradients_pass_through_tiles_that_are_asked_for():
+    decoder = narrow(16, torch.float64)
+    image, features, step = inputs(decoder, torch.float64)
+    whole, cut = (torch.autograd.grad(decoder(image, features, tile).square().sum(), list(decoder.parameters()))
+                  for tile in (0, 2 * step))
+    torch.testing.assert_close(cut, whole, atol=1e-8, rtol=1e-8)
+
+
+def on_meta(patch: int, size: int, dtype: torch.dtype, tile: int | None, batch: int = 1) -> tuple[L2PConfig, int]:
+    """A published decoder's config, and what its pass holds at its peak. Tensors without contents are counted alike."""
+    config = L2PConfig(patch, decoder=PUBLISHED_DECODERS[patch])
+    with torch.device("meta"):
+        decoder = LocalDecoder(config, dtype=dtype)
+        image = torch.empty(batch, 3, size, size, dtype=dtype)
+        features = torch.empty(batch, config.dim, size // patch, size // patch, dtype=dtype)
+    return config, peak_bytes(lambda: decoder(image, features, tile))[0]
+
+
+def test_memory_is_counted_the_same_with_and_without_contents():
+    decoder = narrow(64, torch.float32)
+    image, features, step = inputs(decoder, torch.float32)
+    counted = [peak_bytes(lambda: decoder(image, features, tile))[0] for tile in (0, 2 * step)]
+    decoder, image, features = decoder.to("meta"), image.to("meta"), features.to("meta")
+    assert counted == [peak_bytes(lambda: decoder(image, features, tile))[0] for tile in (0, 2 * step)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size, tile, batch", [(1280, 0, 3), (3840, 0, 1), (3840, 640, 2), (10240, None, 1)])
+@pytest.mark.parametrize("patch", PUBLISHED_DECODERS)
+def test_the_estimate_is_what_is_counted(patch, size, tile, batch, dtype):
+    config, counted = on_meta(patch, size, dtype, tile, batch)
+    assert decoder_bytes(config, size, size, dtype, batch, tile) == pytest.approx(counted, rel=0.1)
+
+
+@pytest.mark.parametrize("patch", PUBLISHED_DECODERS)
+def test_large_pictures_need_little_memory(patch):
+    for size, limit in ((3840, 1.2), (10240, 2.0)):  # GiB
+        config, counted = on_meta(patch, size, torch.bfloat16, None)
+        assert counted < limit * 2**30
+        assert counted < 0.4 * on_meta(patch, size, torch.bfloat16, 0)[1]
+
+
+@pytest.mark.parametrize("patch", PUBLISHED_DECODERS)
+def test_the_tile_that_is_chosen(patch):
+    config = L2PConfig(patch, decoder=PUBLISHED_DECODERS[patch])
+    step = 2 ** len(config.decoder)
+    assert tile_side(config, 1024, 1024) == tile_side(config, 1024, 1024, torch.float32) == 0
+    for height, width in ((4096, 4096), (10240, 10240), (10240, 2560)):
+        tile = tile_side(config, height, width)
+        assert tile % step == 0 and tile == tile_side(config, height, width, torch.float32)
+        read = [sum(cut.read.stop - cut.read.start for cut in decoder_module.cuts(length, tile or length, step)) / length
+                for length in (height, width)]
+        assert read[0] * read[1] < 1.45  # as many times are all pixels computed
+    budget = 200 * 2**20
+    assert decoder_bytes(config, 2560, 1280, tile=tile_side(config, 2560, 1280, budget=budget)) <= budget
+    assert tile_side(config, 2560, 2560, budget=0) <= 6 * step < 2560
+
+
+def test_the_model_hands_its_tile_to_its_decoder(tiny_model, monkeypatch):
+    config, generator = tiny_model.config, torch.Generator().manual_seed(0)
+    image = torch.randn(1, 3, 96, 64, generator=generator)
+    t, captions = torch.tensor([0.5]), [torch.randn(5, config.cap_feat_dim, generator=generator)]
+    passes = []
+    hook = tiny_model.local_decoder.out_conv.register_forward_hook(lambda *_: passes.append(1))
+    with torch.no_grad():
+        whole = tiny_model(image, t, captions)
+        monkeypatch.setattr(tiny_model, "decoder_tile", 32)
+        cut = tiny_model(image, t, captions)
+    hook.remove()
+    assert len(passes) == 1 + 3 * 2
+    torch.testing.assert_close(cut, whole, atol=1e-5, rtol=0)
+
+
+def test_the_pipeline_hands_its_tile_to_the_model():
+    assert L2PPipeline.from_pretrained(device="cpu", decoder_tile=64).transformer.decoder_tile == 64
+    assert L2PPipeline.from_pretrained(device="cpu").transformer.decoder_tile is None
+    with pytest.raises(ValueError, match="decoder_tile is -1; expected"):
+        L2PPipeline.from_pretrained(device="cpu", decoder_tile=-1)

@@ -1,0 +1,87 @@
+"""What cutting the local decoder into tiles saves and costs: peak memory and time, uncut and cut, for all four patches.
+
+    python benchmarks/decoder.py                (1280 to 2048 pixels; some minutes on two CPU cores)
+    python benchmarks/decoder.py --full         (4096, and 10240 cut only; 16 GB of memory, an hour or more)
+
+Memory is what lives at the peak beside image, features, output and weights.
+"""
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS, L2PConfig
+from comfyui_l2p.l2p_core.decoder import LocalDecoder, decoder_bytes, tile_side
+
+
+class LiveTensors(TorchDispatchMode):
+    """Notes, after each operation, which of the tensors made inside are alive, on any device."""
+
+    def __init__(self):
+        super().__init__()
+        self.moments: list[dict[StorageWeakRef, int]] = [{}]  # bytes of each storage
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        result = function(*args, **(kwargs or {}))
+        made = [tensor.untyped_storage() for tensor in tree_leaves(result) if isinstance(tensor, Tensor)]
+        self.moments.append({storage: size for storage, size in self.moments[-1].items() if not storage.expired()} | {
+            StorageWeakRef(storage): storage.nbytes() for storage in made if storage._cdata not in given})  # views make none
+        return result
+
+
+def peak_bytes(decode: Callable[[], Tensor]) -> tuple[int, Tensor]:
+    """What `decode` holds at its peak beside what it was given and what it returns; and that."""
+    with torch.no_grad(), LiveTensors() as live:
+        output = decode()
+    returned = StorageWeakRef(output.untyped_storage())
+    return max(sum(size for storage, size in moment.items() if storage != returned) for moment in live.moments), output
+
+
+def measure(decoder: LocalDecoder, image: Tensor, features: Tensor, tile: int) -> tuple[int, float, Tensor]:
+    """Peak bytes, seconds and output of one pass."""
+    start = time.perf_counter()
+    peak, output = peak_bytes(lambda: decoder(image, features, tile))
+    if image.is_cuda:
+        torch.cuda.synchronize()
+    return peak, time.perf_counter() - start, output
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--patch", type=int, nargs="+", default=list(PUBLISHED_DECODERS))
+    parser.add_argument("--tile", type=int, nargs="+", help="default: what the decoder chooses, and half of it")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    dtype = getattr(torch, args.dtype)
+    print("| patch | picture | tile | peak, GiB | estimate | uncut | seconds | of uncut | largest difference |\n" + "|---" * 9 + "|")
+    for patch in args.patch:
+        torch.manual_seed(0)
+        config = L2PConfig(patch, decoder=PUBLISHED_DECODERS[patch])
+        decoder = LocalDecoder(config, device=args.device, dtype=dtype).eval()
+        for size in (4096, 10240) if args.full else (1536 if patch == 16 else 1920 if patch == 160 else 2048,):
+            size -= size % config.size_multiple
+            image = torch.randn(1, 3, size, size, device=args.device, dtype=dtype)
+            features = torch.randn(1, config.dim, size // patch, size // patch, device=args.device, dtype=dtype)
+            uncut = uncut_peak = uncut_seconds = None
+            if size < 10240:
+                uncut_peak, uncut_seconds, uncut = measure(decoder, image, features, 0)
+            side = tile_side(config, size, size, dtype)
+            for tile in args.tile or (side, side // 2):
+                peak, seconds, output = measure(decoder, image, features, tile)
+                print(f"| {patch} | {size} | {tile} | {peak / 2**30:.2f} "
+                      f"| {decoder_bytes(config, size, size, dtype, tile=tile) / 2**30:.2f} | "
+                      + (f"{uncut_peak / 2**30:.2f} | {seconds:.1f} | {seconds / uncut_seconds:.2f} "
+                         f"| {(output - uncut).abs().max():.1e} |" if uncut is not None else f"- | {seconds:.1f} | - | - |"),
+                      flush=True)
+
+
+if __name__ == "__main__":
+    main()
