@@ -20,15 +20,18 @@ from torch import Tensor, nn
 
 from ..l2p_core.checkpoint import check
 from ..l2p_core.config import L2PConfig
-from ..l2p_core.decoder import LocalDecoder
+from ..l2p_core.decoder import LocalDecoder, decoder_bytes
 from ..l2p_core.int8 import dequantize
 from ..l2p_core.layout import CheckpointError, Entry, Layout, Source, describe, find_prefix, layer_name
 from ..l2p_core.model import NORM_EPS, ROPE_THETA, TOKEN_MULTIPLE
+from ..l2p_core.text import MAX_TOKENS
 from ..quant.export import name_in
 from ..quant.stream import TORCH_DTYPES
 
 LANDMARK = "local_decoder.enc1.0.weight"  # in every L2P model, in no other
 INSTALLED = "_l2p_installed"  # set on ComfyUI's own module: a pack may be imported twice
+MARGIN = 1.1  # for what is small beside: rotary tables, modulation, float32 inside norms
+PICTURES_IN_FLIGHT = 2  # for each that a pass takes, float32: with guidance noise, x and the two that it leads to
 SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
@@ -82,6 +85,17 @@ class L2PModel(comfy.model_base.Lumina2):
     def __init__(self, model_config, model_type=comfy.model_base.ModelType.FLOW, device=None):
         comfy.model_base.BaseModel.__init__(self, model_config, model_type, device=device, unet_model=NextDiTL2P)
         self.memory_usage_factor_conds = ("ref_latents",)
+
+    def memory_required(self, input_shape: list[int], cond_shapes: dict = {}) -> float:
+        """Bytes beside the weights that a batch of pictures (B, 3, H, W) takes, the larger of two: a block's feed-forward
+        at its widest, or the decoder, which cuts large pictures into tiles."""
+        config, dtype = self.diffusion_model.l2p_config, self.get_dtype_inference()
+        batch, _, height, width = input_shape
+        tokens = -(-height // config.patch_size) * -(-width // config.patch_size)
+        feed_forward = batch * (tokens + MAX_TOKENS) * (4 * config.ffn_dim + 3 * config.dim)
+        decoder = decoder_bytes(config, height, width, dtype, batch) / dtype.itemsize + batch * tokens * config.dim
+        pictures = PICTURES_IN_FLIGHT * batch * 3 * height * width
+        return MARGIN * max(feed_forward, decoder) * dtype.itemsize + pictures * torch.float32.itemsize
 
 
 class L2P(comfy.supported_models.ZImage):

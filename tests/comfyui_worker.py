@@ -129,8 +129,27 @@ def core_detection_tests() -> int | None:
     return int(pytest.main(["-q", "-p", "no:cacheprovider", f"{root}/tests-unit/comfy_test/model_detection_test.py"]))
 
 
-def memory(path: str, shape: list[int]) -> float:
-    return load(path, "diffusion")[0].model.memory_required(shape)
+def memory(config: dict, size: int, dtype: str, batch: int = 1) -> list[int]:
+    """(bytes ComfyUI is told a pass takes, bytes that are alive at its peak) for a model of the published widths, counted
+    on tensors without contents."""
+    import comfy.ldm.lumina.model
+    import comfy.ops
+    sys.path.append(f"{pack}/benchmarks")
+    from live_tensors import peak_bytes
+    pack_module = next(module for name, module in sys.modules.items() if name.endswith("nodes.comfy_model"))
+    l2p_config = pack_module.L2PConfig(**config, decoder=sys.modules[pack_module.L2PConfig.__module__].PUBLISHED_DECODERS[config["patch_size"]])
+    dtype = getattr(torch, dtype)
+    whole_scores = comfy.ldm.lumina.model.optimized_attention_masked
+    comfy.ldm.lumina.model.optimized_attention_masked = lambda q, *_, **__: q.movedim(1, 2).flatten(2)  # none, as on a GPU
+    with torch.device("meta"), torch.no_grad():
+        network = pack_module.NextDiTL2P(l2p_config, dtype=dtype, operations=comfy.ops.disable_weight_init, device="meta")
+        image, caption = torch.empty(batch, 3, size, size, dtype=dtype), torch.empty(batch, 100, l2p_config.cap_feat_dim, dtype=dtype)
+        counted, _ = peak_bytes(lambda: network(image, torch.ones(batch), caption, 100, transformer_options={}))
+    comfy.ldm.lumina.model.optimized_attention_masked = whole_scores
+    model = pack_module.L2PModel.__new__(pack_module.L2PModel)
+    torch.nn.Module.__init__(model)
+    model.diffusion_model, model.get_dtype_inference = network, lambda: dtype
+    return [int(model.memory_required([batch, 3, size, size])), counted]
 
 
 def main() -> None:

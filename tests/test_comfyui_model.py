@@ -174,3 +174,11 @@ def test_comfyuis_own_detection_tests_pass_with_the_pack(comfyui):
     if found is None:
         pytest.skip("ComfyUI's Python has no pytest, which its own tests run on")
     assert found == 0
+
+
+@pytest.mark.parametrize("patch, size", [(16, 1024), (16, 2048), (16, 4096), (64, 4096), (160, 10240)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_comfyui_is_told_the_memory_that_a_pass_takes(comfyui, patch, size, dtype):
+    """Counted at the published widths. Too little would run out of memory, too much would push the weights off the card."""
+    told, counted = comfyui.call("memory", config={"patch_size": patch, "n_layers": 1, "n_refiner_layers": 1}, size=size, dtype=dtype)
+    assert counted <= told < 1.5 * counted
