@@ -94,8 +94,9 @@ class L2PModel(comfy.model_base.Lumina2):
         tokens = -(-height // config.patch_size) * -(-width // config.patch_size)
         feed_forward = batch * (tokens + MAX_TOKENS) * (4 * config.ffn_dim + 3 * config.dim)
         decoder = decoder_bytes(config, height, width, dtype, batch) / dtype.itemsize + batch * tokens * config.dim
-        pictures = PICTURES_IN_FLIGHT * batch * 3 * height * width
-        return MARGIN * max(feed_forward, decoder) * dtype.itemsize + pictures * torch.float32.itemsize
+        pictures = batch * 3 * height * width
+        in_pass = max(feed_forward, decoder + 2 * pictures)  # the decoder's output and its negative
+        return MARGIN * in_pass * dtype.itemsize + PICTURES_IN_FLIGHT * pictures * torch.float32.itemsize
 
 
 class L2P(comfy.supported_models.ZImage):
