@@ -31,7 +31,7 @@ from ..quant.stream import TORCH_DTYPES
 LANDMARK = "local_decoder.enc1.0.weight"  # in every L2P model, in no other
 INSTALLED = "_l2p_installed"  # set on ComfyUI's own module: a pack may be imported twice
 MARGIN = 1.1  # for what is small beside: rotary tables, modulation, float32 inside norms
-PICTURES_IN_FLIGHT = 2  # for each that a pass takes, float32: with guidance noise, x and the two that it leads to
+PICTURES_IN_FLIGHT = 4  # for each that a pass takes, float32: what goes in and comes out, noise, x
 SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
