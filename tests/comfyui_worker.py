@@ -97,6 +97,24 @@ def with_controlnet(path: str) -> None:
                                 transformer_options=model.model_options["transformer_options"])
 
 
+def stop_inside_a_step(path: str) -> list[str]:
+    """Which parts of the network had run when ComfyUI stopped, Stop being pressed in its first layer."""
+    model = load(path, "diffusion")[0]
+    comfy.model_management.load_models_gpu([model], force_full_load=True)
+    network, reached = model.model.diffusion_model, []
+    for name in ("layers.0", "local_decoder"):
+        network.get_submodule(name).register_forward_hook(lambda *_, name=name: (
+            reached.append(name), comfy.model_management.interrupt_current_processing(True)) and None)
+    try:
+        with torch.no_grad():
+            network(torch.zeros(1, 3, 32, 32), torch.ones(1), torch.zeros(1, 4, 64), 4, transformer_options={})
+    except comfy.model_management.InterruptProcessingException:
+        return reached
+    finally:
+        comfy.model_management.interrupt_current_processing(False)
+    raise RuntimeError("Stop was not noticed")
+
+
 def quantize_while_stopping(path: str) -> None:
     """Quantize with Stop pressed once a tenth is written."""
     folder, _, name = path.rpartition("/")

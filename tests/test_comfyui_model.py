@@ -183,3 +183,9 @@ def test_comfyui_is_told_the_memory_that_a_pass_takes(comfyui, patch, size, dtyp
     told, counted = comfyui.call("memory", config={"patch_size": patch, "n_layers": 1, "n_refiner_layers": 1}, size=size, dtype=dtype)
     counted += 2 * 3 * size**2 * 4  # noise and x, which the sampler holds beside
     assert counted <= told < 1.5 * counted
+
+
+def test_stop_works_inside_a_step(comfyui, write, tiny_weights):
+    """Stop pressed while the first layer runs: the decoder is not reached."""
+    reached = comfyui.call("stop_inside_a_step", path=write(tiny_weights))
+    assert "layers.0" in reached and "local_decoder" not in reached

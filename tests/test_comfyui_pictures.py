@@ -1,5 +1,6 @@
 """What ComfyUI's server draws against what the library draws: the same pixels, to the level that ComfyUI's Save Image cuts off."""
 import io
+import json
 
 import numpy as np
 import pytest
@@ -138,3 +139,30 @@ def test_what_does_not_fit_is_explained(comfyui_server, change, message):
     request["blank"] = {"class_type": "SolidMask", "inputs": {"value": 1.0, "width": 96, "height": 96}}
     with pytest.raises(Refused, match=message):
         comfyui_server.run(request)
+
+
+def test_the_preview_is_the_true_picture(comfyui_server):
+    """Without any preview setting: steps are counted, and what is shown before the last one is nearly what comes out."""
+    websocket = pytest.importorskip("websocket")
+    socket = websocket.create_connection(f"ws{comfyui_server.url[4:]}/ws?clientId=preview", timeout=120)
+    steps = 8
+    prompt_id = comfyui_server.post("/prompt", {"prompt": graph(steps=steps, seed=11), "client_id": "preview"})["prompt_id"]
+    shown, counted = [], []
+    while True:
+        message = socket.recv()
+        if isinstance(message, bytes):
+            shown.append(message)
+            continue
+        message = json.loads(message)
+        if message["type"] == "progress" and message["data"]["node"] == "sampler":
+            counted.append((message["data"]["value"], message["data"]["max"]))
+        if message["type"] in ("execution_success", "execution_error") and message["data"]["prompt_id"] == prompt_id:
+            break
+    socket.close()
+    assert counted[-1] == (steps, steps) and len(counted) > 2
+    final = comfyui_server.wait(prompt_id)["outputs"]["save"]["images"][0]
+    final = levels(comfyui_server.get("/view", **final))
+    assert len(shown) > 2
+    first, last = (levels(message[message.index(b"\xff\xd8"):]) for message in (shown[0], shown[-1]))
+    assert np.abs(last - final).mean() < np.abs(first - final).mean() / 2
+    assert np.abs(last - final).mean() < 8  # JPEG, and the last step

@@ -1,5 +1,9 @@
-"""Score a model on prompts it was never trained on: `python -m comfyui_l2p.examples.shapes.score`"""
+"""Score a model on prompts it was never trained on: `python -m comfyui_l2p.examples.shapes.score`
+
+Pictures drawn elsewhere, by ComfyUI for one, are judged in two steps: `--write-prompts prompts.csv` writes what to draw,
+with seeds and file names, and `--pictures FOLDER` judges the folder that holds them."""
 import argparse
+import csv
 import json
 from collections import Counter
 from pathlib import Path
@@ -42,6 +46,17 @@ def contact_sheet(pictures: list[Image.Image], captions: list[str], columns: int
     return sheet
 
 
+def draw(args: argparse.Namespace, captions: list[str]) -> list[Image.Image]:
+    """A picture for each caption, with its number as the seed."""
+    pipe = L2PPipeline.from_pretrained(args.checkpoint, args.text_encoder, torch_dtype=getattr(torch, args.dtype))
+    pictures = []
+    for start in tqdm(range(0, len(captions), BATCH), unit="batch"):
+        batch = captions[start:start + BATCH]
+        pictures += pipe(batch, num_inference_steps=args.steps, sampler=args.sampler,
+                         seed=list(range(start, start + len(batch))))
+    return pictures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", nargs="?", help="default: the bundled model")
@@ -50,15 +65,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="default: the checkpoint's")
     parser.add_argument("--sampler", default="euler")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--write-prompts", type=Path, metavar="FILE", help="write the prompts as CSV and draw nothing")
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="judge these pictures instead of drawing")
     parser.add_argument("--sheet", type=Path, help="write the first 24 pictures with their captions here")
     args = parser.parse_args()
     scenes = test_scenes(args.count)
-    pipe = L2PPipeline.from_pretrained(args.checkpoint, args.text_encoder, torch_dtype=getattr(torch, args.dtype))
-    pictures = []
-    for start in tqdm(range(0, len(scenes), BATCH), unit="batch"):
-        batch = scenes[start:start + BATCH]
-        pictures += pipe([scene.caption() for scene in batch], num_inference_steps=args.steps, sampler=args.sampler,
-                         seed=list(range(start, start + len(batch))))
+    names = [f"{number:03d}.png" for number in range(len(scenes))]
+    if args.write_prompts:
+        with args.write_prompts.open("w", newline="", encoding="utf-8") as stream:
+            csv.writer(stream).writerows([("file_name", "prompt", "seed"), *(
+                (name, scene.caption(), number) for number, (name, scene) in enumerate(zip(names, scenes)))])
+        return
+    pictures = ([Image.open(args.pictures / name).convert("RGB") for name in names] if args.pictures
+                else draw(args, [scene.caption() for scene in scenes]))
     if args.sheet:
         contact_sheet(pictures[:24], [scene.caption() for scene in scenes[:24]]).save(args.sheet)
     print(json.dumps(score(pictures, scenes)))
