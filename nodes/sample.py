@@ -46,15 +46,17 @@ class L2PKSampler(io.ComfyNode):
             search_aliases=["ksampler", "sampler", "generate", "text to image", "image to image", "inpaint"],
             inputs=[
                 io.Model.Input("model", tooltip="An L2P model."),
-                io.Conditioning.Input("positive"),
-                io.Conditioning.Input("negative"),
+                io.Conditioning.Input("positive", tooltip="What to draw."),
+                io.Conditioning.Input("negative", tooltip="What to steer away from: an empty prompt, encoded, not zeroed "
+                                                          "conditioning. Has no effect at guidance 1."),
                 WIDTH, HEIGHT, BATCH,
                 io.Int.Input("seed", default=42, min=0, max=0xffffffffffffffff, control_after_generate=True,
                              tooltip="Of the noise. The same seed gives the picture that `l2p generate` draws."),
                 STEPS,
                 io.Float.Input("cfg", default=2.0, min=0.0, max=100.0, step=0.1, round=0.01,
                                tooltip="Guidance: 1 for none, at half the time. Published: 2 for 1K, 4 for larger models."),
-                io.Combo.Input("sampler_name", options=comfy.samplers.SAMPLER_NAMES, default="euler"),
+                io.Combo.Input("sampler_name", options=comfy.samplers.SAMPLER_NAMES, default="euler",
+                               tooltip="The solver. Published: euler."),
                 io.Combo.Input("scheduler", options=[EXACT, *comfy.samplers.SCHEDULER_NAMES], default=EXACT,
                                tooltip="l2p: the published schedule, exactly."),
                 SHIFT,
@@ -126,7 +128,9 @@ class L2PImageToLatent(io.ComfyNode):
             node_id="L2PImageToLatent", display_name="L2P Image to Pixel Latent", category="L2P",
             description="What VAE Encode is to other models: the picture's own pixels, in float32.",
             search_aliases=["vae encode", "pixel latent"],
-            inputs=[io.Image.Input("image")], outputs=[io.Latent.Output()])
+            inputs=[io.Image.Input("image", tooltip="One picture or a batch. Sides best in multiples of 16 pixels, of 64, 128 or 320 "
+                                                    "for the 4K, 8K and 10K models; others are padded while drawing.")],
+            outputs=[io.Latent.Output()])
 
     @classmethod
     def execute(cls, image: Tensor) -> io.NodeOutput:
@@ -140,7 +144,9 @@ class L2PLatentToImage(io.ComfyNode):
             node_id="L2PLatentToImage", display_name="L2P Pixel Latent to Image", category="L2P",
             description="What VAE Decode is to other models: the drawn pixels, in float32.",
             search_aliases=["vae decode", "pixel latent"],
-            inputs=[io.Latent.Input("latent")], outputs=[io.Image.Output()])
+            inputs=[io.Latent.Input("latent", tooltip="Pixels, as an L2P model's sampler gives them; a latent of another model "
+                                                      "needs that model's VAE Decode.")],
+            outputs=[io.Image.Output()])
 
     @classmethod
     def execute(cls, latent: dict) -> io.NodeOutput:

@@ -31,6 +31,14 @@ def import_pack() -> list[str]:
     return sorted(set(nodes.NODE_CLASS_MAPPINGS) - before)
 
 
+def describe(names: list[str]) -> dict[str, list]:
+    """What the interface is told of these nodes: their label, whether each input has a tooltip, and the outputs' names."""
+    infos = {name: nodes.NODE_CLASS_MAPPINGS[name].GET_NODE_INFO_V1() for name in names}
+    return {name: [info["display_name"],
+                   {key: bool(options[1].get("tooltip")) for group in info["input"].values() for key, options in group.items()},
+                   list(info["output_name"])] for name, info in infos.items()}
+
+
 def load(path: str, loader: str, **options):
     if loader == "checkpoint":
         return comfy.sd.load_checkpoint_guess_config(path, output_clip=False)[:3]
