@@ -4,6 +4,7 @@ A pixel LATENT is (B, 3, H, W) in [-1, 1], an IMAGE (B, H, W, 3) in [0, 1].
 """
 import logging
 
+import comfy.latent_formats
 import comfy.model_management
 import comfy.model_sampling
 import comfy.sample
@@ -14,7 +15,6 @@ from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
-from ..l2p_core.config import L2PConfig
 from ..l2p_core.image import check_size, to_pictures
 from ..l2p_core.sampler import schedule
 
@@ -51,7 +51,7 @@ class L2PKSampler(io.ComfyNode):
                                                           "conditioning. Has no effect at guidance 1."),
                 WIDTH, HEIGHT, BATCH,
                 io.Int.Input("seed", default=42, min=0, max=0xffffffffffffffff, control_after_generate=True,
-                             tooltip="Of the noise. The same seed gives the picture that `l2p generate` draws."),
+                             tooltip="Of the noise, of a whole batch at once. A single picture is the one that `l2p generate` draws from it."),
                 STEPS,
                 io.Float.Input("cfg", default=2.0, min=0.0, max=100.0, step=0.1, round=0.01,
                                tooltip="Guidance: 1 for none, at half the time. Published: 2 for 1K, 4 for larger models."),
@@ -70,12 +70,14 @@ class L2PKSampler(io.ComfyNode):
     @classmethod
     def execute(cls, model, positive, negative, width, height, batch_size, seed, steps, cfg, sampler_name, scheduler,
                 shift, denoise, image=None, mask=None) -> io.NodeOutput:
-        config = l2p_config(model)
-        check_size(height, width, config.size_multiple)
+        multiple, cap_feat_dim = sizes_of(model)
+        check_size(height, width, multiple)
         for conditioning in (positive, negative):
-            check_conditioning(conditioning, config)
+            check_conditioning(conditioning, cap_feat_dim)
         if image is None and (mask is not None or denoise < 1):
             raise ValueError("the mask, or denoise below 1, needs an image to keep something of. Connect one, or set denoise to 1")
+        if image is not None and mask is None and denoise == 1:
+            logging.warning("denoise is 1 and there is no mask, so nothing of the image will be left; set denoise below 1 to keep some")
         latent = torch.zeros(batch_size, 3, height, width) if image is None else to_latent(fit(image, width, height), batch_size)
         noise_mask = None if mask is None else fit_mask(mask, width, height)
         samples = sample(model, positive, negative, latent, seed, cfg, comfy.samplers.sampler_object(sampler_name),
@@ -179,19 +181,21 @@ def noise_levels(model, scheduler: str, steps: int, denoise: float, shift: float
     return comfy.samplers.calculate_sigmas(sampling, scheduler, max(steps, int(steps / denoise)))[-(steps + 1):]
 
 
-def l2p_config(model) -> L2PConfig:
-    """The L2P model's numbers. Raises ValueError for another model."""
-    config = getattr(model.model.diffusion_model, "l2p_config", None)
-    if config is None:
-        raise ValueError(f"the model is a {type(model.model).__name__}, which is no L2P model. Load one with Load L2P Checkpoint")
-    return config
+def sizes_of(model) -> tuple[int, int | None]:
+    """What height and width must be multiples of, and the width of captions. Raises ValueError for another model."""
+    network = model.model.diffusion_model
+    if config := getattr(network, "l2p_config", None):
+        return config.size_multiple, config.cap_feat_dim
+    if isinstance(model.model.latent_format, comfy.latent_formats.ChromaRadiance):  # pixels: a ComfyUI that knows L2P itself
+        return getattr(network, "patch_size", 16), None
+    raise ValueError(f"the model is a {type(model.model).__name__}, which is no L2P model. Load one with Load L2P Checkpoint")
 
 
-def check_conditioning(conditioning: list, config: L2PConfig) -> None:
+def check_conditioning(conditioning: list, cap_feat_dim: int | None) -> None:
     """Raise ValueError unless a text encoder that fits the model made it."""
     for features, _ in conditioning:
-        if features.shape[-1] != config.cap_feat_dim:
-            raise ValueError(f"the conditioning is {features.shape[-1]} wide, this model reads {config.cap_feat_dim}. Encode the "
+        if cap_feat_dim not in (None, features.shape[-1]):
+            raise ValueError(f"the conditioning is {features.shape[-1]} wide, this model reads {cap_feat_dim}. Encode the "
                              "prompt with the text encoder it was trained with: Qwen3-4B, or the bundled one for the bundled model")
 
 

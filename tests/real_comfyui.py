@@ -69,7 +69,7 @@ class Worker:
 
     def close(self) -> None:
         self.process.stdin.close()
-        self.process.wait(30)
+        self.process.wait(120)
         self.log.close()
 
 
