@@ -13,9 +13,8 @@ SCENES = held_out_scenes(60)
 CHOICES = {"shape": SHAPES, "colour": tuple(COLOURS), "background": tuple(COLOURS), "size": tuple(SIZES), "place": tuple(PLACES)}
 
 
-def pictures(wanted, seed=0):
-    rng = random.Random(seed)
-    return [draw(scene, rng) for scene in wanted]
+def pictures(wanted):
+    return [draw(scene) for scene in wanted]
 
 
 def test_the_generators_own_pictures_score_100():

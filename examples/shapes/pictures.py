@@ -3,6 +3,7 @@ import math
 import random
 import zlib
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 
 import numpy as np
@@ -16,7 +17,7 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star")
 SIZES = {"small": 16, "medium": 22, "large": 28}  # half the shape's width, pixels
 PLACES = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "center": (0, 0)}
-OFFSET, JITTER = 16, 2  # pixels: from the middle to a place's centre, and how far a shape strays from it
+OFFSET = 16  # pixels from the middle to a place's centre
 OVERSAMPLING = 4
 COLOUR_RADIUS = 40  # levels, over the three channels: a colour farther from all known ones is none of them
 
@@ -61,15 +62,16 @@ def test_scenes(count: int = 300, seed: int = 0) -> list[Scene]:
     return random.Random(seed).sample([scene for scene in scenes() if scene.held_out], count)
 
 
-def draw(scene: Scene, rng: random.Random) -> Image.Image:
+def draw(scene: Scene) -> Image.Image:
     """The picture: SIZE x SIZE RGB, flat colours, smooth edges."""
-    column, row = (SIZE // 2 + OFFSET * direction + rng.randint(-JITTER, JITTER) for direction in PLACES[scene.place])
+    column, row = (SIZE // 2 + OFFSET * direction for direction in PLACES[scene.place])
     half = SIZES[scene.size]
     picture = Image.new("RGB", (SIZE, SIZE), COLOURS[scene.background])
     picture.paste(COLOURS[scene.colour], (column - half, row - half), shape_mask(scene.shape, 2 * half))
     return picture
 
 
+@cache
 def shape_mask(shape: str, width: int) -> Image.Image:
     """The shape filling a width x width square, as coverage 0..255."""
     big = width * OVERSAMPLING

@@ -89,7 +89,7 @@ def train(folder: Path, steps: int, batch: int, rate: float, seed: int) -> None:
         chosen = rng.choices(known, k=batch)
         words = ["" if rng.random() < 0.1 else scene.caption(rng.random() < 0.9, rng.random() < 0.9)
                  for scene in chosen]
-        pictures = np.stack([np.asarray(draw(scene, rng)) for scene in chosen])
+        pictures = np.stack([np.asarray(draw(scene)) for scene in chosen])
         pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2) * (2 / 255) - 1
         sigma = noise_levels(batch, finishing=4 * step >= steps)
         with torch.autocast("cpu", torch.bfloat16):
@@ -127,7 +127,7 @@ def save(model: L2PTransformer, folder: Path, steps: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "model")
-    parser.add_argument("--steps", type=int, default=11000)
+    parser.add_argument("--steps", type=int, default=5600)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
