@@ -1,7 +1,8 @@
 """The L2P model, its checkpoints, its sampler and its training. Never imports ComfyUI."""
 from .checkpoint import load_model
 from .config import L2PConfig
-from .layout import CheckpointError, read_layout
+from .header import CheckpointError
+from .layout import read_layout
 from .model import L2PTransformer
 from .pipeline import L2PPipeline
 

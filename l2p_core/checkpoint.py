@@ -9,7 +9,8 @@ from tqdm import tqdm
 
 from .config import L2PConfig
 from .int8 import Int8Linear, comfy_kitchen, dequantize
-from .layout import SHARD_NAME, CheckpointError, Entry, Layout, read_layout
+from .header import SHARD_NAME, CheckpointError, Entry
+from .layout import Layout, read_layout
 from .model import L2PTransformer
 
 

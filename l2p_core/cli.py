@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .layout import CheckpointError
+from .header import CheckpointError
 
 
 def main(arguments: list[str] | None = None) -> int:

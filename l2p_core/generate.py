@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from tqdm import tqdm
 
-from .layout import hash_files
+from .header import hash_files
 from .pipeline import L2PPipeline, usable_device
 from .sampler import schedule, solver
 

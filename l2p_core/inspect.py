@@ -4,7 +4,8 @@ from collections import Counter
 from pathlib import Path
 
 from .checkpoint import check
-from .layout import CheckpointError, read_layout
+from .header import CheckpointError
+from .layout import read_layout
 
 KINDS = {"model": "L2P model", "part": "trained part of an L2P model", "latent": "latent Z-Image", "lora": "LoRA",
          "text encoder": "text encoder", "unknown": "not an L2P model"}

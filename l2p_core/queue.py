@@ -21,7 +21,7 @@ from urllib.request import Request, urlopen
 from tqdm import tqdm
 
 from .generate import PNG_KEY, is_drawn, open_picture, output_files, read_rows
-from .layout import hash_files
+from .header import hash_files
 from .workflow import fill, places, read_workflow, title
 
 PICTURES = ("input_image", "inpaint_mask")  # files of ours, uploaded

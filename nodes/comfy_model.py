@@ -22,7 +22,8 @@ from ..l2p_core.checkpoint import check
 from ..l2p_core.config import L2PConfig
 from ..l2p_core.decoder import LocalDecoder, decoder_bytes
 from ..l2p_core.int8 import dequantize
-from ..l2p_core.layout import CheckpointError, Entry, Layout, Source, describe, find_prefix, layer_name
+from ..l2p_core.header import CheckpointError, Entry
+from ..l2p_core.layout import Layout, Source, describe, find_prefix, layer_name
 from ..l2p_core.model import NORM_EPS, ROPE_THETA, TOKEN_MULTIPLE
 from ..l2p_core.text import MAX_TOKENS
 from ..quant.export import name_in

@@ -6,7 +6,7 @@ import comfy.utils
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..l2p_core.layout import CheckpointError
+from ..l2p_core.header import CheckpointError
 from ..quant import convert, merge, quantize
 from ..quant.stream import Progress, gigabytes
 from .load import model_files, model_paths

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..l2p_core.checkpoint import check
-from ..l2p_core.layout import COMFYUI_NAMES, PACKED, CheckpointError, Layout, Source, read_layout
+from ..l2p_core.header import CheckpointError
+from ..l2p_core.layout import COMFYUI_NAMES, PACKED, Layout, Source, read_layout
 from .stream import TORCH_DTYPES, Piece, Progress, read_scale, write
 
 PREFIXES = {"published": "", "comfyui": "model.diffusion_model."}  # what each naming usually stands behind

@@ -3,7 +3,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ..l2p_core.checkpoint import check
-from ..l2p_core.layout import CheckpointError, Layout, Source, read_layout
+from ..l2p_core.header import CheckpointError
+from ..l2p_core.layout import Layout, Source, read_layout
 from .export import DTYPES, arrange, note_left_out
 from .stream import Progress, write
 

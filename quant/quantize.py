@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..l2p_core.checkpoint import check
 from ..l2p_core.int8 import comfy_kitchen, dequantize
-from ..l2p_core.layout import DTYPE_BYTES, CheckpointError, Layout, read_layout
+from ..l2p_core.header import DTYPE_BYTES, CheckpointError
+from ..l2p_core.layout import Layout, read_layout
 from .export import PREFIXES, arrange, marker_piece, note_left_out
 from .stream import Piece, Progress, gigabytes, read_floats, write
 

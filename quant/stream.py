@@ -21,7 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..l2p_core.int8 import dequantize
-from ..l2p_core.layout import DTYPE_BYTES, CheckpointError, Layout, Source, hash_files, stamp
+from ..l2p_core.header import DTYPE_BYTES, CheckpointError, hash_files, stamp
+from ..l2p_core.layout import Layout, Source
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
                 "I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}

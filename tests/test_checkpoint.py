@@ -9,7 +9,7 @@ import torch
 from comfyui_l2p.l2p_core import CheckpointError, load_model, read_layout
 from comfyui_l2p.l2p_core.inspect import describe, report
 from comfyui_l2p.l2p_core.int8 import Int8Linear
-from comfyui_l2p.l2p_core.layout import read_header
+from comfyui_l2p.l2p_core.header import read_header
 
 from golden import recipe
 from helpers import GOLDEN, comfyui_naming, int8, rms

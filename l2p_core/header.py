@@ -1,0 +1,144 @@
+"""Checkpoint files as files: which belong together, whether they are whole, and the table of tensors in their header.
+
+safetensors: 8 bytes of length, a JSON table, the tensors (github.com/huggingface/safetensors, README, "Format").
+"""
+import hashlib
+import json
+import math
+import re
+import struct
+from collections import Counter
+from pathlib import Path
+from threading import Event
+from typing import NamedTuple
+
+# Bytes per number, by safetensors' dtype names.
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+               "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8}
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+SHARD_NAME = re.compile(r"-\d{5}-of-(\d{5})\.safetensors$")
+
+
+class CheckpointError(ValueError):
+    """A file that can't be used, with what it is and what to do about it."""
+
+
+class Entry(NamedTuple):
+    """One tensor in a file."""
+    file: Path
+    key: str
+    dtype: str  # safetensors' name: F32, BF16, I8, ...
+    shape: tuple[int, ...]
+    begin: int  # byte offsets in the file
+    end: int
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+
+def find_files(path: Path) -> tuple[list[Path], set[str]]:
+    """The .safetensors files of a checkpoint given as a file, an index or a folder, and the keys that an index promises.
+
+    Raises CheckpointError where there is none, or not every shard."""
+    if path.is_dir():
+        indexes = sorted(path.glob("*.safetensors.index.json"))
+        files = sorted(path.glob("*.safetensors"))
+        shards = [SHARD_NAME.search(file.name) for file in files]
+        if len(indexes) == 1:
+            path = indexes[0]
+        elif shards and all(shards):
+            if len(files) < (count := int(shards[0][1])):
+                raise CheckpointError(f"{path} holds {len(files)} of the model's {count} shards. Download the rest into it")
+            return files, set()
+        elif len(files) == 1:
+            return files, set()
+        else:
+            raise CheckpointError(f"{path} holds {len(files)} .safetensors files and {len(indexes)} shard indexes; "
+                                  "expected one file, or the shards of one model. Name the file itself")
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist")
+    if path.suffix != ".json":
+        return [path], set()
+    try:
+        weight_map = json.loads(path.read_text())["weight_map"]
+        files = [path.parent / name for name in sorted(set(weight_map.values()))]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{path.name} is no shard index: it has no weight_map of tensor names to files") from None
+    if absent := [file.name for file in files if not file.is_file()]:
+        raise CheckpointError(f"{path.name} names {len(files)} shards, of which {len(absent)} are missing "
+                              f"(first: {absent[0]}). Download the rest into {path.parent}")
+    return files, set(weight_map)
+
+
+def stamp(file: Path) -> tuple[int, ...]:
+    """What tells that a file was changed or replaced: size, time of the last change, inode."""
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+
+def hash_files(files: list[Path], stop: Event | None = None) -> str:
+    """SHA-256 of a file, or of its shards one after the other. stop: ends it early, with a hash of no use."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while not (stop and stop.is_set()) and (block := stream.read(1 << 24)):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Entries by key and metadata of one .safetensors file. Raises CheckpointError where anything is inconsistent."""
+    def refuse(why: str) -> CheckpointError:
+        return CheckpointError(f"{file.name} is not a whole .safetensors file: {why}. Get the file again")
+
+    def without_duplicates(pairs: list[tuple[str, object]]) -> dict:
+        if len(found := dict(pairs)) < len(pairs):
+            raise refuse(f"its header names {Counter(key for key, _ in pairs).most_common(1)[0][0]!r} twice")
+        return found
+
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length_bytes = stream.read(8)
+        if len(length_bytes) < 8:
+            raise refuse(f"it has {size} bytes")
+        length = struct.unpack("<Q", length_bytes)[0]
+        if length > min(MAX_HEADER_BYTES, size - 8):
+            if length_bytes.startswith((b"PK\x03\x04", b"\x80\x02")):
+                raise CheckpointError(f"{file.name} is a PyTorch pickle, which can run any code when loaded. "
+                                      "Use the .safetensors version of the model")
+            raise refuse(f"its header should take {length} bytes, the file has {size}")
+        try:
+            header = json.loads(stream.read(length), object_pairs_hook=without_duplicates)
+        except CheckpointError:
+            raise
+        except (ValueError, RecursionError):  # not UTF-8, not JSON, numbers of thousands of digits
+            raise refuse("its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise refuse("its header is not a table of tensors")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise refuse("its metadata is not a table of strings")
+    entries = {}
+    for key, info in header.items():
+        match info:
+            case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if all(
+                    type(number) is int and number >= 0 for number in [*shape, begin, end]):
+                pass
+            case _:
+                raise refuse(f"the header's entry for {key!r} is malformed")
+        if dtype not in DTYPE_BYTES:
+            raise CheckpointError(f"{file.name}: {key} is {dtype}, which this program does not read. Use the BF16 or INT8 "
+                                  "version of the model")
+        if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
+            raise refuse(f"{key} is {dtype} of shape {shape} but has {end - begin} bytes")
+        entries[key] = Entry(file, key, dtype, tuple(shape), 8 + length + begin, 8 + length + end)
+    expected = 8 + length
+    for entry in sorted(entries.values(), key=lambda entry: (entry.begin, entry.end)):
+        if entry.begin != expected:
+            raise refuse(f"{entry.key} starts at byte {entry.begin}, expected {expected}")
+        expected = entry.end
+    if expected != size:
+        raise refuse(f"its tensors end at byte {expected}, the file at {size}"
+                     + (": the download was cut short" if expected > size else ""))
+    return entries, metadata
