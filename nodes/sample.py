@@ -74,14 +74,19 @@ class L2PKSampler(io.ComfyNode):
             check_conditioning(conditioning, config)
         if image is None and (mask is not None or denoise < 1):
             raise ValueError("the mask, or denoise below 1, needs an image to keep something of. Connect one, or set denoise to 1")
-        latent = torch.zeros(batch_size, 3, height, width) if image is None else to_latent(fit(image, width, height), batch_size)
+        image = None if image is None else fit(image, width, height)
+        latent = torch.zeros(batch_size, 3, height, width) if image is None else to_latent(image, batch_size)
         noise_mask = None if mask is None else fit_mask(mask, width, height)
         samples = sample(model, positive, negative, latent, seed, cfg, comfy.samplers.sampler_object(sampler_name),
                          noise_levels(model, scheduler, steps, denoise, shift), noise_mask)
         if not samples.isfinite().all():
             raise ValueError("the picture came out as NaN: the model's numbers overflow in this weight_dtype, or its file is "
                              "damaged. Try weight_dtype bfloat16")
-        return io.NodeOutput(to_image(samples), {"samples": samples})
+        picture = to_image(samples)
+        if noise_mask is not None:  # pixels that were a latent and back can be a hair darker, which Save Image cuts to a level less
+            kept = comfy.utils.repeat_to_batch_size(noise_mask == 0, batch_size)[..., None]
+            picture = torch.where(kept, comfy.utils.repeat_to_batch_size(image[..., :3].to(picture), batch_size), picture)
+        return io.NodeOutput(picture, {"samples": samples})
 
 
 class L2PScheduler(io.ComfyNode):
