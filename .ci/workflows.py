@@ -9,6 +9,7 @@ Names after the word limit it to those workflows. Runs the pack in a ComfyUI of 
 it is looked for) and, but for thumbnails, in a browser: pip install -e ".[test,browser]", and chromium on PATH."""
 import io
 import json
+import signal
 import sys
 import tempfile
 import uuid
@@ -169,6 +170,7 @@ if __name__ == "__main__":
     for found in (real_comfyui.find(), *(() if sys.argv[1] == "thumbnails" else (comfyui_browser.find(),))):
         if isinstance(found, str):
             sys.exit(found)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server is stopped too
     with tempfile.TemporaryDirectory() as folder:
         server = real_comfyui.Server(*real_comfyui.find(), Path(folder))
         try:
