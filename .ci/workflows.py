@@ -1,0 +1,180 @@
+"""Rebuilds what is made from workflows/api: canvas forms, thumbnails, and the screenshots in docs/.
+
+    python .ci/workflows.py canvas        # after a change of a graph, a note (workflows/README.md) or a node's schema
+    python .ci/workflows.py thumbnails    # after a change of the bundled model
+    python .ci/workflows.py screenshots   # after either
+    python .ci/workflows.py all
+
+Names after the word limit it to those workflows. Runs the pack in a ComfyUI of its own (tests/real_comfyui.py says where
+it is looked for) and, but for thumbnails, in a browser: pip install -e ".[test,browser]", and chromium on PATH."""
+import io
+import json
+import signal
+import sys
+import tempfile
+import uuid
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import comfyui_browser  # noqa: E402
+import real_comfyui  # noqa: E402
+from workflow_variants import BUNDLED, NAMES, PICTURE, WORKFLOWS, api, canvas, input_picture, notes, small, write_models  # noqa: E402
+
+SIDE = 512
+SHAPES = ["a large red circle on a blue background, left", "a large yellow star on a purple background",
+          "a large green triangle on a white background", "a large orange square on a black background"]
+PROMPTS = {"text_to_image": SHAPES[1], "int8": SHAPES[2], "lora": SHAPES[1], "4k_checkpoint": SHAPES[3],
+           "upscale_to_4k": SHAPES[1], "image_to_image": "a large yellow circle on a green background, left",
+           "inpaint": "a large yellow star on a blue background, right", "core_nodes": SHAPES[2]}
+
+# Opens an API form as ComfyUI itself does, then puts each of its groups into a column of its own, the note under the first.
+ARRANGE = """async (graph, note) => {
+  await app.loadApiJson(graph, 'workflow')
+  const width = {L2PTextEncode: 380, CLIPTextEncode: 380, L2PPromptList: 380, MarkdownNote: 320}
+  const height = {L2PTextEncode: 260, CLIPTextEncode: 160, L2PPromptList: 180, LoadImage: 340, SaveImage: 420, PreviewImage: 320}
+  const groups = {}
+  for (const [id, node] of Object.entries(graph)) (groups[node._meta.group] ??= []).push(app.graph.getNodeById(+id))
+  const text = LiteGraph.createNode('MarkdownNote')
+  app.graph.add(text)
+  text.title = 'About'
+  text.widgets[0].value = note
+  height.MarkdownNote = 80 + 21 * note.split('\\n').reduce((lines, line) => lines + Math.max(1, Math.ceil(line.length / 40)), 0)
+  let x = 0
+  for (const [title, nodes] of Object.entries(groups)) {
+    const columns = x ? nodes : [...nodes, text]
+    const widest = Math.max(...columns.map(node => width[node.type] ?? 320))
+    let y = 0, bottom = 0
+    for (const node of columns) {
+      node.setSize([widest, Math.max(height[node.type] ?? 0, Math.ceil(node.computeSize()[1] / 10) * 10)])
+      node.pos = [x, y + (node === text ? 40 : 0)]
+      if (node !== text) bottom = y + node.size[1]
+      y += node.size[1] + 60
+    }
+    const group = new LiteGraph.LGraphGroup(title)
+    group.pos = [x - 20, -90]
+    group.size = [widest + 40, bottom + 110]
+    app.graph.add(group)
+    x += widest + 80
+  }
+  return app.graph.serialize()
+}"""
+
+PLACE = """async (left, top) => {
+  const boxes = [...app.graph.nodes.map(node => [node.pos[0], node.pos[1] - 30, node.size[0], node.size[1] + 30]),
+                 ...app.graph.groups.map(group => [...group.pos, ...group.size])]
+  const x = Math.min(...boxes.map(box => box[0])), y = Math.min(...boxes.map(box => box[1]))
+  app.canvas.ds.scale = 1
+  app.canvas.ds.offset = [left + 10 - x, top + 10 - y]
+  app.canvas.setDirty(true, true)
+  return [Math.max(...boxes.map(box => box[0] + box[2])) - x + 20, Math.max(...boxes.map(box => box[1] + box[3])) - y + 20]
+}"""
+
+
+def make_canvas(server: real_comfyui.Server, names: list[str]) -> None:
+    browser = comfyui_browser.Browser(*comfyui_browser.find(), server.url)
+    try:
+        for name in names:
+            graph = browser.call(ARRANGE, api(name), notes()[name])
+            graph["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"comfyui-l2p/{name}"))
+            graph["extra"] = {}
+            (WORKFLOWS / f"{name}.json").write_text(json.dumps(without_nulls(graph), indent=1, ensure_ascii=False) + "\n")
+            print("canvas", name, flush=True)
+    finally:
+        browser.close()
+
+
+def without_nulls(value):
+    """JSON without the keys that say nothing; a link that is not there is said."""
+    if isinstance(value, dict):
+        return {key: without_nulls(each) for key, each in value.items() if each is not None or key in ("link", "links")}
+    if isinstance(value, list):
+        return [without_nulls(each) for each in value]
+    return round(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def make_thumbnails(server: real_comfyui.Server, names: list[str]) -> None:
+    def draw(name: str, steps: int = 30, **options) -> list[Image.Image]:
+        prompt = options.pop("prompt", PROMPTS.get(name, SHAPES[0]))
+        files = server.run(small(name, steps, prompt, model_4k=BUNDLED, **options))
+        return [Image.open(io.BytesIO(file)).convert("RGB") for file in files]
+
+    write_models(server.models, patch_64=False)
+    first = draw("core_nodes", prompt=SHAPES[0])[0]
+    server.upload(PICTURE, input_picture(first))
+    for name in names:
+        match name:
+            case "image_to_image":
+                picture = halves(first, draw(name, denoise=0.8)[0])
+            case "inpaint":
+                masked = first.copy()
+                ImageDraw.Draw(masked).rectangle((masked.width // 2, 0, *masked.size), fill=(127, 127, 127))
+                picture = halves(masked, draw(name)[0])
+            case "lora":
+                picture = halves(draw("text_to_image")[0], draw(name)[0])
+            case "upscale_to_4k":
+                draft, final = draw(name)
+                picture = halves(draft, final)
+            case "batch_of_prompts":
+                picture = grid([each.resize((SIDE // 2,) * 2, Image.Resampling.LANCZOS) for each in draw(name, prompt="\n".join(SHAPES))])
+            case _:
+                picture = draw(name)[-1].resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+        path = WORKFLOWS / f"{name}.jpg"
+        picture.save(path, quality=85, optimize=True)
+        print("thumbnail", name, path.stat().st_size, flush=True)
+
+
+def halves(before: Image.Image, after: Image.Image) -> Image.Image:
+    """Before above left, after below right, on one square."""
+    side = SIDE * 5 // 8
+    out = Image.new("RGB", (SIDE, SIDE), (32, 32, 32))
+    out.paste(before.resize((SIDE * 7 // 16,) * 2, Image.Resampling.NEAREST), (8, 8))
+    out.paste(after.resize((side, side), Image.Resampling.LANCZOS), (SIDE - side - 8, SIDE - side - 8))
+    return out
+
+
+def grid(pictures: list[Image.Image]) -> Image.Image:
+    out = Image.new("RGB", (SIDE, SIDE))
+    for index, picture in enumerate(pictures):
+        out.paste(picture, (index % 2 * SIDE // 2, index // 2 * SIDE // 2))
+    return out
+
+
+def make_screenshots(server: real_comfyui.Server, names: list[str]) -> None:
+    server.post("/settings", {"Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasMenu": False})
+    for name in {"demo", "text_to_image"} & set(names):
+        browser = comfyui_browser.Browser(*comfyui_browser.find(), server.url, 2200, 1000)
+        try:
+            browser.open(canvas(name), name)
+            if name == "demo":
+                browser.run()
+            left, top = 120, 120
+            width, height = browser.call(PLACE, left, top)
+            browser.page.wait_for_timeout(1500)
+            path = ROOT / "docs" / f"canvas-{name.replace('_', '-')}.png"
+            png = browser.page.screenshot(clip={"x": left, "y": top, "width": width, "height": height})
+            Image.open(io.BytesIO(png)).convert("RGB").quantize(255, dither=Image.Dither.NONE).save(path, optimize=True)
+            print("screenshot", path.name, path.stat().st_size, (width, height))
+        finally:
+            browser.close()
+
+
+TASKS = {"canvas": make_canvas, "thumbnails": make_thumbnails, "screenshots": make_screenshots}
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in (*TASKS, "all") or not set(sys.argv[2:]) <= set(NAMES):
+        sys.exit(__doc__)
+    for found in (real_comfyui.find(), *(() if sys.argv[1] == "thumbnails" else (comfyui_browser.find(),))):
+        if isinstance(found, str):
+            sys.exit(found)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server is stopped too
+    with tempfile.TemporaryDirectory() as folder:
+        server = real_comfyui.Server(*real_comfyui.find(), Path(folder))
+        try:
+            for task in TASKS.values() if sys.argv[1] == "all" else [TASKS[sys.argv[1]]]:
+                task(server, sys.argv[2:] or NAMES)
+        finally:
+            server.close()
