@@ -1,6 +1,6 @@
 """What cutting the local decoder into tiles saves and costs: peak memory and time, uncut and cut, for all four patches.
 
-    python benchmarks/decoder.py                (1280 to 2048 pixels; some minutes on two CPU cores)
+    python benchmarks/decoder.py                (2048 pixels; some minutes on two CPU cores)
     python benchmarks/decoder.py --full         (4096, and 10240 cut only; 16 GB of memory, an hour or more)
 
 Memory is what lives at the peak beside image, features, output and weights.
@@ -29,25 +29,25 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--patch", type=int, nargs="+", default=list(PUBLISHED_DECODERS))
-    parser.add_argument("--tile", type=int, nargs="+", help="default: what the decoder chooses, and half of it")
+    parser.add_argument("--tile", type=int, nargs="+", help="default: the decoder's choice, half the side where that is uncut")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
-    print("| patch | picture | tile | peak, GiB | estimate | uncut | seconds | of uncut | largest difference |\n" + "|---" * 9 + "|")
+    columns = ("patch", "picture", "tile", "peak, GiB", "estimate", "uncut", "seconds", "of uncut", "largest difference")
+    print("|", " | ".join(columns), "|\n" + "|---" * len(columns) + "|")
     for patch in args.patch:
         torch.manual_seed(0)
         config = L2PConfig(patch, decoder=PUBLISHED_DECODERS[patch])
         decoder = LocalDecoder(config, device=args.device, dtype=dtype).eval()
-        for size in (4096, 10240) if args.full else (1536 if patch == 16 else 1920 if patch == 160 else 2048,):
+        for size in (4096, 10240) if args.full else (2048,):
             size -= size % config.size_multiple
             image = torch.randn(1, 3, size, size, device=args.device, dtype=dtype)
             features = torch.randn(1, config.dim, size // patch, size // patch, device=args.device, dtype=dtype)
-            uncut = uncut_peak = uncut_seconds = None
+            uncut = None
             if size < 10240:
                 uncut_peak, uncut_seconds, uncut = measure(decoder, image, features, 0)
-            side = tile_side(config, size, size, dtype)
-            for tile in args.tile or (side, side // 2):
+            for tile in args.tile or [tile_side(config, size, size, dtype) or size // 2]:
                 peak, seconds, output = measure(decoder, image, features, tile)
                 print(f"| {patch} | {size} | {tile} | {peak / 2**30:.2f} "
                       f"| {decoder_bytes(config, size, size, dtype, tile=tile) / 2**30:.2f} | "

@@ -136,17 +136,12 @@ def largest(height: int, width: int, tile: int, step: int) -> tuple[int, int]:
 
 def whole_bytes(config: L2PConfig, height: int, width: int, dtype: torch.dtype) -> int:
     """The peak of `LocalDecoder._whole` for one picture, its maps counted in the order they come and go."""
-    area, x, skips, peak = height * width, 0, [], 0  # in numbers
-    for stage in config.decoder:
+    area, skips = height * width, []  # all in numbers, not bytes
+    for stage in config.decoder:  # on the way in less is held than on the way out, beside the same skips
         skips.append(stage.enc * area)
         area //= 4
-        pooled = stage.enc * area
-        indices = pooled * 8 // dtype.itemsize  # max_pool2d makes them, int64, asked or not
-        peak = max(peak, x + sum(skips) + pooled + indices)
-        x = pooled
-    joined = x + config.dim * area
-    peak = max(peak, sum(skips) + x + joined, sum(skips) + joined + config.bottleneck_dim * area)
-    x, channels = config.bottleneck_dim * area, config.bottleneck_dim
+    pooled, joined, x = (channels * area for channels in (stage.enc, stage.enc + config.dim, config.bottleneck_dim))
+    channels, peak = config.bottleneck_dim, sum(skips) + joined + max(pooled, x)
     for stage in reversed(config.decoder):
         area *= 4
         up, joined = stage.up * area, (stage.up + stage.enc) * area

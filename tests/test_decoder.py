@@ -157,18 +157,17 @@ def test_gradients_pass_through_tiles_that_are_asked_for():
     torch.testing.assert_close(cut, whole, atol=1e-8, rtol=1e-8)
 
 
-def on_meta(patch: int, size: int, dtype: torch.dtype, tile: int | None, batch: int = 1) -> tuple[L2PConfig, int]:
-    """A published decoder's config, and what its pass holds at its peak. Tensors without contents are counted alike."""
-    config = L2PConfig(patch, decoder=PUBLISHED_DECODERS[patch])
+def counted_bytes(config: L2PConfig, size: int, dtype: torch.dtype, tile: int | None, batch: int = 1) -> int:
+    """What a pass holds at its peak. Tensors without contents are counted alike."""
     with torch.device("meta"):
         decoder = LocalDecoder(config, dtype=dtype)
         image = torch.empty(batch, 3, size, size, dtype=dtype)
-        features = torch.empty(batch, config.dim, size // patch, size // patch, dtype=dtype)
-    return config, peak_bytes(lambda: decoder(image, features, tile))[0]
+        features = torch.empty(batch, config.dim, size // config.patch_size, size // config.patch_size, dtype=dtype)
+    return peak_bytes(lambda: decoder(image, features, tile))[0]
 
 
 def test_memory_is_counted_the_same_with_and_without_contents():
-    decoder = narrow(64, torch.float32)
+    decoder = narrow(16, torch.float32)
     image, features, step = inputs(decoder, torch.float32)
     counted = [peak_bytes(lambda: decoder(image, features, tile))[0] for tile in (0, 2 * step)]
     decoder, image, features = decoder.to("meta"), image.to("meta"), features.to("meta")
@@ -176,19 +175,26 @@ def test_memory_is_counted_the_same_with_and_without_contents():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("size, tile, batch", [(1280, 0, 3), (3840, 0, 1), (3840, 640, 2), (10240, None, 1)])
+@pytest.mark.parametrize("size, tile, batch", [(1280, 0, 3), (3840, 0, 1), (3840, 1280, 2), (10240, None, 1)])
 @pytest.mark.parametrize("patch", PUBLISHED_DECODERS)
 def test_the_estimate_is_what_is_counted(patch, size, tile, batch, dtype):
-    config, counted = on_meta(patch, size, dtype, tile, batch)
-    assert decoder_bytes(config, size, size, dtype, batch, tile) == pytest.approx(counted, rel=0.1)
+    config = L2PConfig(patch, decoder=PUBLISHED_DECODERS[patch])
+    counted = counted_bytes(config, size, dtype, tile, batch)
+    assert decoder_bytes(config, size, size, dtype, batch, tile) == pytest.approx(counted, rel=0.01)
+
+
+def test_the_estimate_sees_features_wider_than_all_maps():
+    config = L2PConfig(4, decoder=(Stage("1", 4, 4, 4), Stage("2", 4, 4, 4)), bottleneck_dim=4)
+    assert decoder_bytes(config, 256, 256) == pytest.approx(counted_bytes(config, 256, torch.bfloat16, None), rel=0.01)
 
 
 @pytest.mark.parametrize("patch", PUBLISHED_DECODERS)
 def test_large_pictures_need_little_memory(patch):
+    config = L2PConfig(patch, decoder=PUBLISHED_DECODERS[patch])
     for size, limit in ((3840, 1.2), (10240, 2.0)):  # GiB
-        config, counted = on_meta(patch, size, torch.bfloat16, None)
+        counted = counted_bytes(config, size, torch.bfloat16, None)
         assert counted < limit * 2**30
-        assert counted < 0.4 * on_meta(patch, size, torch.bfloat16, 0)[1]
+        assert counted < 0.4 * counted_bytes(config, size, torch.bfloat16, 0)
 
 
 @pytest.mark.parametrize("patch", PUBLISHED_DECODERS)
