@@ -90,10 +90,11 @@ class L2PMergeCheckpoint(io.ComfyNode):
 
 
 def source_and_output(checkpoint: str, filename: str, suffix: str, overwrite: bool) -> tuple[list[Path], Path]:
-    """The input's files, and the output in ComfyUI's first folder of diffusion models. Raises CheckpointError for a name
-    that leads out of it or is taken."""
+    """The input's files, and the output in ComfyUI's models/diffusion_models. Raises CheckpointError for a name that leads
+    out of it or is taken."""
     sources = model_paths(checkpoint)
-    folder = Path(folder_paths.get_folder_paths("diffusion_models")[0])
+    folders = [Path(folder) for folder in folder_paths.get_folder_paths("diffusion_models")]
+    folder = next((folder for folder in folders if folder.name == "diffusion_models"), folders[0])  # the first is models/unet
     name = filename.strip() or f"{sources[0].stem}-{suffix}"
     name = name if name.endswith(".safetensors") else f"{name}.safetensors"
     output = folder / name

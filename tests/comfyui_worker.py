@@ -35,7 +35,8 @@ def describe(names: list[str]) -> dict[str, list]:
     """What the interface is told of these nodes: their label, whether each input has a tooltip, and the outputs' names."""
     infos = {name: nodes.NODE_CLASS_MAPPINGS[name].GET_NODE_INFO_V1() for name in names}
     return {name: [info["display_name"],
-                   {key: bool(options[1].get("tooltip")) for group in info["input"].values() for key, options in group.items()},
+                   {key: bool(options[1].get("tooltip")) for group in ("required", "optional")
+                    for key, options in info["input"].get(group, {}).items()},
                    list(info["output_name"])] for name, info in infos.items()}
 
 
