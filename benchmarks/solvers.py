@@ -9,7 +9,7 @@ import random
 import torch
 from tqdm import tqdm
 
-from comfyui_l2p.examples.shapes.pictures import test_scenes
+from comfyui_l2p.l2p_core.shapes.pictures import test_scenes
 from comfyui_l2p.l2p_core import L2PPipeline
 from comfyui_l2p.l2p_core.pipeline import draw_noise
 from comfyui_l2p.l2p_core.sampler import SAMPLERS, guided_velocity, schedule

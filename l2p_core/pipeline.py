@@ -18,7 +18,7 @@ from .sampler import Callback, guided_velocity, keeping, schedule, solver
 from .text import TextEncoder, find_encoder
 
 KEPT_ENCODINGS = 64
-BUNDLED_MODEL = Path(__file__).parent.parent / "examples" / "shapes" / "model"
+BUNDLED_MODEL = Path(__file__).parent / "shapes" / "model"
 
 
 class Defaults(NamedTuple):

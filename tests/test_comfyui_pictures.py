@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from comfyui_l2p.examples.shapes.pictures import test_scenes as held_out_scenes
+from comfyui_l2p.l2p_core.shapes.pictures import test_scenes as held_out_scenes
 from comfyui_l2p.l2p_core import L2PPipeline
 
 from real_comfyui import Refused

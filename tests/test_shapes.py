@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from comfyui_l2p.examples.shapes.pictures import COLOURS, PLACES, SHAPES, SIZE, SIZES, Scene, draw, scenes, training_scenes, test_scenes as held_out_scenes
-from comfyui_l2p.examples.shapes.score import contact_sheet, score
+from comfyui_l2p.l2p_core.shapes.pictures import COLOURS, PLACES, SHAPES, SIZE, SIZES, Scene, draw, scenes, training_scenes, test_scenes as held_out_scenes
+from comfyui_l2p.l2p_core.shapes.score import contact_sheet, score
 
 SCENES = held_out_scenes(60)
 CHOICES = {"shape": SHAPES, "colour": tuple(COLOURS), "background": tuple(COLOURS), "size": tuple(SIZES), "place": tuple(PLACES)}

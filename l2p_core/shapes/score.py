@@ -1,4 +1,4 @@
-"""Score a model on prompts it was never trained on: `python -m comfyui_l2p.examples.shapes.score`
+"""Score a model on prompts it was never trained on: `python -m comfyui_l2p.l2p_core.shapes.score`
 
 Pictures drawn elsewhere, by ComfyUI for one, are judged in two steps: `--write-prompts prompts.csv` writes what to draw,
 with seeds and file names, and `--pictures FOLDER` judges the folder that holds them."""
@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from ...l2p_core.pipeline import L2PPipeline
+from ..pipeline import L2PPipeline
 from .pictures import SIZE, Scene, judge, test_scenes
 
 BATCH = 25

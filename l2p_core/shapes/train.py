@@ -1,4 +1,4 @@
-"""Make the small model from nothing: tokenizer, text encoder, L2P transformer. `python -m comfyui_l2p.examples.shapes.train`"""
+"""Make the small model from nothing: tokenizer, text encoder, L2P transformer. `python -m comfyui_l2p.l2p_core.shapes.train`"""
 import argparse
 import json
 import random
@@ -11,10 +11,10 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import trange
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
-from ...l2p_core.config import L2PConfig, Stage
-from ...l2p_core.model import L2PTransformer
-from ...l2p_core.text import TEMPLATE, TextEncoder
-from ...l2p_core.train.loss import flow_matching_loss
+from ..config import L2PConfig, Stage
+from ..model import L2PTransformer
+from ..text import TEMPLATE, TextEncoder
+from ..train.loss import flow_matching_loss
 from .pictures import SIZE, draw, scenes, training_scenes
 
 CONFIG = L2PConfig(

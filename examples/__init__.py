@@ -1,1 +1,0 @@
-"""What the project trains and draws on machines without real weights."""
