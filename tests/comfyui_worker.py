@@ -140,6 +140,19 @@ def quantize_while_stopping(path: str) -> None:
         comfy.utils.set_progress_bar_global_hook(None)
 
 
+def nodes_under(version: str) -> list[list[str]]:
+    """(nodes that the pack gives a ComfyUI of that version, what it logs)."""
+    import logging
+    pack_module = next(module for name, module in sys.modules.items() if name.endswith(".nodes") and hasattr(module, "L2PExtension"))
+    said, real, log = [], pack_module.comfyui_version, logging.error
+    pack_module.comfyui_version, logging.error = version, said.append
+    try:
+        found = asyncio.run(pack_module.L2PExtension().get_node_list())
+    finally:
+        pack_module.comfyui_version, logging.error = real, log
+    return [[node.__name__ for node in found], said]
+
+
 def install_again() -> bool:
     """Whether a second import of the pack leaves ComfyUI as the first did."""
     before = comfy.model_detection.detect_unet_config, comfy.lora.model_lora_keys_unet, len(comfy.supported_models.models)

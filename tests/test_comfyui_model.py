@@ -117,6 +117,12 @@ def test_installed_once_and_nodes_are_there(comfyui):
     assert comfyui.call("install_again")
 
 
+def test_an_old_comfyui_gets_one_plain_line(comfyui):
+    assert comfyui.call("nodes_under", version="0.15.1") == [[], [
+        "ComfyUI-L2P needs ComfyUI v0.16 or newer, this is v0.15.1: its nodes are left out. Update ComfyUI"]]
+    assert "L2PKSampler" in comfyui.call("nodes_under", version="0.16.0")[0]
+
+
 def test_other_models_are_recognised_as_before(comfyui):
     latent = {"cap_embedder.1.weight": (3840, 2560), "cap_embedder.0.weight": (2560,), "x_embedder.weight": (3840, 64),
               "noise_refiner.0.attention.k_norm.weight": (128,), "noise_refiner.0.attention.qkv.weight": (11520, 3840),
