@@ -23,7 +23,7 @@ from ..l2p_core.config import L2PConfig
 from ..l2p_core.decoder import LocalDecoder, decoder_bytes
 from ..l2p_core.int8 import dequantize
 from ..l2p_core.header import CheckpointError, Entry
-from ..l2p_core.layout import Layout, Source, describe, find_prefix, layer_name
+from ..l2p_core.layout import FLOATS, Layout, Source, describe, find_prefix, layer_name
 from ..l2p_core.model import NORM_EPS, ROPE_THETA, TOKEN_MULTIPLE
 from ..l2p_core.text import MAX_TOKENS
 from ..quant.export import name_in
@@ -175,13 +175,14 @@ def unet_config(state_dict: dict, prefix: str) -> dict:
 
 def layout_of(state_dict: dict[str, Tensor], prefix: str = "") -> Layout:
     """The layout of tensors in memory, of those behind `prefix`."""
-    tensors = {key: tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
-    markers = {layer_name(key.removesuffix(".comfy_quant")): json.loads(bytes(tensors.pop(key).tolist()))
-               for key in list(tensors) if key.endswith(".comfy_quant")}
     path = Path("the checkpoint")
     entries = {key: Entry(path, key, SAFETENSORS_DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), 0, 0)
-               for key, tensor in tensors.items()}
-    return describe(path, [path], entries, {}, markers, {})
+               for key, tensor in state_dict.items() if key.startswith(prefix) and not key.endswith(".comfy_quant")}
+    eight_bits = {layer_name(key.removesuffix(".weight")) for key, entry in entries.items()
+                  if key.endswith(".weight") and entry.dtype not in FLOATS}
+    markers = {layer_name(key.removesuffix(".comfy_quant")): json.loads(bytes(tensor.tolist()))
+               for key, tensor in state_dict.items() if key.endswith(".comfy_quant")}  # ComfyUI adds some with another prefix
+    return describe(path, [path], entries, {}, {layer: marker for layer, marker in markers.items() if layer in eight_bits}, {})
 
 
 def has_int8_kernels() -> bool:
