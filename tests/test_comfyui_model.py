@@ -44,6 +44,14 @@ def test_every_loader_reads_every_naming(compare, write, tiny_model, tiny_weight
     assert loaded["class"] == "L2PModel"
 
 
+@pytest.mark.parametrize("loader", LOADERS)
+def test_mixed_dtypes(compare, write, tiny_weights, loader):
+    """FP32 main layers among BF16, as in the published file; q, k and v of unlike dtypes are packed as the wider."""
+    mixed = {name: tensor if name.startswith("layers.1.") or ".to_k." in name else tensor.bfloat16() for name, tensor in tiny_weights.items()}
+    path = write(mixed)
+    assert compare(path, loader, load_model(path, dtype=torch.float32))[0] < 1e-5
+
+
 def test_the_epsilon_of_query_and_key_norms_is_ours(compare, write, tiny_weights):
     """With queries and keys this small the epsilon decides the output: core's own would be 10 % off."""
     weights = {name: tensor * 0.003 if ".to_q." in name or ".to_k." in name else tensor for name, tensor in tiny_weights.items()}
