@@ -18,7 +18,7 @@ from comfy.ldm.common_dit import pad_to_patch_size
 from comfy.ldm.lumina.model import NextDiT, TimestepEmbedder
 from torch import Tensor, nn
 
-from ..l2p_core.checkpoint import check
+from ..l2p_core.checkpoint import check, expected_shapes
 from ..l2p_core.config import L2PConfig
 from ..l2p_core.decoder import LocalDecoder, decoder_bytes
 from ..l2p_core.int8 import dequantize
@@ -139,7 +139,7 @@ def install() -> None:
 
     def with_l2p_lora_keys(model, key_map={}):
         key_map = lora_keys(model, key_map)
-        return {**l2p_lora_keys(model.diffusion_model.l2p_config, key_map), **key_map} if isinstance(model, L2PModel) else key_map
+        return {**l2p_lora_keys(model.diffusion_model.l2p_config), **key_map} if isinstance(model, L2PModel) else key_map
 
     comfy.supported_models.models.insert(0, L2P)
     detection.unet_prefix_from_state_dict = with_l2p_prefix
@@ -228,17 +228,15 @@ def together(tensors: list[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-def l2p_lora_keys(config: L2PConfig, key_map: dict) -> dict:
-    """Layers of the model as LoRA files name them, where ComfyUI's own map lacks them.
+def l2p_lora_keys(config: L2PConfig) -> dict:
+    """Layers of the model as LoRA files name them → ComfyUI's key, of q, k and v with their rows in the packed tensor.
 
     Published names, q, k and v apart, stand in files behind nothing (DiffSynth), `diffusion_model.` (ai-toolkit),
     `transformer.` (diffusers), `pipe.dit.` (T2I-L2P's trainer), and with underscores behind `lora_unet_` and `lycoris_`."""
-    with torch.device("meta"):
-        from ..l2p_core.model import L2PTransformer
-        names = [name.removesuffix(".weight") for name in L2PTransformer(config).state_dict() if name.endswith(".weight")]
     found = {}
-    for name in names:
-        packed, place = name_in("comfyui", f"{name}.weight")
+    for weight in [name for name in expected_shapes(config) if name.endswith(".weight")]:
+        name = weight.removesuffix(".weight")
+        packed, place = name_in("comfyui", weight)
         key = f"diffusion_model.{packed}"
         target = (key, (0, place * config.dim, config.dim)) if packed.endswith(".qkv.weight") else key
         found |= {f"{prefix}{name}": target for prefix in ("", "diffusion_model.", "transformer.", "pipe.dit.", "base_model.model.")}
