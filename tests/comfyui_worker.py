@@ -125,19 +125,20 @@ def stop_inside_a_step(path: str) -> list[str]:
 
 
 def quantize_while_stopping(path: str) -> None:
-    """Quantize with Stop pressed once a tenth is written."""
+    """Quantize with Stop pressed when the progress bar first moves; later moves may be too close together to be shown."""
     folder, _, name = path.rpartition("/")
     folder_paths.add_model_folder_path("diffusion_models", folder, is_default=True)
     folder_paths.filename_list_cache.clear()
 
-    def press_stop(done: int, total: int, *_, **__) -> None:
-        comfy.model_management.interrupt_current_processing(done > total / 10)
+    def press_stop(*_, **__) -> None:
+        comfy.model_management.interrupt_current_processing(True)
 
     comfy.utils.set_progress_bar_global_hook(press_stop)
     try:
         nodes.NODE_CLASS_MAPPINGS["L2PQuantizeCheckpoint"].execute(name, "int8_tensorwise", "row", "small", "", False)
     finally:
         comfy.utils.set_progress_bar_global_hook(None)
+        comfy.model_management.interrupt_current_processing(False)
 
 
 def nodes_under(version: str) -> list[list[str]]:
