@@ -23,10 +23,10 @@ from ..l2p_core.config import L2PConfig
 from ..l2p_core.decoder import LocalDecoder, decoder_bytes
 from ..l2p_core.int8 import dequantize
 from ..l2p_core.header import CheckpointError, Entry
-from ..l2p_core.layout import FLOATS, Layout, Source, describe, find_prefix, layer_name
+from ..l2p_core.layout import FLOATS, Layout, describe, find_prefix, layer_name
 from ..l2p_core.model import NORM_EPS, ROPE_THETA, TOKEN_MULTIPLE
 from ..l2p_core.text import MAX_TOKENS
-from ..quant.export import name_in
+from ..quant.export import marker, name_in, packs
 from ..quant.stream import TORCH_DTYPES
 
 LANDMARK = "local_decoder.enc1.0.weight"  # in every L2P model, in no other
@@ -202,13 +202,8 @@ def comfyui_state_dict(state_dict: dict[str, Tensor], layout: Layout) -> dict[st
     """The model's tensors under ComfyUI's names: q, k and v packed, and every quantized layer marked.
 
     state_dict: by the layout's own keys. Raises CheckpointError where q, k and v can't be packed."""
-    packs: dict[str, dict[int, Source]] = {}
-    for name, source in layout.tensors.items():
-        name, place = name_in("comfyui", name)
-        packs.setdefault(name, {})[place] = source
     out = {}
-    for name, pack in packs.items():
-        sources = [pack[place] for place in sorted(pack)]
+    for name, sources in packs(layout.tensors, "comfyui").items():
         out[name] = together([state_dict[key] for key in dict.fromkeys(source.entry.key for source in sources)])
         if sources[0].format is None and len({source.format for source in sources}) == 1:
             continue
@@ -218,9 +213,7 @@ def comfyui_state_dict(state_dict: dict[str, Tensor], layout: Layout) -> dict[st
         scales = {source.scale.key: state_dict[source.scale.key] for source in sources}
         out[f"{name}_scale"] = together([
             scale if len(scales) == 1 else scale.reshape(-1, 1).expand(sources[0].shape[0], 1) for scale in scales.values()])
-        groupsize = sources[0].convrot_groupsize
-        marker = {"format": sources[0].format, **({"convrot": True, "convrot_groupsize": groupsize} if groupsize else {})}
-        out[f"{name.removesuffix('.weight')}.comfy_quant"] = torch.tensor(list(json.dumps(marker).encode()), dtype=torch.uint8)
+        out[f"{name.removesuffix('.weight')}.comfy_quant"] = marker(sources[0].format, sources[0].convrot_groupsize)
     return out
 
 

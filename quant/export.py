@@ -43,13 +43,8 @@ def arrange(tensors: Mapping[str, Source], naming: str, prefix: str = "", dtype:
     dtype: safetensors' name for all of them; None keeps each tensor's, the widest where three are packed into one, and
     what is quantized stays so, with its scale and ComfyUI's marker. Raises CheckpointError where q, k and v can't be
     packed."""
-    packs: dict[str, dict[int, Source]] = {}
-    for name, source in tensors.items():
-        name, place = name_in(naming, name)
-        packs.setdefault(name, {})[place] = source
     pieces = []
-    for name, pack in packs.items():
-        sources = tuple(pack[place] for place in sorted(pack))
+    for name, sources in packs(tensors, naming).items():
         if name.endswith(PACKED[0]) and len(sources) != 3:
             raise CheckpointError(f"{name} packs q, k and v, of which only {len(sources)} of 3 are there. "
                                   "Keep the published naming: --naming published")
@@ -65,6 +60,15 @@ def arrange(tensors: Mapping[str, Source], naming: str, prefix: str = "", dtype:
         pieces += [Piece(prefix + name, sources[0].entry.dtype, shape, sources), scale_piece(prefix + name, sources),
                    marker_piece(prefix + name, kind, groupsize)]
     return pieces
+
+
+def packs(tensors: Mapping[str, Source], naming: str) -> dict[str, tuple[Source, ...]]:
+    """What lies under each name of that naming: q, k and v in their order where it packs them, else one tensor."""
+    found: dict[str, dict[int, Source]] = {}
+    for name, source in tensors.items():
+        name, place = name_in(naming, name)
+        found.setdefault(name, {})[place] = source
+    return {name: tuple(pack[place] for place in sorted(pack)) for name, pack in found.items()}
 
 
 def name_in(naming: str, name: str) -> tuple[str, int]:
@@ -96,10 +100,14 @@ def scale_piece(weight: str, sources: tuple[Source, ...]) -> Piece:
 
 
 def marker_piece(weight: str, kind: str, groupsize: int) -> Piece:
-    """ComfyUI's `comfy_quant`: JSON that tells how the layer is quantized."""
-    marker = {"format": kind, **({"convrot": True, "convrot_groupsize": groupsize} if groupsize else {})}
-    content = torch.tensor(list(json.dumps(marker).encode()), dtype=torch.uint8)
+    content = marker(kind, groupsize)
     return Piece(f"{weight.removesuffix('.weight')}.comfy_quant", "U8", tuple(content.shape), lambda: [content])
+
+
+def marker(kind: str, groupsize: int) -> Tensor:
+    """ComfyUI's `comfy_quant`: JSON that tells how the layer is quantized."""
+    facts = {"format": kind, **({"convrot": True, "convrot_groupsize": groupsize} if groupsize else {})}
+    return torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
 
 
 def widest(dtypes: list[str]) -> str:

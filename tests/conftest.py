@@ -40,23 +40,23 @@ def write(tmp_path):
     return writer
 
 
-@pytest.fixture(scope="session")
-def comfyui(tmp_path_factory):
-    """A `real_comfyui.Worker`; tests that ask for it are skipped where there is no ComfyUI."""
+def real(kind, folder):
+    """That part of a real ComfyUI, until the tests are over; skips where there is none."""
     found = real_comfyui.find()
     if isinstance(found, str):
         pytest.skip(found)
-    worker = real_comfyui.Worker(*found, tmp_path_factory.mktemp("comfyui"))
-    yield worker
-    worker.close()
+    started = kind(*found, folder)
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="session")
+def comfyui(tmp_path_factory):
+    """A `real_comfyui.Worker`; tests that ask for it are skipped where there is no ComfyUI."""
+    yield from real(real_comfyui.Worker, tmp_path_factory.mktemp("comfyui"))
 
 
 @pytest.fixture(scope="session")
 def comfyui_server(tmp_path_factory):
     """A `real_comfyui.Server`; tests that ask for it are skipped where there is no ComfyUI."""
-    found = real_comfyui.find()
-    if isinstance(found, str):
-        pytest.skip(found)
-    server = real_comfyui.Server(*found, tmp_path_factory.mktemp("comfyui_server"))
-    yield server
-    server.close()
+    yield from real(real_comfyui.Server, tmp_path_factory.mktemp("comfyui_server"))
