@@ -1,4 +1,5 @@
 """A checkpoint file becomes a model: tensors stay memory-mapped until they are cast or moved."""
+import re
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .config import L2PConfig
-from .int8 import Int8Linear, comfy_kitchen, dequantize
+from .quantization import Int8Linear, comfy_kitchen, dequantize
 from .header import SHARD_NAME, CheckpointError, Entry
 from .layout import Layout, read_layout
 from .model import L2PTransformer
@@ -39,24 +40,27 @@ def load_model(path: str | Path | Layout, device: str | torch.device = "cpu", dt
                 tensor = tensor.chunk(3)[third]
             return tensor.to(device, dtype)
 
+        multiplied_out = None, None  # key and weights of the last that were: q, k and v packed are read once
         for name, source in tqdm(layout.tensors.items(), desc=f"loading {layout.path.name}", unit="tensor",
                                  disable=not progress):
-            if source.scale is None:
+            layer = name.rpartition(".")[0]
+            if source.format is None:
                 tensors[name] = read(source.entry, source.third, dtype)
-            else:
+            elif source.format == "int8_tensorwise" and isinstance(model.get_submodule(layer), nn.Linear):
+                comfy_kitchen()
                 shared = source.scale.count == 1
                 scale = read(source.scale, None if shared else source.third, torch.float32).reshape(1 if shared else (-1, 1))
-                weight = read(source.entry, source.third)
-                layer, _, leaf = name.rpartition(".")
-                if source.format == "int8_tensorwise" and isinstance(model.get_submodule(layer), nn.Linear):
-                    comfy_kitchen()
-                    model.set_submodule(layer, Int8Linear(
-                        weight, scale, model.get_submodule(layer).bias, source.convrot_groupsize))
-                    tensors[f"{layer}.weight_scale"] = scale
-                else:
-                    weight = dequantize(weight, scale, source.convrot_groupsize, dtype)
-                tensors[name] = weight
+                tensors[name] = read(source.entry, source.third)
+                tensors[f"{layer}.weight_scale"] = scale
+                model.set_submodule(layer, Int8Linear(
+                    tensors[name], scale, model.get_submodule(layer).bias, source.convrot_groupsize))
                 _refuse_nan(layout, source.scale.key, scale)
+            else:
+                if multiplied_out[0] != source.entry.key:
+                    multiplied_out = source.entry.key, dequantize(
+                        source.format, read(source.entry), read(source.scale), source.scale_2 and read(source.scale_2),
+                        source.convrot_groupsize, dtype)
+                tensors[name] = multiplied_out[1] if source.third is None else multiplied_out[1].chunk(3)[source.third]
             _refuse_nan(layout, source.entry.key, tensors[name])
     model.load_state_dict(tensors, assign=True)
     return model.eval()
@@ -111,7 +115,7 @@ def expected_shapes(config: L2PConfig) -> dict[str, tuple[int, ...]]:
 
 def missing_layers(layout: Layout) -> str:
     """"5..24": the gap in the main layers that a trained part leaves. Empty where there is none."""
-    depths = {int(name.split(".")[1]) for name in layout.tensors if name.startswith("layers.")}
+    depths = {int(match[1]) for name in layout.tensors if (match := re.match(r"layers\.([0-9]{1,4})\.", name))}
     absent = sorted(set(range(max(depths, default=-1) + 1)) - depths)
     return f"{absent[0]}..{absent[-1]}" if absent else ""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from .header import CheckpointError
+from .quantization import FORMATS
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -204,16 +205,17 @@ def add_merge(commands: argparse._SubParsersAction) -> None:
 
 def add_quantize(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
-        "quantize", help="make an INT8 or FP8 model, about a third of the size",
-        description="Write a whole model with its large linears in 8 bits, in the format that ComfyUI and this program load "
+        "quantize", help="make an INT8, FP8 or 4-bit model, a third of the size or less",
+        description="Write a whole model with its large linears in 8 or 4 bits, in a format that ComfyUI and this program load "
                     "as it is. Prints what each tensor lost.")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--format", choices=("int8_tensorwise", "float8_e4m3fn"), default="int8_tensorwise",
-                        help="default int8_tensorwise")
-    parser.add_argument("--granularity", choices=("tensor", "row", "convrot"),
-                        help="a scale for each tensor or row, or for each row after a rotation that spreads outliers "
-                             "(default: row; float8 has tensor only)")
+    parser.add_argument("--format", choices=list(FORMATS), default="int8_tensorwise",
+                        help="default int8_tensorwise; this program computes in INT8 and multiplies the others out, ComfyUI computes "
+                             "in FP8 on RTX 40 and newer, in mxfp8 and nvfp4 (4 bits) on RTX 50 and newer")
+    parser.add_argument("--granularity", choices=FORMATS["int8_tensorwise"].granularities,
+                        help="of INT8: a scale for each row (default), for each tensor, or for each row after a rotation that "
+                             "spreads outliers")
     parser.add_argument("--preset", choices=("card", "small"), default="card",
                         help="card: the linears of all main layers but the first; small: of all blocks (default card)")
     parser.add_argument("--include", action="append", default=[], metavar="PATTERN",
@@ -225,8 +227,7 @@ def add_quantize(commands: argparse._SubParsersAction) -> None:
 
     def run(args: argparse.Namespace) -> None:
         from ..quant.quantize import Options, quantize, save_report, table
-        granularity = args.granularity or ("row" if args.format == "int8_tensorwise" else "tensor")
-        options = Options(args.format, granularity, args.preset, args.include, args.exclude, args.prefix)
+        options = Options(args.format, args.granularity, args.preset, args.include, args.exclude, args.prefix)
         facts = quantize(args.checkpoint, args.output, options, args.verify, progress=True)
         if args.report:
             save_report(facts, args.report)

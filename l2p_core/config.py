@@ -75,7 +75,7 @@ class L2PConfig:
             return Stage(name, *(shapes[f"local_decoder.{part}.weight"][0]
                                  for part in (f"enc{name}.0", f"up{name}.1", f"dec{name}.0")))
 
-        embedder = next(filter(None, (re.fullmatch(r"all_x_embedder\.(\d+)-1\.weight", key) for key in shapes)), None)
+        embedder = next(filter(None, (re.fullmatch(r"all_x_embedder\.([0-9]{1,4})-1\.weight", key) for key in shapes)), None)
         if embedder is None:
             raise KeyError("all_x_embedder.<patch>-1.weight")
         patch_size = int(embedder[1])
@@ -89,7 +89,7 @@ class L2PConfig:
                              "a head must be a multiple of 16 and divide the width")
 
         def depth(name: str) -> int:
-            pattern = re.compile(rf"{name}\.(\d+)\.")
+            pattern = re.compile(rf"{name}\.([0-9]{{1,4}})\.")
             found = {int(match[1]) for key in shapes if (match := pattern.match(key))}
             if found != set(range(len(found))):
                 raise ValueError(f"it has {name}.{max(found)}, but not every {name} before it")

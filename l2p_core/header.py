@@ -5,22 +5,31 @@ safetensors: 8 bytes of length, a JSON table, the tensors (github.com/huggingfac
 import hashlib
 import json
 import math
+import os
 import re
 import struct
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 # Bytes per number, by safetensors' dtype names.
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1,
                "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8}
-MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+# Far above any real model's: the header of the 1K checkpoint takes 60 kB. Parsed, a header takes 30 times its bytes.
+MAX_HEADER_BYTES = 10_000_000
+MAX_DIMENSIONS, MAX_NUMBER = 8, 2**48  # of a shape; of its numbers, and of byte offsets
 SHARD_NAME = re.compile(r"-\d{5}-of-(\d{5})\.safetensors$")
 
 
 class CheckpointError(ValueError):
     """A file that can't be used, with what it is and what to do about it."""
+
+    def __init__(self, message: str):
+        """Names may come from a broken file: of a very long message the middle is left out."""
+        super().__init__(message if len(message) < 2000 else f"{message[:1000]} ... {message[-800:]}")
 
 
 class Entry(NamedTuple):
@@ -61,9 +70,12 @@ def find_files(path: Path) -> tuple[list[Path], set[str]]:
     if path.suffix != ".json":
         return [path], set()
     try:
-        weight_map = json.loads(path.read_text())["weight_map"]
+        with reading(path) as stream:
+            weight_map = json.loads(stream.read(MAX_HEADER_BYTES))["weight_map"]
         files = [path.parent / name for name in sorted(set(weight_map.values()))]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{path.name} is no shard index: it has no weight_map of tensor names to files") from None
     if absent := [file.name for file in files if not file.is_file()]:
         raise CheckpointError(f"{path.name} names {len(files)} shards, of which {len(absent)} are missing "
@@ -77,11 +89,21 @@ def stamp(file: Path) -> tuple[int, ...]:
     return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
+@contextmanager
+def reading(file: Path) -> Iterator[BinaryIO]:
+    """The file, opened. Raises CheckpointError where the system can't read it, now or later."""
+    try:
+        with file.open("rb") as stream:
+            yield stream
+    except OSError as error:
+        raise CheckpointError(f"{file} can't be read ({error.strerror}). Check the disk it is on, or get the file again") from None
+
+
 def hash_files(files: list[Path], stop: Event | None = None) -> str:
     """SHA-256 of a file, or of its shards one after the other. stop: ends it early, with a hash of no use."""
     digest = hashlib.sha256()
     for file in files:
-        with file.open("rb") as stream:
+        with reading(file) as stream:
             while not (stop and stop.is_set()) and (block := stream.read(1 << 24)):
                 digest.update(block)
     return digest.hexdigest()
@@ -97,13 +119,15 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             raise refuse(f"its header names {Counter(key for key, _ in pairs).most_common(1)[0][0]!r} twice")
         return found
 
-    size = file.stat().st_size
-    with file.open("rb") as stream:
+    with reading(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
         length_bytes = stream.read(8)
         if len(length_bytes) < 8:
             raise refuse(f"it has {size} bytes")
         length = struct.unpack("<Q", length_bytes)[0]
         if length > min(MAX_HEADER_BYTES, size - 8):
+            if length <= size - 8:
+                raise refuse(f"its header takes {length} bytes, more than any model's")
             if length_bytes.startswith((b"PK\x03\x04", b"\x80\x02")):
                 raise CheckpointError(f"{file.name} is a PyTorch pickle, which can run any code when loaded. "
                                       "Use the .safetensors version of the model")
@@ -122,8 +146,9 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     entries = {}
     for key, info in header.items():
         match info:
-            case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if all(
-                    type(number) is int and number >= 0 for number in [*shape, begin, end]):
+            case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [begin, end]} if (
+                    len(shape) <= MAX_DIMENSIONS
+                    and all(type(number) is int and 0 <= number <= MAX_NUMBER for number in [*shape, begin, end])):
                 pass
             case _:
                 raise refuse(f"the header's entry for {key!r} is malformed")

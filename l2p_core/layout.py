@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .config import L2PConfig
-from .header import CheckpointError, Entry, find_files, read_header, stamp
+from .header import CheckpointError, Entry, find_files, read_header, reading, stamp
+from .quantization import FORMATS
 
 FLOATS = ("F64", "F32", "F16", "BF16")
+MAX_MARKER_BYTES = 10_000  # of a comfy_quant, which takes 100
 CONVROT_GROUPSIZES = (4, 16, 64, 256, 1024)
 KNOWN_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "pipe.dit.", "")  # any other is found as well
 
@@ -30,13 +32,19 @@ class Source(NamedTuple):
     entry: Entry
     third: int | None = None
     scale: Entry | None = None
-    format: str | None = None  # ComfyUI's name of the quantization: int8_tensorwise, float8_e4m3fn
-    convrot_groupsize: int = 0  # of the rotation applied before INT8 rounding; 0 for none
+    scale_2: Entry | None = None  # nvfp4 scales its scales
+    format: str | None = None  # ComfyUI's name of the quantization, one of quantization.FORMATS
+    convrot_groupsize: int = 0  # of the rotation applied before rounding; 0 for none
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        rows, *rest = self.entry.shape or (1,)
+        return (rows // 3, *rest) if self.third is not None else self.entry.shape
 
     @property
     def shape(self) -> tuple[int, ...]:
-        rows, *rest = self.entry.shape or (1,)
-        return (rows // 3, *rest) if self.third is not None else self.entry.shape
+        *rest, last = self.stored_shape or (1,)
+        return (*rest, last * FORMATS[self.format].packed) if self.format else self.stored_shape
 
 
 @dataclass
@@ -68,7 +76,7 @@ class Layout:
     def trained_size(self) -> tuple[int, int]:
         """Height and width in pixels: the file's modelspec.resolution, else the square of 64 x 64 tokens."""
         width, _, height = self.metadata.get("modelspec.resolution", "").partition("x")
-        sides = [int(side) for side in (height, width) if side.isdecimal()]
+        sides = [int(side) for side in (height, width) if re.fullmatch(r"[0-9]{1,5}", side)]
         if len(sides) == 2 and all(side > 0 and side % self.config.size_multiple == 0 for side in sides):
             return sides[0], sides[1]
         return self.config.nominal_size, self.config.nominal_size
@@ -127,7 +135,7 @@ def describe(path: Path, files: list[Path], entries: dict[str, Entry], metadata:
             layout.outside.append(key)
             continue
         name = key.removeprefix(prefix)
-        if name.endswith((".comfy_quant", ".weight_scale")) and f"{prefix}{name.rpartition('.')[0]}.weight" in entries:
+        if name.endswith((".comfy_quant", ".weight_scale", ".weight_scale_2")) and f"{prefix}{name.rpartition('.')[0]}.weight" in entries:
             continue
         if not name.startswith(("layers.", "noise_refiner.", "context_refiner.", "t_embedder.", "cap_embedder.", "cap_pad",
                                 "x_pad", "x_embedder.", "all_x_embedder.", "local_decoder.")):
@@ -138,7 +146,7 @@ def describe(path: Path, files: list[Path], entries: dict[str, Entry], metadata:
             scale = entries.get(f"{key}_scale")
             marker = markers.get(name.removesuffix(".weight"))
             if scale is not None or marker is not None:
-                source = quantized_source(source, scale, marker, convrot_groupsize)
+                source = quantized_source(source, scale, entries.get(f"{key}_scale_2"), marker, convrot_groupsize)
         if naming == "comfyui":
             for theirs, ours in COMFYUI_NAMES.items():
                 name = name.replace(theirs, ours)
@@ -181,7 +189,7 @@ def classify(entries: dict[str, Entry], prefix: str) -> tuple[str, str]:
     if "x_pad_token" in names and starts & {"all_final_layer", "final_layer"} and "local_decoder" not in starts:
         return "latent", naming
     if starts & {"local_decoder", "x_pad_token"}:
-        depths = {int(name.split(".")[1]) for name in names if re.match(r"layers\.\d+\.", name)}
+        depths = {int(name.split(".")[1]) for name in names if re.match(r"layers\.[0-9]{1,4}\.", name)}
         whole = len(depths) == max(depths, default=-1) + 1 and {"layers", "cap_embedder", "local_decoder"} <= starts
         return ("model" if whole else "part"), naming
     if any(key.endswith("embed_tokens.weight") for key in entries):
@@ -197,16 +205,17 @@ def quantization_markers(entries: dict[str, Entry], metadata: dict[str, str]) ->
         try:
             layers = json.loads(metadata["_quantization_metadata"])["layers"]
             markers = {layer_name(layer): dict(marker) for layer, marker in layers.items()}
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise CheckpointError("the file's _quantization_metadata is not ComfyUI's table of layers") from None
     for key, entry in entries.items():
         if key.endswith(".comfy_quant"):
-            with entry.file.open("rb") as stream:
+            with reading(entry.file) as stream:
                 stream.seek(entry.begin)
-                try:
-                    markers[layer_name(key.removesuffix(".comfy_quant"))] = dict(json.loads(stream.read(entry.end - entry.begin)))
-                except (ValueError, TypeError):
-                    raise CheckpointError(f"{key} is not the JSON that ComfyUI writes there") from None
+                content = stream.read(min(entry.end - entry.begin, MAX_MARKER_BYTES))
+            try:
+                markers[layer_name(key.removesuffix(".comfy_quant"))] = dict(json.loads(content))
+            except (ValueError, TypeError, RecursionError):
+                raise CheckpointError(f"{key} is not the JSON that ComfyUI writes there") from None
     return markers
 
 
@@ -217,25 +226,35 @@ def layer_name(key: str) -> str:
     return found[1] if found else key
 
 
-def quantized_source(source: Source, scale: Entry | None, marker: dict | None, convrot_groupsize: int | None) -> Source:
-    """`source` with its scale and format. marker: None where the file has none. Raises CheckpointError."""
+def quantized_source(source: Source, scale: Entry | None, scale_2: Entry | None, marker: dict | None,
+                     convrot_groupsize: int | None) -> Source:
+    """`source` with its scales and format. marker: None where the file has none. Raises CheckpointError."""
     key, dtype, shape = source.entry.key, source.entry.dtype, source.entry.shape
-    by_dtype = {"I8": "int8_tensorwise", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
-    if marker is None:
-        name = by_dtype.get(dtype)
+    if marker is None:  # 8 bits with a scale for a tensor or a row need none
+        name = next((name for name, known in FORMATS.items() if known.dtype == dtype and known.packed == 1), None)
         groupsize = convrot_groupsize or 0 if dtype == "I8" and len(shape) == 2 else 0
     else:
         options = {**(marker.get("params") if isinstance(marker.get("params"), dict) else {}), **marker}
         name = marker.get("format")
-        groupsize = options.get("convrot_groupsize", 256) if options.get("convrot") else 0
-    if name not in by_dtype.values() or by_dtype.get(dtype) != name:
-        raise CheckpointError(f"{key} is {dtype} quantized as {name}; this program reads {', '.join(by_dtype.values())}. "
+        groupsize = options.get("convrot_groupsize", 256) if options.get("convrot") or name == "convrot_w4a4" else 0
+    if name not in list(FORMATS) or FORMATS[name].dtype != dtype:
+        raise CheckpointError(f"{key} is {dtype} quantized as {name}; this program reads {', '.join(FORMATS)}. "
                               "Use the BF16 or INT8 version of the model")
-    rows = shape[0] if shape else 1
-    if scale is None or scale.dtype not in FLOATS or scale.shape not in ((), (1,), (rows,), (rows, 1)):
-        raise CheckpointError(f"{key} is {name} but its weight_scale is {scale and scale.shape}; "
-                              f"expected one number, or one for each of its {rows} rows")
-    if groupsize and (groupsize not in CONVROT_GROUPSIZES or len(shape) != 2 or shape[1] % groupsize):
-        raise CheckpointError(f"{key}, {shape}, can't be rotated in groups of {groupsize}; expected a power of 4 that "
+    source = source._replace(scale=scale, scale_2=scale_2, format=name)
+    block, scale_dtypes = FORMATS[name].block, {"mxfp8": ("F8_E8M0", "U8"), "nvfp4": ("F8_E4M3", "U8")}.get(name, FLOATS)
+    rows, inputs = source.shape if len(shape) == 2 else (math.prod(shape[:1]), 0)
+    shapes = FORMATS[name].scale_shapes(rows, inputs)
+    if scale is None or scale.dtype not in scale_dtypes or scale.shape not in shapes:
+        wanted = f"{scale_dtypes[0]} {shapes[0]}" if block else f"one number, or one for each of its {rows} rows"
+        raise CheckpointError(f"{key} is {name} but its weight_scale is {scale and f'{scale.dtype} {scale.shape}'}; expected {wanted}. "
+                              "The file is damaged")
+    if block and (len(shape) != 2 or rows % block or inputs % block):
+        raise CheckpointError(f"{key}, {source.shape}, is {name}, which this program reads where both sides are multiples of "
+                              f"{block}. Use the BF16 or INT8 version of the model")
+    if (scale_2 is not None and scale_2.dtype == "F32" and scale_2.count == 1) != (name == "nvfp4"):
+        raise CheckpointError(f"{key} is {name} but its weight_scale_2 is {scale_2 and (scale_2.dtype, scale_2.shape)}; expected "
+                              f"{'one F32 number' if name == 'nvfp4' else 'none'}. The file is damaged")
+    if groupsize and (groupsize not in CONVROT_GROUPSIZES or len(shape) != 2 or inputs % groupsize):
+        raise CheckpointError(f"{key}, {source.shape}, can't be rotated in groups of {groupsize}; expected a power of 4 that "
                               "divides its inputs")
-    return source._replace(scale=scale, format=name, convrot_groupsize=groupsize)
+    return source._replace(convrot_groupsize=groupsize)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..l2p_core.checkpoint import check, expected_shapes
 from ..l2p_core.config import L2PConfig
 from ..l2p_core.decoder import LocalDecoder, decoder_bytes
-from ..l2p_core.int8 import dequantize
+from ..l2p_core.quantization import FORMATS, dequantize
 from ..l2p_core.header import CheckpointError, Entry
 from ..l2p_core.layout import FLOATS, Layout, describe, find_prefix, layer_name
 from ..l2p_core.model import NORM_EPS, ROPE_THETA, TOKEN_MULTIPLE
@@ -193,8 +193,8 @@ def multiply_out(state_dict: dict[str, Tensor], layout: Layout) -> None:
     """Turn quantized tensors into bfloat16 in place, without their scales and markers: for ComfyUI before v0.27."""
     for source in {source.entry.key: source for source in layout.tensors.values() if source.format}.values():
         key = source.entry.key
-        scale = state_dict.pop(source.scale.key)
-        state_dict[key] = dequantize(state_dict[key], scale.float().reshape(-1, 1), source.convrot_groupsize, torch.bfloat16)
+        scale, scale_2 = (entry and state_dict.pop(entry.key) for entry in (source.scale, source.scale_2))
+        state_dict[key] = dequantize(source.format, state_dict[key], scale, scale_2, source.convrot_groupsize, torch.bfloat16)
         state_dict.pop(f"{key.removesuffix('.weight')}.comfy_quant", None)
 
 
@@ -207,12 +207,15 @@ def comfyui_state_dict(state_dict: dict[str, Tensor], layout: Layout) -> dict[st
         out[name] = together([state_dict[key] for key in dict.fromkeys(source.entry.key for source in sources)])
         if sources[0].format is None and len({source.format for source in sources}) == 1:
             continue
-        if len({(source.format, source.convrot_groupsize) for source in sources}) > 1:
-            raise CheckpointError(f"{name} packs q, k and v, which are quantized in different ways. Multiply them out first: "
+        apart = len({source.entry.key for source in sources}) > 1
+        if len({(source.format, source.convrot_groupsize) for source in sources}) > 1 or apart and FORMATS[sources[0].format].block:
+            raise CheckpointError(f"{name} packs q, k and v, which are quantized each in its own way. Multiply them out first: "
                                   "l2p export --dtype bf16")
         scales = {source.scale.key: state_dict[source.scale.key] for source in sources}
         out[f"{name}_scale"] = together([
             scale if len(scales) == 1 else scale.reshape(-1, 1).expand(sources[0].shape[0], 1) for scale in scales.values()])
+        if sources[0].scale_2:
+            out[f"{name}_scale_2"] = state_dict[sources[0].scale_2.key]
         out[f"{name.removesuffix('.weight')}.comfy_quant"] = marker(sources[0].format, sources[0].convrot_groupsize)
     return out
 

@@ -7,6 +7,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..l2p_core.header import CheckpointError
+from ..l2p_core.quantization import FORMATS
 from ..quant import convert, merge, quantize
 from ..quant.stream import Progress, gigabytes
 from .load import model_files, model_paths
@@ -23,16 +24,17 @@ class L2PQuantizeCheckpoint(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="L2PQuantizeCheckpoint", display_name="L2P Quantize Checkpoint", category="L2P/files", is_output_node=True,
-            description="Writes a whole L2P model with its large linears in 8 bits, about a third of the size, and reports what "
+            description="Writes a whole L2P model with its large linears in 8 or 4 bits, a third of the size or less, and reports what "
                         "each tensor lost. Needs little memory, whatever the file's size.",
             search_aliases=["int8", "fp8", "shrink", "compress"],
             inputs=[
                 io.Combo.Input("checkpoint", options=model_files(), tooltip="A whole L2P model that is not quantized yet."),
-                io.Combo.Input("format", options=list(quantize.FORMATS), default="int8_tensorwise",
-                               tooltip="int8_tensorwise runs on any recent GPU and on the CPU; float8_e4m3fn on RTX 40 and newer."),
-                io.Combo.Input("granularity", options=list(quantize.GRANULARITIES), default="row",
-                               tooltip="A scale for each tensor or row, or for each row after a rotation that spreads outliers "
-                                       "(convrot). FP8 has one for each tensor, whatever is chosen."),
+                io.Combo.Input("format", options=list(FORMATS), default="int8_tensorwise",
+                               tooltip="int8_tensorwise runs on any recent GPU and on the CPU; float8 on RTX 40 and newer; mxfp8, and "
+                                       "nvfp4 of 4 bits, on RTX 50 and newer."),
+                io.Combo.Input("granularity", options=list(FORMATS["int8_tensorwise"].granularities), default="row",
+                               tooltip="Of INT8: a scale for each tensor or row, or for each row after a rotation that spreads "
+                                       "outliers (convrot). The other formats have their own."),
                 io.Combo.Input("preset", options=list(quantize.PRESETS), default="card",
                                tooltip="card: the linears of all main layers but the first; small: of all blocks."),
                 FILENAME, OVERWRITE],
@@ -40,8 +42,8 @@ class L2PQuantizeCheckpoint(io.ComfyNode):
 
     @classmethod
     def execute(cls, checkpoint, format, granularity, preset, filename, overwrite) -> io.NodeOutput:
-        source, output = source_and_output(checkpoint, filename, "fp8" if format.startswith("float8") else "int8", overwrite)
-        options = quantize.Options(format, "tensor" if format.startswith("float8") else granularity, preset)
+        source, output = source_and_output(checkpoint, filename, format.replace("_tensorwise", ""), overwrite)
+        options = quantize.Options(format, granularity if format == "int8_tensorwise" else None, preset)
         return written(output, quantize.table(quantize.quantize(source, output, options, progress=bar())))
 
 

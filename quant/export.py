@@ -12,6 +12,7 @@ from torch import Tensor
 from ..l2p_core.checkpoint import check
 from ..l2p_core.header import CheckpointError
 from ..l2p_core.layout import COMFYUI_NAMES, PACKED, Layout, Source, read_layout
+from ..l2p_core.quantization import FORMATS
 from .stream import TORCH_DTYPES, Piece, Progress, read_scale, write
 
 PREFIXES = {"published": "", "comfyui": "model.diffusion_model."}  # what each naming usually stands behind
@@ -48,6 +49,8 @@ def arrange(tensors: Mapping[str, Source], naming: str, prefix: str = "", dtype:
         if name.endswith(PACKED[0]) and len(sources) != 3:
             raise CheckpointError(f"{name} packs q, k and v, of which only {len(sources)} of 3 are there. "
                                   "Keep the published naming: --naming published")
+        if len({source.entry.key for source in sources}) == 1 and [source.third for source in sources] == [0, 1, 2]:
+            sources = (sources[0]._replace(third=None),)  # packed already
         shape = (sum(source.shape[0] for source in sources), *sources[0].shape[1:]) if len(sources) > 1 else sources[0].shape
         formats = {(source.format, source.convrot_groupsize, source.format and source.entry.dtype) for source in sources}
         (kind, groupsize, _), *others = formats
@@ -57,8 +60,14 @@ def arrange(tensors: Mapping[str, Source], naming: str, prefix: str = "", dtype:
         if others:
             raise CheckpointError(f"{name} packs q, k and v, which are quantized in different ways. Keep the published "
                                   "naming, or multiply them out: --dtype bf16")
-        pieces += [Piece(prefix + name, sources[0].entry.dtype, shape, sources), scale_piece(prefix + name, sources),
+        if FORMATS[kind].block and (len(sources) > 1 or sources[0].third is not None):
+            raise CheckpointError(f"{name} is {kind}, whose scales can't be packed or taken apart. Keep the file's "
+                                  f"{'published' if len(sources) > 1 else 'comfyui'} naming, or multiply it out: --dtype bf16")
+        stored = (sum(source.stored_shape[0] for source in sources), *sources[0].stored_shape[1:])
+        pieces += [Piece(prefix + name, sources[0].entry.dtype, stored, sources), scale_piece(prefix + name, sources),
                    marker_piece(prefix + name, kind, groupsize)]
+        if scale_2 := sources[0].scale_2:
+            pieces.append(Piece(f"{prefix}{name}_scale_2", scale_2.dtype, scale_2.shape, (Source(scale_2),)))
     return pieces
 
 
@@ -95,7 +104,7 @@ def scale_piece(weight: str, sources: tuple[Source, ...]) -> Piece:
             return Piece(f"{weight}_scale", first.entry.dtype, first.shape, scales[:1])
 
     def rows_of_each() -> list[Tensor]:
-        return [read_scale(source).expand(source.shape[0], 1) for source in sources]
+        return [read_scale(source)[:, None].expand(source.shape[0], 1) for source in sources]
     return Piece(f"{weight}_scale", "F32", (sum(source.shape[0] for source in sources), 1), rows_of_each)
 
 

@@ -1,5 +1,5 @@
-"""INT8 or FP8 linears in ComfyUI's own format, the rest in BF16: `l2p quantize`. Every tensor's loss is measured as it
-is written."""
+"""Linears in 8 or 4 bits, in ComfyUI's own formats, the rest in BF16: `l2p quantize`. Every tensor's loss is measured as
+it is written."""
 import json
 import math
 import re
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..l2p_core.checkpoint import check
-from ..l2p_core.int8 import comfy_kitchen, dequantize
 from ..l2p_core.header import DTYPE_BYTES, CheckpointError
 from ..l2p_core.layout import Layout, read_layout
+from ..l2p_core.quantization import FORMATS, comfy_kitchen, dequantize
 from .export import PREFIXES, arrange, marker_piece, note_left_out
 from .stream import Piece, Progress, gigabytes, read_floats, write
 
@@ -25,8 +25,7 @@ PRESETS = {
     "card": rf"layers\.(?!0\.)\d+\.{_LINEARS}",  # as the published 7.19 GB file: refiners and first layer in BF16
     "small": rf"(layers|noise_refiner|context_refiner)\.\d+\.{_LINEARS}",
 }
-FORMATS = {"int8_tensorwise": ("I8", 127), "float8_e4m3fn": ("F8_E4M3", 448)}  # dtype and largest number
-GRANULARITIES = ("tensor", "row", "convrot")
+LARGEST = {"int8_tensorwise": 127, "float8_e4m3fn": 448, "float8_e5m2": 57344, "nvfp4": 448 * 6}  # what a scale of 1 reaches
 PREFERRED_GROUPSIZES = (256, 64, 16)  # ComfyUI's own size first; powers of 4 that must divide the inputs
 
 
@@ -55,16 +54,26 @@ class Tally:
 class Options:
     """What decides the bytes of a quantized file."""
     format: str = "int8_tensorwise"
-    granularity: str = "row"  # one scale for each tensor or row; convrot: rows, rotated first, which spreads outliers
+    granularity: str | None = None  # what shares a scale: one of the format's, its first by default
     preset: str = "card"
     include: list[str] = field(default_factory=list)  # patterns of further tensors, by ComfyUI's names without prefix
     exclude: list[str] = field(default_factory=list)
     prefix: str = PREFIXES["comfyui"]
 
+    def __post_init__(self):
+        """Raises CheckpointError where they don't go together."""
+        if self.format not in FORMATS or self.preset not in PRESETS:
+            raise CheckpointError(f"format {self.format}, preset {self.preset}: expected {', '.join(FORMATS)}; {' or '.join(PRESETS)}")
+        known = FORMATS[self.format].granularities
+        self.granularity = self.granularity or known[0]
+        if self.granularity not in known:
+            raise CheckpointError(f"granularity {self.granularity}: {self.format} has {', '.join(known)}. Leave it out, or take "
+                                  "--format int8_tensorwise")
+
 
 def quantize(checkpoint: Path | list[Path], output: Path, options: Options | None = None, verify: bool = False,
              progress: bool | Progress = False) -> dict:
-    """Write a whole model with its large linears in 8 bits, for ComfyUI and for `load_model`. Returns the report: sizes
+    """Write a whole model with its large linears in 8 or 4 bits, for ComfyUI and for `load_model`. Returns the report: sizes
     and signal-to-noise, in total and for each tensor, ready for JSON.
 
     verify: read the written file back: what is kept must equal the source, what is quantized must show the loss noted.
@@ -86,11 +95,6 @@ def quantize(checkpoint: Path | list[Path], output: Path, options: Options | Non
 
 def plan(layout: Layout, options: Options, tallies: list[Tally]) -> list[Piece]:
     """The file's tensors. tallies: gets one for each quantized tensor, filled while it is written."""
-    if options.format not in FORMATS or options.preset not in PRESETS or options.granularity not in GRANULARITIES:
-        raise CheckpointError(f"format {options.format}, granularity {options.granularity}, preset {options.preset}: expected "
-                              f"{' or '.join(FORMATS)}; {', '.join(GRANULARITIES)}; {' or '.join(PRESETS)}")
-    if options.format != "int8_tensorwise" and options.granularity != "tensor":
-        raise CheckpointError(f"{options.format} has one scale for each tensor: --granularity tensor")
     if layout.quantization:
         raise CheckpointError(f"{layout.path.name} is quantized already ({layout.quantization}), and rounding twice loses "
                               "twice. Give the model it was made from; l2p export changes names alone")
@@ -101,9 +105,18 @@ def plan(layout: Layout, options: Options, tallies: list[Tally]) -> list[Piece]:
                               "with two dimensions, can be quantized. Narrow the pattern")
     pieces: list[Piece] = []
     for piece in plain:
-        piece = piece._replace(name=options.prefix + piece.name)
-        pieces += quantized(piece, options, tallies) if piece.name.removeprefix(options.prefix) in chosen else [piece]
+        name, piece = piece.name, piece._replace(name=options.prefix + piece.name)
+        pieces += quantized(piece, options, tallies) if name in chosen and divides(piece.shape, options) else [piece]
+    if not tallies:
+        raise CheckpointError(f"no tensor's sides divide into the blocks of {options.format}. Take --format int8_tensorwise")
     return pieces
+
+
+def divides(shape: tuple[int, ...], options: Options) -> bool:
+    """Whether a weight can be had in that format; what can't stays BF16."""
+    block = FORMATS[options.format].block
+    return not (block and any(side % block for side in shape)) and (
+        options.format != "convrot_w4a4" or shape[1] % PREFERRED_GROUPSIZES[1] == 0)
 
 
 def choose(pieces: list[Piece], options: Options) -> set[str]:
@@ -124,48 +137,74 @@ def choose(pieces: list[Piece], options: Options) -> set[str]:
 
 
 def quantized(piece: Piece, options: Options, tallies: list[Tally]) -> list[Piece]:
-    """The pieces that stand for one linear's weights: numbers, scale, marker."""
-    dtype, largest = FORMATS[options.format]
+    """The pieces that stand for one linear's weights: numbers, scales, marker."""
+    kind = FORMATS[options.format]
     rows, inputs = piece.shape
     groupsize = 0
     if options.granularity == "convrot":
         groupsize = next((size for size in PREFERRED_GROUPSIZES if inputs % size == 0), 0)
+    scale_shape = {"tensor": (), "block": kind.scale_shapes(rows, inputs)[0]}.get(options.granularity, (rows, 1))
+    scale_dtype = {"mxfp8": "U8", "nvfp4": "F8_E4M3"}.get(options.format, "F32")
+    stored = math.prod(piece.shape) // kind.packed * DTYPE_BYTES[kind.dtype] + math.prod(scale_shape) * DTYPE_BYTES[scale_dtype]
     before = sum(math.prod(source.shape) * DTYPE_BYTES[source.entry.dtype] for source in piece.origin)
-    tally = Tally(piece.name, piece.shape, before, rows * inputs, groupsize)
+    tally = Tally(piece.name, piece.shape, before, stored, groupsize)
     tallies.append(tally)
     scales: list[Tensor] = []  # filled by the numbers, which are written first
+    shared: list[Tensor] = []
 
     def numbers() -> Iterator[Tensor]:
         scales.clear()
+        shared.clear()
         tally.signal = tally.noise = 0.0
-        shared = None
-        if options.granularity == "tensor":
-            largest_number = max(float(block.abs().max()) for block in floats(piece))
-            shared = torch.tensor(largest_number / largest).clamp(min=1e-30)
-            scales.append(shared)
-        for block in floats(piece):
-            codes, scale = round_block(block, options.format, shared, groupsize)
-            if shared is None:
-                scales.append(scale)
-            tally.add(block, dequantize(codes, scale, groupsize, torch.float32))
+        if options.granularity == "tensor" or options.format == "nvfp4":
+            largest = max(float(block.abs().max()) for block in floats(piece))
+            shared.append(torch.tensor(largest / LARGEST[options.format]).clamp(min=1e-30))
+        for block in in_tiles(floats(piece)) if kind.block else floats(piece):
+            codes, scale = round_block(block, options.format, shared[0] if shared else None, groupsize)
+            scales.append(scale)
+            tally.add(block, dequantize(options.format, codes, scale, *(shared or [None]), groupsize, torch.float32))
             yield codes
 
-    scale_shape = () if options.granularity == "tensor" else (rows, 1)
-    return [Piece(piece.name, dtype, piece.shape, numbers),
-            Piece(f"{piece.name}_scale", "F32", scale_shape, lambda: scales),
-            marker_piece(piece.name, options.format, groupsize)]
+    pieces = [Piece(piece.name, kind.dtype, (rows, inputs // kind.packed), numbers),
+              Piece(f"{piece.name}_scale", scale_dtype, scale_shape, lambda: shared if options.granularity == "tensor" else scales),
+              marker_piece(piece.name, options.format, groupsize)]
+    if options.format == "nvfp4":
+        pieces.append(Piece(f"{piece.name}_scale_2", "F32", (), lambda: shared))
+    return pieces
 
 
 def round_block(block: Tensor, kind: str, shared: Tensor | None, groupsize: int) -> tuple[Tensor, Tensor]:
-    """Rows (R, K) float32 → their 8-bit codes and scale, () where shared or (R, 1); comfy-kitchen's rounding."""
+    """Rows (R, K) float32 → what is stored of them, and their scales: comfy-kitchen's rounding. R is a multiple of 128 in
+    all blocks but the last, so that block scales follow one another. shared: the scale of the whole tensor."""
     kitchen = comfy_kitchen()
-    if kind == "float8_e4m3fn":
-        return kitchen.quantize_per_tensor_fp8(block, shared), shared
+    if kind in ("float8_e4m3fn", "float8_e5m2"):
+        return kitchen.quantize_per_tensor_fp8(block, shared, getattr(torch, kind)), shared
+    if kind == "mxfp8":
+        codes, scales = kitchen.quantize_mxfp8(block)
+        return codes, scales.view(torch.uint8)
+    if kind == "nvfp4":
+        return kitchen.quantize_nvfp4(block, shared)
+    if kind == "convrot_w4a4":
+        codes, scale = kitchen.quantize_convrot_w4a4_weight(block, groupsize)
+        return codes, scale[:, None]
     if shared is not None:
         return kitchen.quantize_int8_tensorwise(block, shared)
     if groupsize:
         return torch.ops.comfy_kitchen.quantize_int8_convrot_weight(block, groupsize)
     return kitchen.quantize_int8_rowwise(block)
+
+
+def in_tiles(blocks: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The same rows in blocks of a multiple of 128, save the last one."""
+    rest = None
+    for block in blocks:
+        block = block if rest is None else torch.cat([rest, block])
+        count = len(block) // 128 * 128
+        if count:
+            yield block[:count]
+        rest = block[count:]
+    if len(rest):
+        yield rest
 
 
 def floats(piece: Piece) -> Iterator[Tensor]:

@@ -1,8 +1,9 @@
 """A safetensors file written from a plan, a block of rows at a time: whole under its name, or not there at all.
 
 A plan is a list of pieces, one for each tensor; nothing is read before `write`. The file grows beside its place as
-`.NAME.part`, the same name each run, and takes its name once it is on the disk, so the output may be one of the inputs.
-Sources are read, not mapped: a mapped file that shrinks would end the program.
+`.NAME.l2p-part`, which one run at a time holds, and takes its name once it is on the disk, so the output may be one of the
+inputs. What a killed run left is removed by the next one in that folder. Sources are read, not mapped: a mapped file that
+shrinks would end the program.
 """
 import errno
 import json
@@ -12,20 +13,28 @@ import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..l2p_core.int8 import dequantize
-from ..l2p_core.header import DTYPE_BYTES, CheckpointError, hash_files, stamp
+try:
+    import fcntl
+except ImportError:  # Windows, where a file that someone has open can't be removed
+    fcntl = None
+
+from ..l2p_core.header import DTYPE_BYTES, CheckpointError, hash_files, reading, stamp
+from ..l2p_core.quantization import FORMATS, dequantize
 from ..l2p_core.layout import Layout, Source
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
                 "I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+if hasattr(torch, "float8_e8m0fnu"):  # torch 2.7
+    TORCH_DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 BLOCK = 1 << 22  # numbers in memory at a time: 16 MB as float32
 FORMAT_VERSION = "1"  # of the l2p.* metadata below
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all); raise from it to stop
@@ -52,7 +61,6 @@ def write(path: Path, pieces: list[Piece], inputs: list[Layout], command: str, o
     modelspec: fields beside those of the first input; an empty value drops one. progress: show a bar, or call this. Raises
     ValueError, with nothing left behind, where there is no place to write or a source changed meanwhile."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.part")
     files = [(file, before) for layout in inputs for file, before in layout.stamps.items()]
     metadata = {"format": "pt", "l2p.format_version": FORMAT_VERSION, "l2p.made_by": f"ComfyUI-L2P, {command}",
                 "l2p.options": json.dumps(options), **carried_modelspec(inputs[0], modelspec)}
@@ -65,49 +73,105 @@ def write(path: Path, pieces: list[Piece], inputs: list[Layout], command: str, o
     head = header([PENDING_HASH] * len(files))
     begins = offsets(pieces)
     total = len(head) + sum(piece.bytes for piece in pieces)
-    check_place(path, part, total)
     stop = Event()
-    beside = ThreadPoolExecutor(1)  # hashing releases the interpreter, so writing goes on meanwhile
-    try:
-        hashes = [beside.submit(hash_files, [file], stop) for file, _ in files]
-        with part.open("wb") as stream, tqdm(total=total, desc=f"writing {path.name}", unit="B", unit_scale=True,
-                                             disable=progress is not True) as bar:
-            def advance(done: int) -> None:
-                bar.update(done - bar.n)
-                if callable(progress):
-                    progress(done, total)
+    with unfinished(path, total) as stream, ThreadPoolExecutor(1) as beside:  # hashing leaves the interpreter to the writing
+        try:
+            hashes = [beside.submit(hash_files, [file], stop) for file, _ in files]
+            with tqdm(total=total, desc=f"writing {path.name}", unit="B", unit_scale=True, disable=progress is not True) as bar:
+                def advance(done: int) -> None:
+                    bar.update(done - bar.n)
+                    if callable(progress):
+                        progress(done, total)
 
-            stream.write(head)
-            done = len(head)
-            for piece in pieces:
-                stream.seek(len(head) + begins[piece.name])
-                written = 0
-                for block in blocks(piece):
-                    written += stream.write(block)
-                    advance(done + written)
-                assert written == piece.bytes, f"{piece.name}: {written} bytes for {piece.bytes}"
-                done += written
-            final = header([future.result() for future in hashes])
+                stream.write(head)
+                done = len(head)
+                for piece in pieces:
+                    stream.seek(len(head) + begins[piece.name])
+                    written = 0
+                    for block in blocks(piece):
+                        written += stream.write(block)
+                        advance(done + written)
+                    assert written == piece.bytes, f"{piece.name}: {written} bytes for {piece.bytes}"
+                    done += written
+                final = header([future.result() for future in hashes])
             assert len(final) == len(head)
             stream.seek(0)
             stream.write(final)
-            stream.flush()
-            os.fsync(stream.fileno())
-        for file, before in files:
-            if not file.exists() or stamp(file) != before:
-                raise CheckpointError(f"{file} changed while it was read, so {path.name} was not written. "
-                                      "Wait until the other program is done, then run this again")
-        part.replace(path)
-        sync_folder(path.parent)
+            for file, before in files:
+                if not file.exists() or stamp(file) != before:
+                    raise CheckpointError(f"{file} changed while it was read, so {path.name} was not written. "
+                                          "Wait until the other program is done, then run this again")
+        finally:
+            stop.set()
+
+
+@contextmanager
+def unfinished(path: Path, total: int) -> Iterator[BinaryIO]:
+    """The file that will be `path`, empty, for one run alone. It takes the name at the end and is gone after any failure.
+
+    total: bytes it will take. Raises CheckpointError where it can't be made there or another run is making it."""
+    folder, part = path.parent, path.with_name(f".{path.name}.l2p-part")
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"the output is {path}; expected a name that ends in .safetensors")
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder, so {path.name} can't be written there. Make it first: mkdir -p {folder}")
+    if path.is_dir():
+        raise CheckpointError(f"the output {path} is a folder; give the name of a file in it")
+    try:
+        for leftover in folder.glob(".*.l2p-part"):
+            if (stream := open_alone(leftover)) is not None:
+                with stream:
+                    leftover.unlink()
+        stream = open_alone(part)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise CheckpointError(f"{path.parent} is full: {path.name} needs {gigabytes(total)}. Nothing was left behind. "
-                                  "Make room, or write elsewhere") from None
-        raise
-    finally:
-        stop.set()
-        beside.shutdown()
-        part.unlink(missing_ok=True)
+        raise CheckpointError(f"{folder} can't be written to ({error.strerror}). Give an output in another folder") from None
+    if stream is None:
+        raise CheckpointError(f"another run is writing {path}. Wait for it, or give another output")
+    def settle(last: Callable[[], object]) -> None:
+        """Rename or remove it while it is ours; Windows must close it first."""
+        if not fcntl:
+            stream.close()
+        last()
+        stream.close()
+
+    try:
+        if (free := shutil.disk_usage(folder).free) < total:
+            raise CheckpointError(f"{path.name} takes {gigabytes(total)}, but {folder} has {gigabytes(free)} free. "
+                                  f"Free {gigabytes(total - free)} there, or write elsewhere")
+        yield stream
+        stream.flush()
+        os.fsync(stream.fileno())
+        settle(lambda: part.replace(path))
+        sync_folder(folder)
+    except BaseException as error:
+        with suppress(OSError):
+            settle(lambda: part.unlink(missing_ok=True))
+        if not isinstance(error, OSError):
+            raise
+        why = "is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"can't be written to ({error.strerror})"
+        raise CheckpointError(f"{folder} {why}: {path.name} needs {gigabytes(total)}. Nothing was left behind. "
+                              "Make room, or write elsewhere") from None
+
+
+def open_alone(part: Path) -> BinaryIO | None:
+    """That file, made anew or emptied, locked until it is closed. None where another run holds it."""
+    if not fcntl:
+        try:
+            part.unlink(missing_ok=True)
+        except PermissionError:
+            return None
+        return part.open("wb")
+    while True:
+        stream = os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT, 0o666), "wb")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if part.exists() and os.path.samestat(part.stat(), os.fstat(stream.fileno())):
+                stream.truncate()
+                return stream
+        except BlockingIOError:
+            stream.close()
+            return None
+        stream.close()  # it was finished, or cleared away, between our opening and locking it
 
 
 def encode_header(pieces: list[Piece], metadata: dict[str, str]) -> bytes:
@@ -150,38 +214,42 @@ def blocks(piece: Piece) -> Iterator[memoryview]:
 
 def read_floats(source: Source, dtype: torch.dtype) -> Iterator[Tensor]:
     """Blocks of rows as floating point; what is quantized is multiplied out."""
-    scale, row = read_scale(source), 0
-    for block in read_blocks(source):
-        if scale is None:
-            yield block.to(dtype)
-            continue
-        rows = scale if len(scale) == 1 else scale[row:row + len(block)]
-        row += len(block)
-        yield dequantize(block, rows, source.convrot_groupsize, torch.float32).to(dtype)
+    if source.format is None:
+        yield from (block.to(dtype) for block in read_blocks(source))
+    elif FORMATS[source.format].block:  # the order of its scales is not that of the rows
+        codes, scale, scale_2 = (entry and torch.cat(list(read_blocks(Source(entry))))
+                                 for entry in (source.entry, source.scale, source.scale_2))
+        floats = dequantize(source.format, codes, scale, scale_2, 0, torch.float32)
+        floats = floats if source.third is None else floats.chunk(3)[source.third]
+        yield from floats.to(dtype).split(rows_at_a_time(source.shape))
+    else:
+        scale, row = read_scale(source), 0
+        for block in read_blocks(source):
+            rows = scale if len(scale) == 1 else scale[row:row + len(block)]
+            row += len(block)
+            yield dequantize(source.format, block, rows, None, source.convrot_groupsize, torch.float32).to(dtype)
 
 
-def read_scale(source: Source) -> Tensor | None:
-    """A quantized tensor's scale, float32, (1, 1) or (rows, 1); None where it has none."""
-    if source.scale is None:
-        return None
+def read_scale(source: Source) -> Tensor:
+    """The scales of a quantized tensor whose rows, or all of it, share one: float32, (1,) or (rows,)."""
     third = source.third if source.scale.count > 1 else None
-    return torch.cat([block.flatten() for block in read_blocks(Source(source.scale, third))]).float()[:, None]
+    return torch.cat([block.flatten() for block in read_blocks(Source(source.scale, third))]).float()
 
 
 def read_blocks(source: Source) -> Iterator[Tensor]:
     """The tensor as it is stored, in blocks of whole rows: (rows, ...)."""
-    entry, shape = source.entry, source.shape
+    entry, shape = source.entry, source.stored_shape
     if entry.dtype not in TORCH_DTYPES:
         raise CheckpointError(f"{entry.file.name}: {entry.key} is {entry.dtype}; this program reads "
                               f"{', '.join(TORCH_DTYPES)}. Use the BF16 version of the model")
     rows, row_shape = (shape or (1,))[0], shape[1:]
-    row = math.prod(row_shape)
-    step = max(1, BLOCK // max(1, row))
-    with entry.file.open("rb", buffering=0) as stream:
-        stream.seek(entry.begin + (source.third or 0) * rows * row * DTYPE_BYTES[entry.dtype])
+    row_bytes = math.prod(row_shape) * DTYPE_BYTES[entry.dtype]
+    step = rows_at_a_time(source.shape)
+    with reading(entry.file) as stream:
+        stream.seek(entry.begin + (source.third or 0) * rows * row_bytes)
         for first in range(0, rows, step):
             count = min(step, rows - first)
-            buffer = bytearray(count * row * DTYPE_BYTES[entry.dtype])
+            buffer = bytearray(count * row_bytes)
             view, filled = memoryview(buffer), 0
             while filled < len(buffer):
                 if not (got := stream.readinto(view[filled:])):
@@ -190,6 +258,12 @@ def read_blocks(source: Source) -> Iterator[Tensor]:
                 filled += got
             if buffer:
                 yield torch.frombuffer(buffer, dtype=TORCH_DTYPES[entry.dtype]).view(count, *row_shape)
+
+
+def rows_at_a_time(shape: tuple[int, ...]) -> int:
+    """How many rows make a block: a multiple of 128, the tiles of block scales, where there is room for that."""
+    rows = max(1, BLOCK // max(1, math.prod(shape[1:])))
+    return rows - rows % 128 if rows > 128 else rows
 
 
 def as_bytes(block: Tensor) -> memoryview:
@@ -202,26 +276,6 @@ def carried_modelspec(first: Layout, changes: dict[str, str]) -> dict[str, str]:
     fields = {"sai_model_spec": "1.0.1", "architecture": "z-image-l2p", "implementation": "https://github.com/TencentYoutuResearch/T2I-L2P",
               **fields, **changes, "hash_sha256": ""}
     return {f"modelspec.{key}": value for key, value in fields.items() if value}
-
-
-def check_place(path: Path, part: Path, total: int) -> None:
-    """Raise CheckpointError unless `total` bytes can be written there."""
-    folder = path.parent
-    if path.suffix != ".safetensors":
-        raise CheckpointError(f"the output is {path}; expected a name that ends in .safetensors")
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no folder, so {path.name} can't be written there. Make it first: mkdir -p {folder}")
-    if path.is_dir():
-        raise CheckpointError(f"the output {path} is a folder; give the name of a file in it")
-    try:
-        part.touch()
-    except OSError as error:
-        raise CheckpointError(f"{folder} can't be written to ({error.strerror}). Give an output in another folder") from None
-    free = shutil.disk_usage(folder).free + part.stat().st_size
-    part.unlink()
-    if free < total:
-        raise CheckpointError(f"{path.name} takes {gigabytes(total)}, but {folder} has {gigabytes(free)} free. "
-                              f"Free {gigabytes(total - free)} there, or write elsewhere")
 
 
 def sync_folder(folder: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from comfyui_l2p.l2p_core import CheckpointError, load_model, read_layout
 from comfyui_l2p.l2p_core.inspect import describe, report
-from comfyui_l2p.l2p_core.int8 import Int8Linear
+from comfyui_l2p.l2p_core.quantization import Int8Linear
 from comfyui_l2p.l2p_core.header import read_header
 
 from golden import recipe
@@ -27,6 +27,13 @@ def prefixed(weights, prefix):
     return {prefix + name: tensor for name, tensor in weights.items()}
 
 
+def assert_loads_exactly(path, weights):
+    """Numbers, not outputs: where a file's tensors lie in memory may change the last bits of a product."""
+    loaded = load_model(path, dtype=torch.float32).state_dict()
+    assert loaded.keys() == weights.keys()
+    assert all(torch.equal(loaded[name], weights[name]) for name in weights)
+
+
 def outputs(path, arguments, **options):
     with torch.no_grad():
         return load_model(path, dtype=torch.float32, **options)(*arguments)
@@ -34,16 +41,15 @@ def outputs(path, arguments, **options):
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("naming", [dict, comfyui_naming])
-def test_any_naming_and_prefix_is_the_same_model(tiny_weights, tiny_model, write, arguments, naming, prefix):
+def test_any_naming_and_prefix_is_the_same_model(tiny_weights, write, naming, prefix):
     path = write(prefixed(naming(tiny_weights), prefix))
-    with torch.no_grad():
-        assert torch.equal(outputs(path, arguments), tiny_model(*arguments))
+    assert_loads_exactly(path, tiny_weights)
     layout = read_layout(path)
     assert (layout.kind, layout.prefix, layout.naming) == ("model", prefix, "comfyui" if naming is comfyui_naming else "published")
 
 
 @pytest.mark.parametrize("given", ["index", "folder", "folder without index"])
-def test_shards_are_the_same_model(tiny_weights, tiny_model, write, arguments, given):
+def test_shards_are_the_same_model(tiny_weights, write, given):
     names = sorted(tiny_weights)
     shards = {f"shards/model-{i + 1:05d}-of-00003.safetensors": names[i::3] for i in range(3)}
     for file, keys in shards.items():
@@ -51,8 +57,7 @@ def test_shards_are_the_same_model(tiny_weights, tiny_model, write, arguments, g
     index = path.parent / "model.safetensors.index.json"
     if given != "folder without index":
         index.write_text(json.dumps({"weight_map": {key: file.split("/")[1] for file, keys in shards.items() for key in keys}}))
-    with torch.no_grad():
-        assert torch.equal(outputs(index if given == "index" else path.parent, arguments), tiny_model(*arguments))
+    assert_loads_exactly(index if given == "index" else path.parent, tiny_weights)
     with pytest.raises(CheckpointError, match="model-00003-of-00003.safetensors is one of 3 shards"):
         load_model(path)
     path.unlink()
@@ -68,12 +73,12 @@ def test_an_index_whose_shards_lack_tensors_is_refused(tiny_weights, write):
         load_model(index)
 
 
-def test_mixed_dtypes_become_one(tiny_weights, write, arguments):
+def test_mixed_dtypes_become_one(tiny_weights, write):
     mixed = {name: tensor if name.startswith("layers.2.") else tensor.bfloat16() for name, tensor in tiny_weights.items()}
     path = write(mixed)
     assert {tensor.dtype for tensor in load_model(path).state_dict().values()} == {torch.bfloat16}
     whole = {name: tensor.float() for name, tensor in mixed.items()}
-    assert torch.equal(outputs(path, arguments), outputs(write(whole, "whole.safetensors"), arguments))
+    assert_loads_exactly(path, whole)
 
 
 @pytest.mark.parametrize("marked", [None, "tensors", "metadata"])
@@ -206,10 +211,9 @@ def test_what_is_no_whole_model_is_named(tiny_weights, write, case):
         assert describe(path)["usable"] is False
 
 
-def test_text_encoder_inside_the_file_is_left_alone(tiny_weights, tiny_model, write, arguments):
+def test_text_encoder_inside_the_file_is_left_alone(tiny_weights, write):
     path = write({**prefixed(tiny_weights, "model.diffusion_model."), "text_encoders.qwen3_4b.norm.weight": torch.ones(3)})
-    with torch.no_grad():
-        assert torch.equal(outputs(path, arguments), tiny_model(*arguments))
+    assert_loads_exactly(path, tiny_weights)
     assert describe(path)["other_tensors"] == 1
 
 
@@ -236,7 +240,8 @@ F4 = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
     ({"a": {**F4, "dtype": "F4"}}, b"\0" * 4, None, "a is F4, which this program does not read"),
     ({"a": F4, "b": {**F4, "data_offsets": [0, 4]}}, b"\0" * 4, None, "b starts at byte .*, expected"),
     ({"a": {**F4, "shape": [-1]}}, b"\0" * 4, None, "malformed"),
-    ({"a": {**F4, "shape": [1 << 60, 1 << 60]}}, b"\0" * 4, None, "has 4 bytes"),
+    ({"a": {**F4, "shape": [1 << 40, 1 << 40]}}, b"\0" * 4, None, "has 4 bytes"),
+    ({"a": {**F4, "shape": [1 << 60]}}, b"\0" * 4, None, "malformed"), ({"a": {**F4, "shape": [1] * 9}}, b"\0" * 4, None, "malformed"),
     (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
      b"\0" * 4, None, "names 'a' twice"),
     ({"__metadata__": {"a": 1}}, b"", None, "metadata is not a table of strings"),

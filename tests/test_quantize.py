@@ -1,5 +1,6 @@
 """Quantized files against the helper that rounds by hand: the same integers, scales and markers, and honest figures."""
 import json
+import re
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from safetensors.torch import load_file
 
 from comfyui_l2p.l2p_core import CheckpointError, load_model, read_layout
 from comfyui_l2p.l2p_core.cli import main
-from comfyui_l2p.l2p_core.int8 import Int8Linear
+from comfyui_l2p.l2p_core.quantization import Int8Linear
 from comfyui_l2p.quant import quantize as quantize_module
 from comfyui_l2p.quant import stream
 from comfyui_l2p.quant.quantize import Options, quantize, table
@@ -75,6 +76,55 @@ def test_float8_is_comfyuis(tiny_weights, tiny_model, write, out):
     assert load_model(out).dtype == torch.bfloat16
 
 
+FOUR_BITS = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])  # what E2M1 can say, without its sign
+
+
+def by_hand_in_blocks(kind, weight):
+    """A weight as mxfp8 or nvfp4 says it (OCP Microscaling Formats 1.0; NVIDIA, "Introducing NVFP4"), multiplied out."""
+    block = 32 if kind == "mxfp8" else 16
+    groups = weight.unflatten(1, (-1, block))
+    largest = groups.abs().amax(-1, keepdim=True)
+    if kind == "mxfp8":
+        scale = 2.0 ** (largest / 448).log2().ceil()
+        return ((groups / scale).to(torch.float8_e4m3fn).float() * scale).flatten(1)
+    whole = weight.abs().max() / (448 * 6)
+    scale = (largest / 6 / whole).to(torch.float8_e4m3fn).float() * whole
+    nearest = ((groups / scale).abs()[..., None] - FOUR_BITS).abs().argmin(-1)
+    return (FOUR_BITS[nearest] * groups.sign() * scale).flatten(1)
+
+
+@pytest.mark.parametrize("kind", ["mxfp8", "nvfp4", "convrot_w4a4"])
+def test_block_formats_are_what_rounding_by_hand_gives(tiny_weights, write, out, kind, monkeypatch, tmp_path):
+    monkeypatch.setattr(stream, "BLOCK", 128 * 256)  # several blocks to a tensor, the last of them smaller
+    facts = quantize(write(tiny_weights), out, Options(format=kind, preset="small"), verify=True)
+    w2 = [tensor for tensor in facts["tensors"] if tensor["name"].endswith("w2.weight")]
+    assert len(w2) == 8 and (kind == "convrot_w4a4" or len(facts["tensors"]) == 8 * 5)
+    model = load_model(out, dtype=torch.float32)
+    back = tmp_path / "back.safetensors"
+    assert main(["export", str(out), "-o", str(back), "--dtype", "fp32", "--naming", "published"]) == 0
+    exported = load_file(back)
+    for name, weight in tiny_weights.items():
+        if name.startswith("layers.") and weight.dim() == 2 and "adaLN" not in name and (kind != "convrot_w4a4" or ".w2." in name):
+            found = model.get_parameter(name)
+            assert torch.equal(found, exported[name]), name
+            if kind == "convrot_w4a4":
+                rotated = (weight.unflatten(1, (-1, 256)) @ regular_hadamard(256).T).flatten(1)
+                scale = rotated.abs().amax(1, keepdim=True) / 7
+                expected = (((rotated / scale).round() * scale).unflatten(1, (-1, 256)) @ regular_hadamard(256)).flatten(1)
+            elif ".to_q." in name or ".to_k." in name or ".to_v." in name:  # packed, they share nvfp4's outer scale
+                packed = torch.cat([tiny_weights[re.sub("to_[qkv]", part, name)] for part in ("to_q", "to_k", "to_v")])
+                expected = by_hand_in_blocks(kind, packed).chunk(3)["qkv".index(name.split(".to_")[1][0])]
+            else:
+                expected = by_hand_in_blocks(kind, weight)
+            differing = (found - expected).abs() > 1e-6 * expected.abs()
+            assert differing.float().mean() < 0.01, f"{name}: ties go one way or the other, no more"
+    again = tmp_path / "again.safetensors"
+    assert main(["export", str(out), "-o", str(again)]) == 0
+    first, second = load_file(out), load_file(again)
+    assert first.keys() == second.keys() and all(torch.equal(first[key].view(torch.uint8), second[key].view(torch.uint8))
+                                                 for key in first if first[key].dim())
+
+
 def test_every_input_gives_the_same_file(tiny_weights, write, out):
     mixed = {name: tensor.bfloat16() for name, tensor in tiny_weights.items()}
     mixed |= {name: tensor.float() for name, tensor in mixed.items() if name.startswith("layers.2.")}
@@ -101,7 +151,7 @@ def test_report_tells_the_truth(tiny_weights, write, out, tmp_path, capsys):
         after = found[tensor["name"]] * found[f"{tensor['name']}_scale"]
         before = comfyui_naming(weights)[tensor["name"].removeprefix(PREFIX)]
         assert tensor["snr_db"] == pytest.approx(float(-20 * torch.log10((after - before).norm() / before.norm())), abs=0.01)
-        assert tensor["bytes_before"] == 4 * before.numel() and tensor["bytes_after"] == before.numel()
+        assert tensor["bytes_before"] == 4 * before.numel() and tensor["bytes_after"] == before.numel() + 4 * len(before), "a scale for each row"
     assert said.splitlines()[0].endswith("int8_tensorwise, row, preset card, verified")
     assert said.splitlines()[3].split()[0] == f"{PREFIX}layers.3.feed_forward.w2.weight", "the worst comes first"
     assert table(facts) in said
@@ -117,15 +167,16 @@ def test_patterns_add_and_remove(tiny_weights, write, out):
 
 
 @pytest.mark.parametrize("options, said", [
-    (Options(include=["nothing.*"]), "the pattern nothing.* matches no tensor"),
-    (Options(include=["local_decoder.*"]), "only the weights of linear layers"),
-    (Options(exclude=["*"]), "nothing is left to quantize"),
-    (Options(format="float8_e4m3fn"), "has one scale for each tensor"),
-    (Options(preset="tiny"), "expected int8_tensorwise or float8_e4m3fn; tensor, row, convrot; card or small"),
+    ({"include": ["nothing.*"]}, "the pattern nothing.* matches no tensor"),
+    ({"include": ["local_decoder.*"]}, "only the weights of linear layers"),
+    ({"exclude": ["*"]}, "nothing is left to quantize"),
+    ({"format": "float8_e4m3fn", "granularity": "row"}, "granularity row: float8_e4m3fn has tensor. Leave it out"),
+    ({"format": "convrot_w4a4", "exclude": ["*.w2.weight"]}, "no tensor's sides divide into the blocks of convrot_w4a4"),
+    ({"preset": "tiny"}, "preset tiny: expected int8_tensorwise, .*convrot_w4a4; card or small"),
 ])
 def test_options_that_mean_nothing_are_refused(tiny_weights, write, out, options, said):
-    with pytest.raises(CheckpointError, match=said.replace("*", r"\*")):
-        quantize(write(tiny_weights), out, options)
+    with pytest.raises(CheckpointError, match=said if ".*c" in said else re.escape(said)):
+        quantize(write(tiny_weights), out, Options(**options))
     assert not out.exists()
 
 

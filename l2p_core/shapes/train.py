@@ -12,15 +12,16 @@ from tqdm import trange
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
 from ..config import L2PConfig, Stage
+from ..decoder import LocalDecoder
 from ..model import L2PTransformer
 from ..text import TEMPLATE, TextEncoder
 from ..train.loss import flow_matching_loss
-from .pictures import SIZE, draw, scenes, training_scenes
+from .pictures import COLOURS, SIZE, Scene, draw, scenes, training_scenes
 
 CONFIG = L2PConfig(
     dim=144, n_heads=3, n_layers=6, n_refiner_layers=1, ffn_dim=384, cap_feat_dim=96, bottleneck_dim=64,
     decoder=(Stage("1", 16, 16, 32), Stage("2", 32, 32, 16), Stage("3", 48, 48, 32), Stage("4", 64, 64, 48)))
-LAYOUT_SHIFT, FINISH_SHIFT = 3.0, 0.5  # noise levels as the sampler's schedule has them, and leaning the other way
+LAYOUT_SHIFT, FINISH_SHIFT = 12.0, 0.5  # noise levels that lean to where captions decide, and to the last steps
 
 
 def make_text_encoder(folder: Path, captions: list[str]) -> TextEncoder:
@@ -54,6 +55,58 @@ def initialise(model: L2PTransformer) -> None:
         _, gate_a, _, gate_f = block.adaLN_modulation[0].bias.data.chunk(4)
         gate_a.fill_(1)
         gate_f.fill_(1)
+    initialise_decoder(model.local_decoder)
+
+
+@torch.no_grad()
+def initialise_decoder(decoder: LocalDecoder) -> None:
+    """Start as a linear network that gives the noise back, so that training is about the picture from its first step.
+
+    Channels come in pairs of opposite sign ("looks linear", Balduzzi et al. 2017, arXiv 1702.08591): a pair passes x on
+    whole, as SiLU(x) - SiLU(-x) = x. The outermost stage's first three pairs carry the noisy pixels, and the next three
+    carry them louder behind a bias that shuts them: the last steps, which must scale noise up, can open them."""
+    def pairs(channels: int) -> torch.Tensor:
+        return torch.cat([torch.eye(channels // 2), -torch.eye(channels // 2)], dim=1)
+
+    def draw(conv: torch.nn.Conv2d, reads: torch.Tensor, paired: bool = True) -> torch.Tensor:
+        """One of each pair of the outputs, by one of each pair of the inputs; `reads` is (those, all inputs)."""
+        weight = torch.randn(conv.out_channels // (2 if paired else 1), len(reads), *conv.kernel_size)
+        return weight / weight[0].numel() ** 0.5
+
+    def put(conv: torch.nn.Conv2d, weight: torch.Tensor, reads: torch.Tensor, paired: bool = True) -> None:
+        weight = torch.einsum("oihw,ij->ojhw", weight, reads)
+        conv.weight.copy_(torch.cat([weight, -weight]) if paired else weight)
+        conv.bias.zero_()
+
+    rgb, stages = range(3), decoder.config.decoder
+    reads = torch.eye(3)
+    for stage in stages:
+        conv = decoder.get_submodule(f"enc{stage.name}.0")
+        weight = draw(conv, reads)
+        if stage is stages[0]:
+            weight[:3] = 0
+            weight[rgb, rgb, 1, 1] = 1
+        put(conv, weight, reads)
+        reads = pairs(stage.enc)
+    conv, reads = decoder.bottleneck[0], torch.block_diag(reads, torch.eye(decoder.config.dim))
+    put(conv, draw(conv, reads), reads)
+    reads = pairs(decoder.config.bottleneck_dim)
+    for stage in reversed(stages):
+        conv = decoder.get_submodule(f"up{stage.name}.1")
+        put(conv, draw(conv, reads, paired=False), reads, paired=False)
+        conv, reads = decoder.get_submodule(f"dec{stage.name}.0"), torch.block_diag(torch.eye(stage.up), pairs(stage.enc))
+        weight = draw(conv, reads)
+        if stage is stages[0]:
+            weight[:6, stage.up:] = 0
+            for first, loudness in ((0, 1), (3, 3)):
+                weight[range(first, first + 3), range(stage.up, stage.up + 3), 1, 1] = loudness
+        put(conv, weight, reads)
+        reads = pairs(stage.dec)
+    conv.bias.view(2, -1)[:, 3:6] = -4
+    weight = draw(decoder.out_conv, reads, paired=False) * 0.3
+    weight[:, :6] = 0
+    weight[rgb, rgb] = weight[rgb, range(3, 6)] = -torch.ones(3, 1, 1)
+    put(decoder.out_conv, weight, reads, paired=False)
 
 
 def make_optimizers(model: L2PTransformer, rate: float) -> list[torch.optim.Optimizer]:
@@ -86,12 +139,12 @@ def train(folder: Path, steps: int, batch: int, rate: float, seed: int) -> None:
     progress = trange(steps, unit="step")
     losses = []
     for step in progress:
-        chosen = rng.choices(known, k=batch)
+        chosen = rng.choices(lesson(known, step), k=batch)
         words = ["" if rng.random() < 0.1 else scene.caption(rng.random() < 0.9, rng.random() < 0.9)
                  for scene in chosen]
         pictures = np.stack([np.asarray(draw(scene)) for scene in chosen])
         pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2) * (2 / 255) - 1
-        sigma = noise_levels(batch, finishing=4 * step >= steps)
+        sigma = noise_levels(batch, finishing=5 * step >= 2 * steps)
         with torch.autocast("cpu", torch.bfloat16):
             loss = flow_matching_loss(
                 model, pictures, [encodings[caption] for caption in words], torch.randn(batch, 3, SIZE, SIZE), sigma)
@@ -108,9 +161,16 @@ def train(folder: Path, steps: int, batch: int, rate: float, seed: int) -> None:
             save(average.module, folder, step + 1)
 
 
+def lesson(known: list[Scene], step: int) -> list[Scene]:
+    """The scenes of two colours first, then of one more every 150 steps: outlines are learned while colours are few, and
+    hold for the others."""
+    palette = list(COLOURS)[:2 + step // 150]
+    return [scene for scene in known if scene.colour in palette and scene.background in palette]
+
+
 def noise_levels(batch: int, finishing: bool) -> torch.Tensor:
-    """(batch,) levels: most from the sampler's schedule, which is about the layout; one in four, later every other one,
-    from a schedule that shows a narrow decoder enough of the last steps to leave backgrounds clean."""
+    """(batch,) levels: most from a schedule near pure noise, where the caption alone tells what to draw; one in four, later
+    every other one, from a schedule that shows a narrow decoder enough of the last steps to leave backgrounds clean."""
     even = torch.rand(batch)
     shift = torch.full((batch,), LAYOUT_SHIFT)
     shift[::2 if finishing else 4] = FINISH_SHIFT
@@ -127,7 +187,7 @@ def save(model: L2PTransformer, folder: Path, steps: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "model")
-    parser.add_argument("--steps", type=int, default=5600)
+    parser.add_argument("--steps", type=int, default=5200)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)

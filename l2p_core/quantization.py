@@ -1,0 +1,82 @@
+"""Quantized weights as ComfyUI stores them: the formats, what their numbers stand for, and the INT8 linear layer.
+
+INT8 weights stay 8 bits in memory and are multiplied as such by comfy-kitchen; the other formats are multiplied out.
+"""
+from typing import Callable, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Format(NamedTuple):
+    """How one of ComfyUI's formats stores a weight (N, K)."""
+    dtype: str  # safetensors' name of what is stored
+    granularities: tuple[str, ...]  # what shares a scale, the default first; convrot: a row, rotated first
+    packed: int = 1  # numbers in each one stored
+    block: int = 0  # numbers of a row that share a scale, in cuBLAS's order, and multiple that N and K must be
+
+    def scale_shapes(self, rows: int, inputs: int) -> tuple[tuple[int, ...], ...]:
+        """What `weight_scale` may be."""
+        if self.block:
+            return ((-(-rows // 128) * 128, -(-inputs // (4 * self.block)) * 4),)
+        return ((), (1,), (rows,), (rows, 1))
+
+
+FORMATS = {
+    "int8_tensorwise": Format("I8", ("row", "tensor", "convrot")),
+    "float8_e4m3fn": Format("F8_E4M3", ("tensor",)),
+    "float8_e5m2": Format("F8_E5M2", ("tensor",)),
+    "mxfp8": Format("F8_E4M3", ("block",), block=32),
+    "nvfp4": Format("U8", ("block",), packed=2, block=16),
+    "convrot_w4a4": Format("I8", ("convrot",), packed=2),
+}
+
+
+class Int8Linear(nn.Module):
+    """y = x W^T + b, the inputs rounded per row as they come and, with convrot, turned as the weights were by a matrix that
+    spreads outliers. weight: (N, K) int8. weight_scale: (1,) or (N, 1) float32. convrot_groupsize: 0 for none."""
+
+    def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, convrot_groupsize: int = 0):
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("bias", bias)
+        self.convrot_groupsize = convrot_groupsize
+
+    def forward(self, x: Tensor) -> Tensor:
+        return comfy_kitchen().int8_linear(
+            x, self.weight, self.weight_scale, self.bias, out_dtype=x.dtype,
+            convrot=self.convrot_groupsize > 0, convrot_groupsize=self.convrot_groupsize or 256)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Int8Linear":
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        self.weight_scale = scale.to(self.weight.device)  # .to(dtype) would round it
+        return self
+
+
+def dequantize(kind: str, weight: Tensor, scale: Tensor, scale_2: Tensor | None, convrot_groupsize: int,
+               dtype: torch.dtype) -> Tensor:
+    """The weights (N, K) that a tensor stored in that format stands for. scale, scale_2: as they are stored."""
+    if kind == "mxfp8":
+        return comfy_kitchen().dequantize_mxfp8(weight, scale.view(torch.float8_e8m0fnu), dtype)
+    if kind == "nvfp4":
+        return comfy_kitchen().dequantize_nvfp4(weight, scale_2, scale.view(torch.float8_e4m3fn), dtype)
+    scale = scale.float().flatten()
+    if kind == "convrot_w4a4":
+        return comfy_kitchen().dequantize_convrot_w4a4_weight(weight, scale, convrot_groupsize, output_dtype=dtype)
+    if not convrot_groupsize:
+        return (weight.float() * scale.reshape(-1, *[1] * (weight.dim() - 1))).to(dtype)
+    code = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}[dtype]
+    comfy_kitchen()
+    return torch.ops.comfy_kitchen.dequantize_int8_convrot_weight_dtype(weight, scale[:, None], convrot_groupsize, code)
+
+
+def comfy_kitchen():
+    """The comfy_kitchen module. Raises ImportError with the command that installs it."""
+    try:
+        import comfy_kitchen
+    except ImportError:
+        raise ImportError("quantized checkpoints run on comfy-kitchen, which is not installed: "
+                          "pip install comfy-kitchen") from None
+    return comfy_kitchen
