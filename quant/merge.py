@@ -6,7 +6,7 @@ from ..l2p_core.checkpoint import check
 from ..l2p_core.header import CheckpointError
 from ..l2p_core.layout import Layout, Source, read_layout
 from .export import DTYPES, arrange, note_left_out
-from .stream import Progress, write
+from .stream import Progress, modelspec, write
 
 
 def merge(trained: Path | list[Path], base: Path | list[Path], output: Path, dtype: str | None = None, skip: list[str] | None = None,
@@ -26,7 +26,7 @@ def merge(trained: Path | list[Path], base: Path | list[Path], output: Path, dty
     tensors = whole.tensors | fitting(part, whole, skip or [])
     note_left_out(whole)
     write(output, arrange(tensors, whole.naming, whole.prefix, dtype and DTYPES[dtype]), [part, whole], "l2p merge",
-          {"dtype": dtype, "skip": skip or []}, modelspec_of(whole), progress)
+          {"dtype": dtype, "skip": skip or []}, modelspec(whole), progress)  # what the part lacks, such as the model's size
 
 
 def fitting(part: Layout, whole: Layout, skip: list[str]) -> dict[str, Source]:
@@ -49,8 +49,3 @@ def fitting(part: Layout, whole: Layout, skip: list[str]) -> dict[str, Source]:
     if not kept:
         raise CheckpointError(f"{part.path.name} holds no tensors to merge. Give the file that the training saved")
     return kept
-
-
-def modelspec_of(whole: Layout) -> dict[str, str]:
-    """The base's modelspec fields, for those that the trained part lacks are the base's: the model's size for one."""
-    return {key.removeprefix("modelspec."): value for key, value in whole.metadata.items() if key.startswith("modelspec.")}

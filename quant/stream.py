@@ -272,10 +272,14 @@ def as_bytes(block: Tensor) -> memoryview:
 
 def carried_modelspec(first: Layout, changes: dict[str, str]) -> dict[str, str]:
     """The first input's modelspec fields with these changed. What it says of the file's own bytes is left out."""
-    fields = {key.removeprefix("modelspec."): value for key, value in first.metadata.items() if key.startswith("modelspec.")}
     fields = {"sai_model_spec": "1.0.1", "architecture": "z-image-l2p", "implementation": "https://github.com/TencentYoutuResearch/T2I-L2P",
-              **fields, **changes, "hash_sha256": ""}
+              **modelspec(first), **changes, "hash_sha256": ""}
     return {f"modelspec.{key}": value for key, value in fields.items() if value}
+
+
+def modelspec(layout: Layout) -> dict[str, str]:
+    """A file's modelspec fields, without that prefix."""
+    return {key.removeprefix("modelspec."): value for key, value in layout.metadata.items() if key.startswith("modelspec.")}
 
 
 def sync_folder(folder: Path) -> None:

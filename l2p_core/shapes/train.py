@@ -16,7 +16,7 @@ from ..decoder import LocalDecoder
 from ..model import L2PTransformer
 from ..text import TEMPLATE, TextEncoder
 from ..train.loss import flow_matching_loss
-from .pictures import COLOURS, SIZE, Scene, draw, scenes, training_scenes
+from .pictures import SIZE, draw, scenes, training_scenes
 
 CONFIG = L2PConfig(
     dim=144, n_heads=3, n_layers=6, n_refiner_layers=1, ffn_dim=384, cap_feat_dim=96, bottleneck_dim=64,
@@ -139,7 +139,7 @@ def train(folder: Path, steps: int, batch: int, rate: float, seed: int) -> None:
     progress = trange(steps, unit="step")
     losses = []
     for step in progress:
-        chosen = rng.choices(lesson(known, step), k=batch)
+        chosen = rng.choices(known, k=batch)
         words = ["" if rng.random() < 0.1 else scene.caption(rng.random() < 0.9, rng.random() < 0.9)
                  for scene in chosen]
         pictures = np.stack([np.asarray(draw(scene)) for scene in chosen])
@@ -159,13 +159,6 @@ def train(folder: Path, steps: int, batch: int, rate: float, seed: int) -> None:
             progress.set_postfix(loss=f"{sum(losses[-50:]) / 50:.4f}")
         if step % 500 == 499 or step == steps - 1:
             save(average.module, folder, step + 1)
-
-
-def lesson(known: list[Scene], step: int) -> list[Scene]:
-    """The scenes of two colours first, then of one more every 150 steps: outlines are learned while colours are few, and
-    hold for the others."""
-    palette = list(COLOURS)[:2 + step // 150]
-    return [scene for scene in known if scene.colour in palette and scene.background in palette]
 
 
 def noise_levels(batch: int, finishing: bool) -> torch.Tensor:
