@@ -79,7 +79,7 @@ def main() -> None:
         ("l2p convert", [*l2p, "convert", latent, "-o", out], [latent]),
         ("published convert", published and [
             sys.executable, published / "examples/z_image/L2P_convert_weight.py", "--latent_ckpt_files", latent, "--output_path", out], [latent]),
-        ("l2p merge", [*l2p, "merge", part, base, "-o", out], [part, base]),
+        ("l2p merge", [*l2p, "merge", "--trained", part, "--base", base, "-o", out], [part, base]),
         ("published merge", published and [
             sys.executable, published / "merge_weights.py", "--file_a", part, "--file_b", base, "--file_out", out], [part, base]),
         *((f"l2p quantize {' '.join(options)}", [*l2p, "quantize", base, "-o", out, *options], [base]) for options in (

@@ -3,7 +3,7 @@ it is written."""
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..l2p_core.header import DTYPE_BYTES, CheckpointError
 from ..l2p_core.layout import Layout, read_layout
 from ..l2p_core.quantization import FORMATS, comfy_kitchen, dequantize
 from .export import PREFIXES, arrange, marker_piece, note_left_out
-from .stream import Piece, Progress, gigabytes, read_floats, write
+from .stream import TORCH_DTYPES, Piece, Progress, gigabytes, read_floats, write
 
 # Which tensors become 8 bits, by ComfyUI's names: the linears of the blocks. Norms, biases, modulation, embedders and the
 # decoder are a hundredth of the model's work and the most sensitive to rounding.
@@ -46,8 +46,8 @@ class Tally:
         return 10 * math.log10(self.signal / self.noise) if self.noise else None
 
     def add(self, before: Tensor, after: Tensor) -> None:
-        self.signal += float(before.square().sum(dtype=torch.float64))
-        self.noise += float((before - after).square().sum(dtype=torch.float64))
+        self.signal += float(before.norm()) ** 2
+        self.noise += float(torch.dist(before, after)) ** 2
 
 
 @dataclass
@@ -144,32 +144,42 @@ def quantized(piece: Piece, options: Options, tallies: list[Tally]) -> list[Piec
     if options.granularity == "convrot":
         groupsize = next((size for size in PREFERRED_GROUPSIZES if inputs % size == 0), 0)
     scale_shape = {"tensor": (), "block": kind.scale_shapes(rows, inputs)[0]}.get(options.granularity, (rows, 1))
+    if options.format == "convrot_w4a4":
+        scale_shape = (rows,)  # as its kernels want them
     scale_dtype = {"mxfp8": "U8", "nvfp4": "F8_E4M3"}.get(options.format, "F32")
     stored = math.prod(piece.shape) // kind.packed * DTYPE_BYTES[kind.dtype] + math.prod(scale_shape) * DTYPE_BYTES[scale_dtype]
     before = sum(math.prod(source.shape) * DTYPE_BYTES[source.entry.dtype] for source in piece.origin)
     tally = Tally(piece.name, piece.shape, before, stored, groupsize)
     tallies.append(tally)
-    scales: list[Tensor] = []  # filled by the numbers, which are written first
-    shared: list[Tensor] = []
+    made: dict[str, Tensor] = {}  # by the numbers, which are written first; handed over once, to hold no memory
 
     def numbers() -> Iterator[Tensor]:
-        scales.clear()
-        shared.clear()
         tally.signal = tally.noise = 0.0
         if options.granularity == "tensor" or options.format == "nvfp4":
             largest = max(float(block.abs().max()) for block in floats(piece))
-            shared.append(torch.tensor(largest / LARGEST[options.format]).clamp(min=1e-30))
+            made["shared"] = torch.tensor(largest / LARGEST[options.format]).clamp(min=1e-30)
+        if options.granularity != "tensor":
+            # One tensor for all blocks' scales: small ones kept between the large would take malloc's large holes apart.
+            made["scale"] = torch.empty(scale_shape, dtype=TORCH_DTYPES[scale_dtype])
+        filled = 0
         for block in in_tiles(floats(piece)) if kind.block else floats(piece):
-            codes, scale = round_block(block, options.format, shared[0] if shared else None, groupsize)
-            scales.append(scale)
-            tally.add(block, dequantize(options.format, codes, scale, *(shared or [None]), groupsize, torch.float32))
+            codes, scale = round_block(block, options.format, made.get("shared"), groupsize)
+            if options.granularity != "tensor":
+                made["scale"].view(-1)[filled:filled + scale.numel()] = scale.flatten()
+                filled += scale.numel()
+            tally.add(block, dequantize(options.format, codes, scale, made.get("shared"), groupsize, torch.float32))
             yield codes
 
+    def once(name: str) -> Callable[[], Iterator[Tensor]]:
+        def hand_over() -> Iterator[Tensor]:
+            yield made.pop(name)
+        return hand_over
+
     pieces = [Piece(piece.name, kind.dtype, (rows, inputs // kind.packed), numbers),
-              Piece(f"{piece.name}_scale", scale_dtype, scale_shape, lambda: shared if options.granularity == "tensor" else scales),
+              Piece(f"{piece.name}_scale", scale_dtype, scale_shape, once("shared" if options.granularity == "tensor" else "scale")),
               marker_piece(piece.name, options.format, groupsize)]
     if options.format == "nvfp4":
-        pieces.append(Piece(f"{piece.name}_scale_2", "F32", (), lambda: shared))
+        pieces.append(Piece(f"{piece.name}_scale_2", "F32", (), once("shared")))
     return pieces
 
 
@@ -185,8 +195,7 @@ def round_block(block: Tensor, kind: str, shared: Tensor | None, groupsize: int)
     if kind == "nvfp4":
         return kitchen.quantize_nvfp4(block, shared)
     if kind == "convrot_w4a4":
-        codes, scale = kitchen.quantize_convrot_w4a4_weight(block, groupsize)
-        return codes, scale[:, None]
+        return kitchen.quantize_convrot_w4a4_weight(block, groupsize)
     if shared is not None:
         return kitchen.quantize_int8_tensorwise(block, shared)
     if groupsize:
@@ -211,7 +220,7 @@ def floats(piece: Piece) -> Iterator[Tensor]:
     """The source's numbers in blocks of rows, float32. Raises CheckpointError for NaN and infinities."""
     for source in piece.origin:
         for block in read_floats(source, torch.float32):
-            if not block.isfinite().all():
+            if not math.isfinite(float(block.sum())):
                 raise CheckpointError(f"{source.entry.file.name}: {source.entry.key} holds NaN or infinite numbers. The file "
                                       "is damaged, or its training diverged")
             yield block

@@ -35,7 +35,7 @@ TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16
                 "I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 if hasattr(torch, "float8_e8m0fnu"):  # torch 2.7
     TORCH_DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
-BLOCK = 1 << 22  # numbers in memory at a time: 16 MB as float32
+BLOCK = 1 << 18  # numbers in memory at a time: 1 MB as float32, which stays in a core's cache
 FORMAT_VERSION = "1"  # of the l2p.* metadata below
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all); raise from it to stop
 PENDING_HASH = "0" * 64  # stands in the header until the inputs are hashed, which goes on beside the writing

@@ -7,6 +7,7 @@ from comfyui_l2p.l2p_core import load_model
 from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS, L2PConfig
 from comfyui_l2p.l2p_core.model import L2PTransformer
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
+from comfyui_l2p.quant.quantize import Options, quantize
 
 from helpers import comfyui_naming, int8, rms
 from real_comfyui import Refused
@@ -69,6 +70,17 @@ def test_int8_stays_int8(comfyui, compare, write, tiny_model, tiny_weights, load
     error, loaded = compare(write(tensors, metadata=metadata), loader, tiny_model)
     assert error < 2e-2
     assert any("INT8" in name for name in loaded["formats"]) == (comfyui.version >= INT8_SINCE), loaded
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "mxfp8", "nvfp4", "convrot_w4a4"])
+def test_other_formats_stay_as_they_are(compare, write, tiny_weights, tmp_path, loader, kind):
+    """The weights as l2p_core multiplies them out; of 4-bit convrot the layers' inputs are rounded too."""
+    path = tmp_path / "quantized.safetensors"
+    quantize(write(tiny_weights), path, Options(kind, preset="small"))
+    error, loaded = compare(path, loader, load_model(path, dtype=torch.float32))
+    assert error < (0.1 if kind == "convrot_w4a4" else 1e-5)
+    assert any("Layout" in name for name in loaded["formats"]), loaded
 
 
 def test_unmarked_rotated_int8_is_read_as_the_loader_is_told(compare, write, tiny_model, tiny_weights):
