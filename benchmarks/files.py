@@ -3,21 +3,20 @@
     python benchmarks/files.py --folder /tmp/l2p          (75 GB of disk at most, 2 GB of memory, a quarter of an hour)
     python benchmarks/files.py --folder /tmp/l2p --published T2I-L2P       (also its own two scripts, where memory allows)
 
-Inputs have random weights under the real names, shapes and dtypes, some columns of them ten times as large as the rest:
+Inputs have random weights under the real names, shapes and dtypes:
 a latent Z-Image (BF16), a pixel initialisation (BF16, main layers 5..24 in FP32) and the part that training makes of it.
 Each command runs in a process of its own, its inputs not in the cache, and is done when its output is on the disk; `cp`
 then copies that output under the same conditions. Private memory is the process's anonymous pages (RssAnon), polled.
 """
 import argparse
 import os
-import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from load import drop_from_cache, make, published_tensors
+from load import drop_from_cache, make, private_bytes, published_tensors
 
 LATENT_EMBEDDER, LATENT_LAST = (3840, 64), (64, 3840)
 
@@ -38,13 +37,6 @@ def latent_tensors() -> Iterator[tuple[str, str, tuple[int, ...]]]:
 def part_tensors() -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """(name, dtype, shape) of what training saves: all but main layers 5..24."""
     return (row for row in published_tensors() if row[1] == "BF16")
-
-
-def private_bytes(process: int) -> int:
-    try:
-        return int(re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())[1]) * 1024
-    except (OSError, TypeError):  # it has just ended
-        return 0
 
 
 def run(command: list[str], inputs: list[Path], output: Path, **environment: str) -> tuple[float, float, int]:

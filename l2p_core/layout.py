@@ -241,7 +241,7 @@ def quantized_source(source: Source, scale: Entry | None, scale_2: Entry | None,
         raise CheckpointError(f"{key} is {dtype} quantized as {name}; this program reads {', '.join(FORMATS)}. "
                               "Use the BF16 or INT8 version of the model")
     source = source._replace(scale=scale, scale_2=scale_2, format=name)
-    block, scale_dtypes = FORMATS[name].block, {"mxfp8": ("F8_E8M0", "U8"), "nvfp4": ("F8_E4M3", "U8")}.get(name, FLOATS)
+    block, scale_dtypes = FORMATS[name].block, FORMATS[name].scale_dtypes
     rows, inputs = source.shape if len(shape) == 2 else (math.prod(shape[:1]), 0)
     shapes = FORMATS[name].scale_shapes(rows, inputs)
     if scale is None or scale.dtype not in scale_dtypes or scale.shape not in shapes:

@@ -13,6 +13,7 @@ class Format(NamedTuple):
     dtype: str  # safetensors' name of what is stored
     granularities: tuple[str, ...]  # what shares a scale, the default first; convrot: a row, rotated first
     packed: int = 1  # numbers in each one stored
+    scale_dtypes: tuple[str, ...] = ("F32", "F64", "F16", "BF16")  # what `weight_scale` may be; the first is written
     block: int = 0  # numbers of a row that share a scale, in cuBLAS's order, and multiple that N and K must be
 
     def scale_shapes(self, rows: int, inputs: int) -> tuple[tuple[int, ...], ...]:
@@ -26,8 +27,8 @@ FORMATS = {
     "int8_tensorwise": Format("I8", ("row", "tensor", "convrot")),
     "float8_e4m3fn": Format("F8_E4M3", ("tensor",)),
     "float8_e5m2": Format("F8_E5M2", ("tensor",)),
-    "mxfp8": Format("F8_E4M3", ("block",), block=32),
-    "nvfp4": Format("U8", ("block",), packed=2, block=16),
+    "mxfp8": Format("F8_E4M3", ("block",), scale_dtypes=("U8", "F8_E8M0"), block=32),
+    "nvfp4": Format("U8", ("block",), packed=2, scale_dtypes=("F8_E4M3", "U8"), block=16),
     "convrot_w4a4": Format("I8", ("convrot",), packed=2),
 }
 

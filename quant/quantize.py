@@ -146,7 +146,7 @@ def quantized(piece: Piece, options: Options, tallies: list[Tally]) -> list[Piec
     scale_shape = {"tensor": (), "block": kind.scale_shapes(rows, inputs)[0]}.get(options.granularity, (rows, 1))
     if options.format == "convrot_w4a4":
         scale_shape = (rows,)  # as its kernels want them
-    scale_dtype = {"mxfp8": "U8", "nvfp4": "F8_E4M3"}.get(options.format, "F32")
+    scale_dtype = kind.scale_dtypes[0]
     stored = math.prod(piece.shape) // kind.packed * DTYPE_BYTES[kind.dtype] + math.prod(scale_shape) * DTYPE_BYTES[scale_dtype]
     before = sum(math.prod(source.shape) * DTYPE_BYTES[source.entry.dtype] for source in piece.origin)
     tally = Tally(piece.name, piece.shape, before, stored, groupsize)

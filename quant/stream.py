@@ -127,6 +127,7 @@ def unfinished(path: Path, total: int) -> Iterator[BinaryIO]:
         raise CheckpointError(f"{folder} can't be written to ({error.strerror}). Give an output in another folder") from None
     if stream is None:
         raise CheckpointError(f"another run is writing {path}. Wait for it, or give another output")
+
     def settle(last: Callable[[], object]) -> None:
         """Rename or remove it while it is ours; Windows must close it first."""
         if not fcntl:
