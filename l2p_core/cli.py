@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import warnings
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_merge(commands)
     add_quantize(commands)
     add_export(commands)
+    add_train(commands)
     args = parser.parse_args(arguments)
     warnings.showwarning = lambda message, *_: print(f"l2p: note: {message}", file=sys.stderr)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite stop is an interrupt
@@ -253,6 +255,30 @@ def add_export(commands: argparse._SubParsersAction) -> None:
         export(args.checkpoint, args.output, args.naming, args.prefix, args.dtype, args.convrot, progress=True)
         print(args.output)
     parser.set_defaults(run=run, when_stopped="Nothing was changed")
+
+
+def add_train(commands: argparse._SubParsersAction) -> None:
+    from .train.config import TrainConfig
+    parser = commands.add_parser(
+        "train", help="train a pixel initialisation, or go on training",
+        description="Train an L2P model on pictures with captions. The settings come from a TOML file, from the flags below, which "
+                    "are the file's names, or from both. A run that was stopped goes on where it saved last.")
+    parser.add_argument("config", nargs="?", type=Path, metavar="FILE.toml", help="the settings; a flag says otherwise")
+    for each in fields(TrainConfig):
+        kind = ({"action": argparse.BooleanOptionalAction} if each.type is bool else
+                {"nargs": "*", "metavar": "TEXT"} if each.type == tuple[str, ...] else
+                {"type": each.type, "choices": each.metadata.get("choices")})
+        if each.type in (int, float, str) and not each.metadata.get("choices"):
+            kind["metavar"] = {int: "N", float: "X", str: "TEXT"}[each.type]
+        default = "" if "default" in each.metadata["help"] or each.default in ("", (), None) else f" (default {each.default})"
+        parser.add_argument("--" + each.name.replace("_", "-"), default=None, help=each.metadata["help"] + default, **kind)
+
+    def run(args: argparse.Namespace) -> None:
+        from .train.config import read_config
+        from .train.trainer import train
+        flags = {each.name: value for each in fields(TrainConfig) if (value := getattr(args, each.name)) is not None}
+        print(train(read_config(args.config, flags)))
+    parser.set_defaults(run=run, when_stopped="All is saved; the same command goes on where this one ended")
 
 
 if __name__ == "__main__":

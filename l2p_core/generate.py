@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from tqdm import tqdm
 
-from .header import hash_files
+from .header import hash_files, whole
 from .pipeline import L2PPipeline, usable_device
 from .sampler import schedule, solver
 
@@ -236,12 +236,8 @@ def save(image: Image.Image, output: Path, settings: dict) -> None:
     info = PngImagePlugin.PngInfo()
     info.add_itxt(PNG_KEY, json.dumps(settings, ensure_ascii=False))
     output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(f".{output.name}.part")
-    try:
-        image.save(unfinished, "PNG", pnginfo=info)
-        unfinished.replace(output)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with whole(output) as part:
+        image.save(part, "PNG", pnginfo=info)
 
 
 def open_picture(file: str | Path) -> Image.Image:

@@ -21,7 +21,7 @@ from urllib.request import Request, urlopen
 from tqdm import tqdm
 
 from .generate import PNG_KEY, is_drawn, open_picture, output_files, read_rows
-from .header import hash_files
+from .header import hash_files, whole
 from .workflow import fill, places, read_workflow, title
 
 PICTURES = ("input_image", "inpaint_mask")  # files of ours, uploaded
@@ -312,12 +312,8 @@ def write(pictures: list[bytes], job: Job) -> None:
     chunk = (len(settings) - 4).to_bytes(4, "big") + settings + zlib.crc32(settings).to_bytes(4, "big")
     for number, picture in reversed(list(enumerate(pictures, 1))):
         output = job.output if number == 1 else job.output.with_stem(f"{job.output.stem}_{number}")
-        unfinished = output.with_name(f".{output.name}.part")
-        try:
-            unfinished.write_bytes(picture[:33] + chunk + picture[33:])  # behind the header, which is 33 bytes
-            unfinished.replace(output)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with whole(output) as part:
+            part.write_bytes(picture[:33] + chunk + picture[33:])  # behind the header, which is 33 bytes
 
 
 def failure(entry: dict, graph: dict) -> str | None:

@@ -1,1 +1,1 @@
-"""Training: the objective."""
+"""Training: what is learned (`loss`), from what (`data`), with which settings (`config`), and the loop (`trainer`)."""

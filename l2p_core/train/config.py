@@ -1,0 +1,125 @@
+"""Every knob of a training run, its default and what it changes. A TOML file gives them, flags override it."""
+import difflib
+import json
+import math
+import sys
+from dataclasses import Field, asdict, dataclass, field, fields
+from pathlib import Path
+
+
+def knob(default: object, says: str, **choices: object) -> object:
+    return field(default=default, metadata={"help": says, **choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What `train` takes. Paths are as given, from the folder the program runs in."""
+    checkpoint: str = knob("", "the pixel initialisation (l2p convert), or any whole L2P model, to train from")
+    data: str = knob("", "folder with metadata.csv or metadata.jsonl and the pictures it names")
+    output: str = knob("", "the run's folder: configuration, log, samples, step-N.safetensors, resume.pt")
+    text_encoder: str = knob("", "as for l2p generate; read only for captions that are not in the cache yet")
+    tokenizer: str = knob("", "as for l2p generate")
+    cache: str = knob("", "folder for encoded captions (default: encodings/ in the data folder)")
+
+    steps: int = knob(10_000, "optimiser steps in all")
+    batch: int = knob(1, "pictures a process takes through the model at once")
+    accumulate: int = knob(1, "batches to a step: their gradients are averaged")
+    height: int = knob(0, "pixels; with width, pictures are resized and cropped to this size. 0: each keeps its shape")
+    width: int = knob(0, "pixels")
+    max_pixels: int = knob(0, "pictures above are shrunk to this (default: the checkpoint's trained size)")
+    seed: int = knob(0, "of the data's order, the noise levels and the noise that is not paired")
+
+    freeze: str = knob("5:-5", "main layers that stay as they are, as a Python slice; '' trains everything")
+    lora_rank: int = knob(0, "train a LoRA of this rank on the main layers' attention, feed-forward and adaLN; all weights stay frozen. 0: "
+                         "train the weights")
+    noise: str = knob("auto", "paired: each picture meets the noise of its own seed each time, as published at 1K; random; "
+                      "auto: paired where the data has seeds", choices=("auto", "paired", "random"))
+    timestep_sampling: str = knob(
+        "grid", "noise levels: grid, even over the published schedule (500 of it at patch 16, 1000 above); uniform, even from 0 "
+        "to 1, more of the details; logit-normal, more of the middle (Stable Diffusion 3)",
+        choices=("grid", "uniform", "logit-normal"))
+    shift: float = knob(3.0, "of the grid: more trains more of the outline")
+    caption_dropout: float = knob(0.0, "share of captions replaced by the empty one, which guidance steers away from; none as published")
+
+    learning_rate: float = knob(5e-5, "of AdamW (betas 0.9 and 0.999, epsilon 1e-8)")
+    weight_decay: float = knob(0.01, "on every parameter, as published")
+    schedule: str = knob("published", "learning rate: published, a third of it for five steps; constant; linear and cosine fall to 0 at "
+                         "the end", choices=("published", "constant", "linear", "cosine"))
+    warmup: int = knob(0, "steps over which the rate rises from 0; not with schedule published")
+    max_grad_norm: float = knob(0.0, "gradients longer than this are shortened to it; 0: never, as published")
+    mixed_precision: str = knob("bf16", "bf16: trained weights in float32, computing and frozen layers in bfloat16; no: all in float32",
+                                choices=("bf16", "no"))
+    checkpointing: bool = knob(True, "keep only each block's input and the decoder's, and compute the rest again on the way back: a "
+                               "third slower, a fraction of the memory")
+    device: str = knob("", "default: the GPU where there is one; cpu otherwise")
+
+    save_every: int = knob(500, "steps between two step-N.safetensors")
+    keep: int = knob(3, "newest step files to keep; 0 for all")
+    sample_every: int = knob(500, "steps between two rows of samples; 0 for none")
+    sample_prompts: tuple[str, ...] = knob((), "drawn each time with the same noise (default: the first four captions)")
+    sample_steps: int = knob(0, "default: the checkpoint's")
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, naming the knob, for values that make no sense together or alone."""
+        for name in ("checkpoint", "data", "output"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is not given: {self.__dataclass_fields__[name].metadata['help']}")
+        for each in fields(self):
+            value, choices = getattr(self, each.name), each.metadata.get("choices")
+            if choices and value not in choices:
+                raise ValueError(f"{each.name} is {value!r}; expected one of {', '.join(choices)}")
+            if each.type in (int, float) and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{each.name} is {value}; expected 0 or more")
+        for name in ("steps", "batch", "accumulate", "save_every", "shift", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
+        if (self.height == 0) != (self.width == 0):
+            raise ValueError(f"height is {self.height} and width {self.width}; give both, or neither")
+        if self.caption_dropout > 1:
+            raise ValueError(f"caption_dropout is {self.caption_dropout}; expected a share from 0 to 1")
+        layers_of(self.freeze)
+
+
+def layers_of(text: str) -> slice:
+    """"5:-5" → slice(5, -5), and "" → slice(0, 0), none. Raises ValueError."""
+    try:
+        start, stop = (int(part) if part.strip() else None for part in (text or "0:0").split(":"))
+    except ValueError:
+        raise ValueError(f"freeze is {text!r}; expected a slice of the main layers such as '5:-5', or '' for none") from None
+    return slice(start, stop)
+
+
+def read_config(file: Path | None, overrides: dict[str, object]) -> TrainConfig:
+    """The file's values with the overrides over them. Raises ValueError for what is no TOML, no knob or of another type."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        values = {} if file is None else tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no TOML: {error}") from None
+    known = {each.name: each for each in fields(TrainConfig)}
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise ValueError(f"{file}: there is no setting {name}" + (f"; did you mean {near[0]}?" if near else
+                             f"; there are {', '.join(known)}"))
+    return TrainConfig(**{name: cast(known[name], value) for name, value in {**values, **overrides}.items()})
+
+
+def cast(setting: Field, value: object) -> object:
+    """A value from TOML as the setting's type. Raises ValueError where it is of another."""
+    if setting.type == tuple[str, ...] and isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value):
+        return tuple(value)
+    if setting.type is float and type(value) is int:
+        return float(value)
+    if type(value) is not setting.type:
+        expected = {str: "text in quotes", int: "a whole number", float: "a number", bool: "true or false"}
+        raise ValueError(f"{setting.name} is {value!r}; expected {expected.get(setting.type, 'a list of texts')}")
+    return value
+
+
+def to_toml(config: TrainConfig) -> str:
+    """The configuration as a file that `read_config` reads back to the same one."""
+    return "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in asdict(config).items())

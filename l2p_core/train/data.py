@@ -1,0 +1,203 @@
+"""A folder of pictures with captions → batches: what is wrong is found, by name, before training starts.
+
+Which samples make batch number n, and every draw in it, follow from the seed and n alone, so a run goes on anywhere.
+"""
+import hashlib
+import json
+import math
+import random
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from ..generate import open_picture, read_rows
+from ..header import CheckpointError, hash_files, whole
+from ..image import to_pixels
+from ..pipeline import L2PPipeline, draw_noise
+from ..text import LAYER, MAX_TOKENS, TEMPLATE
+from .config import TrainConfig
+from .loss import draw_sigmas
+
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.json")
+NAMED = 10  # faults that are listed one by one
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture, its caption, and the height and width it is trained at."""
+    file: Path
+    caption: str
+    seed: int | None  # of its paired noise
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one pass takes: B pictures of one size."""
+    pictures: Tensor  # (B, 3, H, W) in [-1, 1]
+    captions: list[Tensor]  # B of (L, cap_feat_dim)
+    noise: Tensor  # (B, 3, H, W)
+    sigma: Tensor  # (B,)
+
+
+def read_samples(folder: Path, fixed: tuple[int, int] | None, max_pixels: int, multiple: int, progress: bool = False) -> list[Sample]:
+    """Every row of the folder's metadata as a sample, each picture read once to its end.
+
+    Columns: file_name or image; text or prompt; seed may be left out. A name is looked for in the folder, then in images/.
+    fixed: height and width for all. max_pixels, multiple: see `target_size`. Raises ValueError, which names what is wrong."""
+    metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
+    if metadata is None:
+        raise ValueError(f"{folder} has no {METADATA[0]} or {METADATA[1]}. Make one with the columns file_name, text and, for paired "
+                         "noise, seed")
+    rows = read_rows(metadata, any_column=True)
+
+    def check(row: dict) -> Sample | str:
+        name, caption, seed = row.get("file_name", row.get("image")), row.get("text", row.get("prompt")), row.get("seed")
+        if not isinstance(name, str) or not name:
+            return "no file_name"
+        if not isinstance(caption, str) or not caption.strip():
+            return f"{name}: no caption"
+        file = next((place for place in (folder / name, folder / "images" / name) if place.is_file()), None)
+        if file is None:
+            return f"{name}: no such file"
+        try:
+            if seed is not None and not 0 <= (seed := int(seed)) < 2**64:
+                raise ValueError
+        except (ValueError, TypeError):
+            return f"{name}: seed is {row['seed']!r}, expected a whole number from 0 to 2^64 - 1"
+        try:
+            picture = open_picture(file)
+        except (ValueError, OSError) as error:
+            return f"{name}: {error}"
+        size = fixed or target_size(picture.height, picture.width, max_pixels, multiple)
+        if not all(size):
+            return f"{name}: {picture.width} x {picture.height} pixels, smaller than a patch of {multiple}"
+        return Sample(file, caption, seed, size)
+
+    with ThreadPoolExecutor() as readers:
+        checked = list(tqdm(readers.map(check, rows), "checking pictures", len(rows), disable=not progress))
+    faults = [f"row {number}: {fault}" for number, fault in enumerate(checked, 1) if isinstance(fault, str)]
+    samples = [sample for sample in checked if isinstance(sample, Sample)]
+    faults += [f"{file.name} is named {count} times" for file, count in Counter(sample.file for sample in samples).items() if count > 1]
+    if seeds := sum(sample.seed is not None for sample in samples):
+        faults += [f"{sample.file.name}: no seed, but {seeds} others have one" for sample in samples if sample.seed is None]
+    if faults:
+        more = f"\n... and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
+        raise ValueError(f"{metadata} has {len(faults)} faults; mend them or take the rows out:\n" + "\n".join(faults[:NAMED]) + more)
+    return samples
+
+
+def target_size(height: int, width: int, max_pixels: int, multiple: int) -> tuple[int, int]:
+    """Height and width a picture is trained at, as the published program has it: shrunk to `max_pixels` where it has more,
+    then down to multiples of `multiple`. Never enlarged; 0 where a side is too small."""
+    if height * width > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        height, width = int(height / shrink), int(width / shrink)
+    return height // multiple * multiple, width // multiple * multiple
+
+
+def crop_and_resize(picture: Image.Image, height: int, width: int) -> Image.Image:
+    """The middle of the picture at that size: resized to cover it (bilinear, antialiased), the rest cut off."""
+    scale = max(width / picture.width, height / picture.height)
+    size = round(picture.width * scale), round(picture.height * scale)
+    if size != picture.size:
+        picture = picture.resize(size, Image.Resampling.BILINEAR)
+    left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
+    return picture.crop((left, top, left + width, top + height))
+
+
+class Encodings:
+    """Captions as the text encoder gives them, one file each, in a folder that outlives the run.
+
+    A file's name follows from the caption and from what encoded it, so another encoder never meets them."""
+
+    def __init__(self, folder: Path, pipe: L2PPipeline):
+        self.folder, self.pipe = folder, pipe
+        path = pipe.text_encoder_path
+        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        if not files or not files[0].is_file():
+            raise CheckpointError(f"the text encoder {path} does not exist. Give the text_encoder/ folder of Tongyi-MAI/Z-Image-Turbo, "
+                                  "or qwen_3_4b.safetensors")
+        self.maker = {"text_encoder_sha256": hash_files(files), "dtype": str(pipe.dtype), "template": TEMPLATE,
+                      "layer": str(LAYER), "max_tokens": str(MAX_TOKENS)}
+
+    def add(self, captions: list[str], progress: bool = False) -> None:
+        """Encode and store those that are not there, then take the encoder out of memory."""
+        missing = [caption for caption in dict.fromkeys(captions) if not self.file(caption).exists()]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for caption in tqdm(missing, "encoding captions", disable=not progress or not missing):
+            features = self.pipe.text_encoder.encode(caption).cpu()
+            with whole(self.file(caption)) as part:
+                save_file({"features": features}, part, metadata={"caption": caption, **self.maker})
+        self.pipe.unload_text_encoder()
+
+    def __getitem__(self, caption: str) -> Tensor:
+        """(L, cap_feat_dim). Raises CheckpointError where the file is damaged."""
+        file = self.file(caption)
+        try:
+            return load_file(file)["features"]
+        except (SafetensorError, KeyError, OSError) as error:
+            raise CheckpointError(f"{file} can't be read ({error}). Delete it, and it is made again") from None
+
+    def file(self, caption: str) -> Path:
+        return self.folder / f"{hashlib.sha256(json.dumps([caption, self.maker]).encode()).hexdigest()[:40]}.safetensors"
+
+
+class Batches:
+    """The endless row of batches of a run; batch n is the same whenever it is asked for.
+
+    processes, rank: a batch of `config.batch` for each process, cut from one that is as large as all together."""
+
+    def __init__(self, samples: list[Sample], encodings: Encodings, config: TrainConfig, patch_size: int, processes: int = 1, rank: int = 0):
+        paired = config.noise == "paired" or config.noise == "auto" and samples[0].seed is not None
+        if paired and samples[0].seed is None:
+            raise ValueError(f"noise is paired, but the pictures in {config.data} have no seeds. Add a column seed, or take random noise")
+        self.samples, self.encodings, self.config, self.patch_size, self.paired = samples, encodings, config, patch_size, paired
+        self.size, self.own = processes * config.batch, slice(rank * config.batch, (rank + 1) * config.batch)
+        self._epoch = lru_cache(maxsize=2)(partial(plan_epoch, samples, self.size, config.seed))
+        self.per_epoch = len(self._epoch(0))
+
+    def __getitem__(self, number: int) -> Batch:
+        config = self.config
+        order = self._epoch(number // self.per_epoch)[number % self.per_epoch]
+        generator = self._generator(number)
+        sigma = draw_sigmas(self.size, config.timestep_sampling, config.shift, self.patch_size, generator)
+        dropped = torch.rand(self.size, generator=generator) < config.caption_dropout
+        samples = [self.samples[index] for index in order[self.own]]
+        height, width = samples[0].size
+        return Batch(
+            torch.cat([to_pixels(crop_and_resize(open_picture(sample.file).convert("RGB"), height, width)) for sample in samples]),
+            [self.encodings["" if drop else sample.caption] for sample, drop in zip(samples, dropped[self.own])],
+            draw_noise((len(samples), 3, height, width), [
+                sample.seed if self.paired else self._generator(number, place).initial_seed()
+                for place, sample in enumerate(samples, self.own.start)]),
+            sigma[self.own])
+
+    def _generator(self, *number: int) -> torch.Generator:
+        digest = hashlib.sha256(repr((self.config.seed, *number)).encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def plan_epoch(samples: list[Sample], size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Every sample once, in batches of one picture size; a size's last batch is filled up from its first."""
+    rng = random.Random(f"{seed} {epoch}")
+    buckets: dict[tuple[int, int], list[int]] = {}
+    for index, sample in enumerate(samples):
+        buckets.setdefault(sample.size, []).append(index)
+    batches = []
+    for bucket in buckets.values():
+        rng.shuffle(bucket)
+        short = -len(bucket) % size
+        bucket += (bucket * -(-short // len(bucket)))[:short]
+        batches += [bucket[start:start + size] for start in range(0, len(bucket), size)]
+    rng.shuffle(batches)
+    return batches

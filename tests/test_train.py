@@ -1,0 +1,412 @@
+"""The trainer against the published run's numbers, against itself stopped and gone on, and against its own one-process run."""
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from comfyui_l2p.l2p_core import L2PConfig, L2PTransformer, load_model
+from comfyui_l2p.l2p_core.cli import main
+from comfyui_l2p.l2p_core.image import to_pixels
+from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL, L2PPipeline, draw_noise
+from comfyui_l2p.l2p_core.sampler import schedule
+from comfyui_l2p.l2p_core.shapes.pictures import draw, scenes
+from comfyui_l2p.l2p_core.text import TextEncoder
+from comfyui_l2p.l2p_core.train import trainer
+from comfyui_l2p.l2p_core.train.config import TrainConfig, read_config, to_toml
+from comfyui_l2p.l2p_core.train.data import Batches, crop_and_resize, read_samples, target_size
+from comfyui_l2p.l2p_core.train.loss import draw_sigmas, flow_matching_loss
+from comfyui_l2p.quant.merge import merge
+
+from golden import recipe
+from helpers import GOLDEN, rms
+
+CHECKPOINT = BUNDLED_MODEL / "transformer.safetensors"
+RECORDED = json.loads((GOLDEN / "training.json").read_text())
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A folder of six pictures, four of them squares, with captions and seeds."""
+    return make_data(tmp_path / "data")
+
+
+def make_data(folder, seeds=True):
+    (folder / "images").mkdir(parents=True)
+    with (folder / "metadata.csv").open("w", newline="") as stream:
+        rows = csv.writer(stream)
+        rows.writerow(["file_name", "text", *(["seed"] if seeds else [])])
+        for number, scene in enumerate(scenes()[:600:100]):
+            picture = draw(scene) if number < 4 else draw(scene).resize((128, 64))
+            picture.save(folder / "images" / f"{number}.png")
+            rows.writerow([f"{number}.png", scene.caption(), *([1000 + number] if seeds else [])])
+    return folder
+
+
+def config(data, **changes):
+    return TrainConfig(**{
+        "checkpoint": str(CHECKPOINT), "data": str(data), "output": str(data.parent / "run"), "steps": 6, "batch": 2, "freeze": "1:-1",
+        "mixed_precision": "no", "device": "cpu", "save_every": 3, "sample_every": 0, "learning_rate": 1e-3, **changes})
+
+
+def losses(output):
+    with (output / "log.csv").open() as stream:
+        return [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(stream)]
+
+
+# The objective and the optimiser
+
+def test_seven_steps_are_the_published(golden, tiny_weights, tmp_path):
+    recorded, run = golden("training_fp32"), RECORDED["adamw_7_steps"]
+    model = L2PTransformer(L2PConfig.from_shapes(recipe.shapes(recipe.TINY)))
+    model.load_state_dict(tiny_weights)
+    settings = config(tmp_path, learning_rate=5e-5, freeze="5:-5", checkpointing=False)
+    trained = trainer.prepare(model, settings)
+    model.double()  # some CPUs' float32 convolution gradients are off by 2e-4
+    before = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    optimizer = trainer.make_optimizer(trained, settings)
+    picture = to_pixels(Image.fromarray(recorded["input.image_u8.64x128"].numpy())).double()
+    caption, noise = recorded["input.caption.7"].double(), recorded["input.noise.64x128.seed77"].double()
+    for step, wanted in enumerate(run["steps"]):
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * trainer.rate_at(step, settings)
+        assert group["lr"] == pytest.approx(wanted["lr"])
+        loss = flow_matching_loss(model, picture, [caption], noise, schedule(500)[wanted["timestep_id"]][None].double())
+        assert loss.item() == pytest.approx(wanted["loss"], rel=1e-5)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    after = {name.removeprefix("adamw_7_steps."): tensor for name, tensor in recorded.items() if name.startswith("adamw_7_steps.")}
+    assert len(after) == 3
+    for name, tensor in after.items():
+        assert rms(trained[name].detach() - tensor, tensor - before[name]) < 1e-3, name
+    for name, norm in run["parameter_delta_norms_after"].items():
+        # recorded in float32, where a change of 1e-4 to a norm's weight of 1 is known to 1e-3
+        assert (trained[name] - before[name]).norm().item() == pytest.approx(norm, rel=2e-3, abs=1e-7), name
+
+
+@pytest.mark.parametrize("depth, rule", RECORDED["freeze_rule"].items())
+def test_the_layers_that_freeze_are_the_published(depth, rule, tmp_path):
+    with torch.device("meta"):
+        model = L2PTransformer(replace(L2PConfig(), dim=64, n_heads=2, ffn_dim=64, n_layers=int(depth)))
+    trained = trainer.prepare(model, config(tmp_path, freeze="5:-5"))
+    assert len(trained) == rule["trainable_tensors"]
+    frozen = {int(name.split(".")[1]) for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert sorted(frozen) == rule["frozen_main_layers"]
+
+
+def test_the_full_models_trained_tensors_are_the_published(tmp_path):
+    with torch.device("meta"):
+        model = L2PTransformer(L2PConfig())
+    trained = trainer.prepare(model, config(tmp_path, freeze="5:-5"))
+    assert sorted(trained) == sorted(RECORDED["full_model"]["trainable_names"])
+    assert sum(parameter.numel() for parameter in trained.values()) == RECORDED["full_model"]["trainable_parameters"]
+
+
+def test_recomputing_gives_the_same_gradients(golden, tiny_weights, tmp_path):
+    recorded, gradients = golden("training_fp32"), []
+    for checkpointing in (False, True):
+        model = L2PTransformer(L2PConfig.from_shapes(recipe.shapes(recipe.TINY)))
+        model.load_state_dict(tiny_weights)
+        trained = trainer.prepare(model, config(tmp_path, freeze="1:-1", checkpointing=checkpointing))
+        picture = to_pixels(Image.fromarray(recorded["input.image_u8.64x48"].numpy()))
+        flow_matching_loss(model, picture, [recorded["input.caption.7"]], recorded["input.noise.64x48.seed77"],
+                           torch.tensor([0.5])).backward()
+        gradients.append({name: parameter.grad for name, parameter in trained.items()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_a_lora_is_what_its_file_says(data):
+    """The trained model's output is that of the weights with B @ A of the file added."""
+    last = trainer.train(config(data, lora_rank=4, steps=3, learning_rate=1e-2), progress=False)
+    lora, weights = load_file(last), load_model(CHECKPOINT, dtype=torch.float32).state_dict()
+    targets = {name.removesuffix(".lora_A.weight") for name in lora if name.endswith(".lora_A.weight")}
+    linears = {name.removesuffix(".weight") for name, tensor in weights.items() if name.startswith("layers.") and tensor.dim() == 2}
+    assert targets == {f"diffusion_model.{name}" for name in linears}
+    settings = config(data, lora_rank=4)
+    model = load_model(CHECKPOINT, dtype=torch.float32)
+    trained = trainer.prepare(model, settings)
+    trainer.load(data.parent / "run" / "resume.pt", trained, trainer.make_optimizer(trained, settings), torch.device("cpu"))
+    changed = load_model(CHECKPOINT, dtype=torch.float32)
+    for target in targets:
+        weight = changed.get_parameter(target.removeprefix("diffusion_model.") + ".weight")
+        weight.data = weight + lora[f"{target}.lora_B.weight"] @ lora[f"{target}.lora_A.weight"]
+    inputs = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0)), torch.tensor([0.3]), [torch.ones(5, 96)]
+    with torch.no_grad():
+        wanted, found, before = (each(*inputs) for each in (changed, model, load_model(CHECKPOINT, dtype=torch.float32)))
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    assert (found - before).abs().max() > 0.01
+
+
+def test_noise_levels():
+    def levels(sampling, patch=16):
+        return draw_sigmas(20_000, sampling, 3.0, patch, torch.Generator().manual_seed(0))
+    assert set(levels("grid").tolist()) == set(schedule(500)[:-1].tolist())
+    assert set(levels("grid", 64).tolist()) == set(schedule(1000)[:-1].tolist())
+    assert levels("uniform").mean() == pytest.approx(0.5, abs=0.01) and levels("uniform").std() == pytest.approx(12**-0.5, abs=0.01)
+    logit = levels("logit-normal").logit()
+    assert logit.mean() == pytest.approx(0, abs=0.03) and logit.std() == pytest.approx(1, abs=0.03)
+
+
+# Data
+
+CROPS = json.loads((GOLDEN / "crop_resize.json").read_text())["cases"]
+
+
+@pytest.mark.parametrize("case", [case for case in CROPS if not ("height" in case and "width" in case)], ids=lambda case: str(case["input_hw"]))
+def test_sizes_are_the_published(case):
+    assert list(target_size(*case["input_hw"], case["max_pixels"], 16)) == case["output_hw"]
+
+
+def test_crops_are_the_published():
+    recorded = load_file(GOLDEN / "crop_resize.safetensors")
+    outputs = [name for name in recorded if name.endswith("output")]
+    assert len(outputs) == 4
+    for name in outputs:
+        picture = Image.fromarray(recorded[name.split(".")[0] + ".input"].numpy())
+        wanted = recorded[name].numpy()
+        assert np.array_equal(np.asarray(crop_and_resize(picture, *wanted.shape[:2])), wanted), name
+
+
+SMALL = [case for case in CROPS if 0 not in case["output_hw"] and max(case["resized_hw"]) < 3000]
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: f"{case['input_hw']}-{case['output_hw']}")
+def test_crops_lie_where_the_published_do(case):
+    height, width = case["input_hw"]
+    ramp = np.stack(np.broadcast_arrays(np.arange(width)[None] % 256, np.arange(height)[:, None] % 256, 0), -1).astype(np.uint8)
+    top, left = case["crop_top_left"]
+    resized = Image.fromarray(ramp).resize(case["resized_hw"][::-1], Image.Resampling.BILINEAR)
+    wanted = resized.crop((left, top, left + case["output_hw"][1], top + case["output_hw"][0]))
+    assert np.array_equal(np.asarray(crop_and_resize(Image.fromarray(ramp), *case["output_hw"])), np.asarray(wanted))
+
+
+@pytest.mark.parametrize("columns", [("file_name", "text", "seed"), ("image", "prompt", "seed"), ("file_name", "text")])
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_metadata_of_either_naming_is_read(data, columns, name):
+    (data / "metadata.csv").unlink()
+    rows = [dict(zip(columns, (f"images/{number}.png", f"caption {number}, with a comma", number))) for number in range(6)]
+    with (data / name).open("w", newline="") as stream:
+        if name.endswith("csv"):
+            writer = csv.DictWriter(stream, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        else:
+            stream.writelines(json.dumps(row) + "\n" for row in rows)
+    samples = read_samples(data, None, 96 * 96, 16)
+    assert [sample.caption for sample in samples] == [f"caption {number}, with a comma" for number in range(6)]
+    assert [sample.seed for sample in samples] == (list(range(6)) if "seed" in columns else [None] * 6)
+    assert {sample.size for sample in samples} == {(96, 96), (64, 128)}
+
+
+def test_faults_are_named_before_training(data):
+    (data / "images" / "broken.png").write_bytes((data / "images" / "0.png").read_bytes()[:200])
+    (data / "images" / "notes.png").write_text("not a picture")
+    Image.new("RGB", (8, 200)).save(data / "images" / "thin.png")
+    with (data / "metadata.csv").open("a") as stream:
+        stream.write("broken.png,a,1\nnotes.png,b,2\nthin.png,c,3\nabsent.png,d,4\n0.png,again,5\n1.png,,6\n2.png,e,minus\n3.png,f,\n")
+    with pytest.raises(ValueError) as error:
+        trainer.train(config(data), progress=False)
+    told = str(error.value)
+    for words in ("broken.png", "notes.png", "thin.png: 8 x 200", "absent.png: no such file", "0.png is named 2 times",
+                  "1.png: no caption", "2.png: seed is 'minus'", "3.png: no seed, but"):
+        assert words in told
+    assert not (data.parent / "run").exists()
+
+
+def test_batches_hold_one_size_and_every_sample_once_an_epoch(data):
+    samples = read_samples(data, None, 96 * 96, 16)
+    batches = Batches(samples, {sample.caption: torch.zeros(1, 1) for sample in samples}, config(data), 16)
+    assert batches.per_epoch == 3
+    shapes = [batches[number].pictures.shape[-2:] for number in range(6)]
+    assert sorted(shapes) == sorted([(96, 96), (96, 96), (64, 128)] * 2)
+    for epoch in range(4):
+        assert sorted(index for batch in batches._epoch(epoch) for index in batch) == list(range(6))
+    assert batches._epoch(0) != batches._epoch(3)
+
+
+def test_paired_noise_is_that_of_the_samples_seed(data):
+    samples = read_samples(data, (96, 96), 0, 16)
+    captions = {sample.caption: torch.zeros(1, 1) for sample in samples}
+    seeds = [samples[index].seed for index in Batches(samples, captions, config(data), 16)._epoch(0)[0]]
+    assert torch.equal(Batches(samples, captions, config(data), 16)[0].noise, draw_noise((2, 3, 96, 96), seeds))
+    loose = Batches(samples, captions, config(data, noise="random"), 16)
+    assert not torch.equal(loose[0].noise, draw_noise((2, 3, 96, 96), seeds))
+    assert torch.equal(loose[0].noise, loose[0].noise) and not torch.equal(loose[0].noise, loose[1].noise)
+
+
+def test_processes_share_a_batch(data):
+    samples = read_samples(data, (96, 96), 0, 16)
+    texts = ["", *(sample.caption for sample in samples)]
+    captions = {caption: torch.full((1, 1), float(number)) for number, caption in enumerate(texts)}
+    settings = config(data, noise="random", caption_dropout=0.5)
+    one = Batches(samples, captions, replace(settings, batch=4), 16)
+    two = [Batches(samples, captions, settings, 16, processes=2, rank=rank) for rank in range(2)]
+    dropped = 0
+    for number in range(4):
+        for name in ("pictures", "noise", "sigma"):
+            assert torch.equal(torch.cat([getattr(each[number], name) for each in two]), getattr(one[number], name)), name
+        assert [*two[0][number].captions, *two[1][number].captions] == one[number].captions
+        dropped += sum(caption.item() == 0 for caption in one[number].captions)
+    assert 2 < dropped < 14
+
+
+def test_captions_are_encoded_once(data, monkeypatch):
+    trainer.train(config(data, steps=1), progress=False)
+    pipe = L2PPipeline.from_pretrained(None, torch_dtype=torch.float32)
+    caption = scenes()[0].caption()
+    encodings = trainer.Encodings(data / "encodings", pipe)
+    assert torch.equal(encodings[caption], pipe.encode_prompt(caption))
+    monkeypatch.setattr(TextEncoder, "load", None)
+    trainer.train(config(data, steps=2), progress=False)
+    other = trainer.Encodings(data / "encodings", L2PPipeline.from_pretrained(None, torch_dtype=torch.bfloat16))
+    assert other.file(caption) != encodings.file(caption), "what another dtype gives is another encoding"
+
+
+# The run
+
+def test_a_run_leaves_what_it_should_and_merges(data):
+    settings = config(data, sample_every=3, sample_steps=2, sample_prompts=("a red circle", "a blue star"), keep=1)
+    last = trainer.train(settings, progress=False)
+    run = data.parent / "run"
+    assert sorted(file.name for file in run.iterdir() if file.name != "tensorboard") == [
+        "config.toml", "log.csv", "loss.png", "resume.pt", "samples", "samples.png", "step-6.safetensors"]
+    assert Image.open(run / "samples.png").size == (192, 3 * 96), "before, after 3 and after 6 steps"
+    assert read_config(run / "config.toml", {}) == settings
+    part, before = load_file(last), load_file(CHECKPOINT)
+    assert not any(name.startswith("layers.1.") for name in part) and any(name.startswith("layers.0.") for name in part)
+    merged = data.parent / "merged.safetensors"
+    merge(last, CHECKPOINT, merged)
+    after = load_model(merged, dtype=torch.float32).state_dict()
+    assert any(not torch.equal(part[name].float(), before[name].float()) for name in part)
+    for name, tensor in after.items():
+        assert torch.equal(tensor, part.get(name, before[name]).float()), name
+
+
+def test_training_learns_its_pictures(data):
+    for number in range(6):  # nothing the model has seen
+        levels = np.sin(np.arange(96) / (2 + number))[:, None, None] * [100, 60, 20] + 128
+        Image.fromarray(np.broadcast_to(levels, (96, 96, 3)).astype(np.uint8)).save(data / "images" / f"{number}.png")
+    trainer.train(config(data, steps=60, save_every=60, learning_rate=2e-3, batch=4, height=96, width=96), progress=False)
+    found = [loss for _, loss in losses(data.parent / "run")]
+    assert sum(found[-12:]) < 0.7 * sum(found[:12])
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_run_goes_on_bit_for_bit(data, monkeypatch):
+    whole = trainer.train(config(data, output=str(data.parent / "whole"), caption_dropout=0.3, accumulate=2), progress=False)
+    calls = []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 10:  # in the middle of step 5
+            raise Killed
+        return flow_matching_loss(*args)
+    monkeypatch.setattr(trainer, "flow_matching_loss", dies)
+    halves = config(data, caption_dropout=0.3, accumulate=2)
+    with pytest.raises(Killed):
+        trainer.train(halves, progress=False)
+    monkeypatch.setattr(trainer, "flow_matching_loss", flow_matching_loss)
+    again = trainer.train(halves, progress=False)
+    assert losses(data.parent / "run") == losses(data.parent / "whole") and len(losses(data.parent / "run")) == 6
+    wanted, found = load_file(whole), load_file(again)
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items()) and found.keys() == wanted.keys()
+
+
+def test_an_interrupt_saves_the_step_it_is_in(data, monkeypatch):
+    def interrupted(*args):
+        if not calls:
+            os.kill(os.getpid(), signal.SIGINT)
+        calls.append(1)
+        return flow_matching_loss(*args)
+    calls = []
+    monkeypatch.setattr(trainer, "flow_matching_loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(config(data), progress=False)
+    assert torch.load(data.parent / "run" / "resume.pt")["step"] == 1
+    trainer.train(config(data), progress=False)
+    assert [step for step, _ in losses(data.parent / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("factor, words", [(float("nan"), "the loss is nan"), (1e4, "the loss diverges")])
+def test_a_run_that_goes_wrong_stops_at_the_last_good_state(data, monkeypatch, factor, words):
+    monkeypatch.setattr(trainer, "WINDOW", 2)
+    calls = []
+
+    def goes_wrong(*args):
+        calls.append(1)
+        return flow_matching_loss(*args) * (factor if len(calls) > 4 else 1)
+    monkeypatch.setattr(trainer, "flow_matching_loss", goes_wrong)
+    with pytest.raises(ValueError, match=f"{words}.*at step 5.*last good state is step 3"):
+        trainer.train(config(data), progress=False)
+    assert sorted(file.name for file in (data.parent / "run").glob("step-*")) == ["step-3.safetensors"]
+    assert torch.load(data.parent / "run" / "resume.pt")["step"] == 3
+
+
+def test_a_run_with_other_settings_is_not_gone_on_with(data):
+    trainer.train(config(data, steps=1), progress=False)
+    with pytest.raises(ValueError, match="learning_rate 0.001, now 0.1"):
+        trainer.train(config(data, learning_rate=0.1), progress=False)
+
+
+@pytest.mark.parametrize("file, words", [("resume.pt", "can't be read"), ("config.toml", "is no TOML")])
+def test_a_damaged_run_is_refused_in_words(data, file, words):
+    trainer.train(config(data, steps=1), progress=False)
+    (data.parent / "run" / file).write_bytes(b"\x80 damaged")
+    with pytest.raises(ValueError, match=words):
+        trainer.train(config(data, steps=2), progress=False)
+
+
+def test_two_processes_train_as_one_with_the_doubled_batch(data):
+    toml = data.parent / "two.toml"
+    toml.write_text(to_toml(config(data, steps=3, output=str(data.parent / "two"))))
+    trainer.train(config(data, steps=3, batch=4), progress=False)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "comfyui_l2p.l2p_core.cli", "train", str(toml)]
+    done = subprocess.run(command, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (losses(data.parent / name) for name in ("run", "two"))
+    assert [step for step, _ in two] == [1, 2, 3]
+    assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=1e-4)
+
+
+# Settings
+
+def test_settings_come_from_the_file_and_flags_say_otherwise(data, capsys):
+    toml = data.parent / "run.toml"
+    toml.write_text(to_toml(config(data, steps=5)))
+    assert main(["train", str(toml), "--steps", "1", "--sample-prompts", "a red circle", "a star", "--no-checkpointing"]) == 0
+    assert capsys.readouterr().out.strip().endswith("step-1.safetensors")
+    read = read_config(data.parent / "run" / "config.toml", {})
+    assert (read.steps, read.sample_prompts, read.checkpointing, read.batch) == (1, ("a red circle", "a star"), False, 2)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("stepz = 5", "did you mean steps?"), ("steps = 'five'", "expected a whole number"), ("steps = 0", "expected more than 0"),
+    ("steps = true", "expected a whole number"), ("noise = 'loud'", "expected one of auto, paired, random"), ("steps = ", "is no TOML"),
+    ("freeze = 'all'", "expected a slice"), ("height = 96", "give both, or neither"), ("learning_rate = nan", "expected 0 or more"),
+    ("caption_dropout = 2", "a share from 0 to 1"), ("sample_prompts = 'one'", "expected a list of texts"), ("", "checkpoint is not given")])
+def test_settings_that_make_no_sense_are_named(tmp_path, capsys, text, words):
+    (tmp_path / "run.toml").write_text(text)
+    flags = ["--checkpoint", "c", "--data", "d", "--output", str(tmp_path / "run")] if text else []
+    assert main(["train", str(tmp_path / "run.toml"), *flags]) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_paired_noise_needs_seeds(tmp_path):
+    data = make_data(tmp_path / "data", seeds=False)
+    with pytest.raises(ValueError, match="have no seeds"):
+        trainer.train(config(data, noise="paired"), progress=False)
+    trainer.train(config(data, steps=1), progress=False)
