@@ -25,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_merge(commands)
     add_quantize(commands)
     add_export(commands)
+    add_synthesize(commands)
     add_train(commands)
     args = parser.parse_args(arguments)
     warnings.showwarning = lambda message, *_: print(f"l2p: note: {message}", file=sys.stderr)
@@ -255,6 +256,38 @@ def add_export(commands: argparse._SubParsersAction) -> None:
         export(args.checkpoint, args.output, args.naming, args.prefix, args.dtype, args.convrot, progress=True)
         print(args.output)
     parser.set_defaults(run=run, when_stopped="Nothing was changed")
+
+
+def add_synthesize(commands: argparse._SubParsersAction) -> None:
+    from .train.synthesize import Draws
+    parser = commands.add_parser(
+        "synthesize", help="have the latent model draw pictures to train on",
+        description="Draw pictures with a latent Z-Image through diffusers, as a folder for l2p train: images/ and metadata.csv with the "
+                    "seeds. A run that was stopped goes on. Under `accelerate launch` the pictures are split over the processes.")
+    parser.add_argument("prompts", type=Path, metavar="PROMPTS", help=".txt (a prompt a line), .csv, .json or .jsonl with a column prompt or text")
+    parser.add_argument("--model", required=True, metavar="FOLDER", help="the latent model, such as Z-Image-Turbo")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
+    for each in fields(Draws):
+        says = {"count": "pictures for each prompt", "seed": "of the first picture, the next has the next", "height": "pixels", "width": "pixels"}
+        parser.add_argument(f"--{each.name}", type=each.type, default=each.default,
+                            help=f"{says.get(each.name, '')} (default {each.default})".strip())
+    parser.add_argument("--batch", type=int, default=1, help="pictures drawn at a time (default 1)")
+    parser.add_argument("--device", help="default: the GPU where there is one")
+
+    def run(args: argparse.Namespace) -> None:
+        from .generate import read_rows
+        from .train.synthesize import synthesize
+        if args.batch < 1:
+            raise ValueError(f"--batch is {args.batch}; expected 1 or more")
+        rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if args.device is None and torch.cuda.is_available():
+            args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        prompts = [row.get("text", row.get("prompt")) for row in read_rows(args.prompts)]
+        synthesize(prompts, args.model, args.output, Draws(**{each.name: getattr(args, each.name) for each in fields(Draws)}),
+                   args.batch, args.device, rank=rank, processes=processes, progress=rank == 0)
+        if rank == 0:
+            print(args.output)
+    parser.set_defaults(run=run, when_stopped="The same command goes on where this one ended")
 
 
 def add_train(commands: argparse._SubParsersAction) -> None:

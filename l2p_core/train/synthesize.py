@@ -1,0 +1,84 @@
+"""Pictures to train on, drawn by the source model itself: prompts → images/ and metadata.csv.
+
+That is the paper's data step (arXiv 2605.12013): what a pixel model learns from is its own latent self, two pictures a prompt.
+"""
+import csv
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm import tqdm
+
+from ..generate import is_drawn, save
+from ..header import CheckpointError, whole
+from ..pipeline import usable_device
+
+if TYPE_CHECKING:
+    from diffusers import ZImagePipeline
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How the pictures are drawn; Z-Image-Turbo's own settings."""
+    count: int = 2  # pictures for each prompt
+    seed: int = 0  # of the first picture; each next one has the next
+    height: int = 1024
+    width: int = 1024
+    steps: int = 9
+    guidance: float = 0.0
+
+    def __post_init__(self) -> None:
+        if min(self.count, self.steps, self.height, self.width) < 1 or self.height % 16 or self.width % 16 or self.seed < 0:
+            raise ValueError(f"count {self.count}, steps {self.steps}, height {self.height}, width {self.width}, seed {self.seed}: expected "
+                             "1 or more, sizes in multiples of 16, and a seed of 0 or more")
+
+
+def synthesize(prompts: list[str], model: str | Path, output: Path, draws: Draws = Draws(), batch: int = 1,
+               device: str | None = None, dtype: torch.dtype = torch.bfloat16, rank: int = 0, processes: int = 1,
+               progress: bool = True) -> None:
+    """Draw every prompt `draws.count` times into output/images, and write metadata.csv (image, prompt, seed) once all are there.
+
+    model: a folder that diffusers' ZImagePipeline opens, such as Z-Image-Turbo. Pictures that are there with the same settings
+    are kept. rank, processes: this process's share. Raises ValueError where others are there, CheckpointError for the model."""
+    images = output / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    pictures = [(images / f"{number:06d}-{copy}.png", prompt, draws.seed + number * draws.count + copy)
+                for number, prompt in enumerate(prompts) for copy in range(draws.count)]
+
+    def settings(prompt: str, seed: int) -> dict:
+        return {"prompt": prompt, "seed": seed, "model": Path(model).name, "height": draws.height, "width": draws.width,
+                "num_inference_steps": draws.steps, "guidance_scale": draws.guidance}
+
+    missing = [(file, prompt, seed) for file, prompt, seed in pictures[rank::processes]
+               if not file.exists() or not is_drawn(file, settings(prompt, seed))]
+    if missing:
+        pipe = open_pipeline(model, usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu")), dtype)
+        queue = iter(missing)
+        with tqdm(total=len(missing), unit="picture", disable=not progress) as bar:
+            while group := list(islice(queue, batch)):
+                drawn = pipe(prompt=[prompt for _, prompt, _ in group], height=draws.height, width=draws.width,
+                             num_inference_steps=draws.steps, guidance_scale=draws.guidance,
+                             generator=[torch.Generator().manual_seed(seed) for _, _, seed in group]).images
+                for (file, prompt, seed), picture in zip(group, drawn, strict=True):
+                    save(picture, file, settings(prompt, seed))
+                bar.update(len(group))
+    if all(file.exists() for file, _, _ in pictures):  # so says the process that ends last
+        with whole(output / "metadata.csv") as part, part.open("w", newline="", encoding="utf-8") as stream:
+            csv.writer(stream).writerows([("image", "prompt", "seed"), *((file.name, prompt, seed) for file, prompt, seed in pictures)])
+
+
+def open_pipeline(model: str | Path, device: torch.device, dtype: torch.dtype) -> "ZImagePipeline":
+    """The latent model through diffusers. Raises CheckpointError, ImportError where diffusers is not installed."""
+    try:
+        from diffusers import ZImagePipeline
+    except ImportError:
+        raise ImportError("drawing with the latent model needs diffusers 0.36 or newer: pip install 'comfyui-l2p[synthesize]'") from None
+    try:
+        pipe = ZImagePipeline.from_pretrained(model, torch_dtype=dtype, local_files_only=True)
+    except Exception as error:  # whatever diffusers makes of a damaged folder
+        raise CheckpointError(f"{model} is no latent Z-Image that diffusers can open: {str(error).splitlines()[0]}. Give the folder of "
+                              "Tongyi-MAI/Z-Image-Turbo") from None
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
