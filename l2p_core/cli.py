@@ -297,6 +297,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
         description="Train an L2P model on pictures with captions. The settings come from a TOML file, from the flags below, which "
                     "are the file's names, or from both. A run that was stopped goes on where it saved last.")
     parser.add_argument("config", nargs="?", type=Path, metavar="FILE.toml", help="the settings; a flag says otherwise")
+    parser.add_argument("--estimate", action="store_true", help="say what a step holds in memory, from the checkpoint's header alone")
     for each in fields(TrainConfig):
         kind = ({"action": argparse.BooleanOptionalAction} if each.type is bool else
                 {"nargs": "*", "metavar": "TEXT"} if each.type == tuple[str, ...] else
@@ -310,7 +311,11 @@ def add_train(commands: argparse._SubParsersAction) -> None:
         from .train.config import read_config
         from .train.trainer import train
         flags = {each.name: value for each in fields(TrainConfig) if (value := getattr(args, each.name)) is not None}
-        print(train(read_config(args.config, flags)))
+        if args.estimate:
+            from .train.estimate import estimate, table
+            print(table(estimate(read_config(args.config, {"data": "none", "output": "none", **flags}))))
+        else:
+            print(train(read_config(args.config, flags)))
     parser.set_defaults(run=run, when_stopped="All is saved; the same command goes on where this one ended")
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -23,6 +24,7 @@ from comfyui_l2p.l2p_core.text import TextEncoder
 from comfyui_l2p.l2p_core.train import trainer
 from comfyui_l2p.l2p_core.train.config import TrainConfig, read_config, to_toml
 from comfyui_l2p.l2p_core.train.data import Batches, crop_and_resize, read_samples, target_size
+from comfyui_l2p.l2p_core.train.estimate import Meter, estimate
 from comfyui_l2p.l2p_core.train.loss import draw_sigmas, flow_matching_loss
 from comfyui_l2p.quant.merge import merge
 
@@ -410,3 +412,62 @@ def test_paired_noise_needs_seeds(tmp_path):
     with pytest.raises(ValueError, match="have no seeds"):
         trainer.train(config(data, noise="paired"), progress=False)
     trainer.train(config(data, steps=1), progress=False)
+
+
+# Memory
+
+def parts(data, **changes):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, that bfloat16 and float32 meet in a norm
+        return estimate(config(data, height=96, width=96, **changes))
+
+
+@pytest.mark.parametrize("precision, frozen_bytes", [("bf16", 2), ("no", 4)])
+def test_the_estimate_counts_weights_gradients_and_state(data, precision, frozen_bytes):
+    model = load_model(CHECKPOINT, dtype=torch.float32)
+    frozen = sum(parameter.numel() for parameter in model.layers[1:-1].parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters()) - frozen
+    count = len(trainer.prepare(model, config(data)))
+    found = parts(data, mixed_precision=precision)
+    assert found["weights that are trained"] == found["gradients"] == 4 * trained
+    assert found["frozen weights"] == frozen_bytes * frozen
+    assert found["optimizer state"] == 8 * trained + 4 * count, "two means of each number, and a count of steps for each tensor"
+    assert found["in all"] == sum(size for name, size in found.items() if name != "in all")
+
+
+def test_the_estimate_knows_what_saves_memory(data):
+    plain, saving, larger, lora = (parts(data, **changes) for changes in (
+        {"checkpointing": False}, {}, {"batch": 8, "checkpointing": False}, {"lora_rank": 4}))
+    passing = "activations and what passes"
+    assert saving[passing] < plain[passing] / 2
+    assert 3.5 * plain[passing] < larger[passing] < 4.5 * plain[passing]
+    assert lora["optimizer state"] < saving["optimizer state"] / 5
+
+
+def test_the_estimate_is_what_a_real_step_holds(data):
+    """The same meter over real tensors: so shapes alone take the same path."""
+    settings = config(data, mixed_precision="no")
+    model = load_model(CHECKPOINT, dtype=torch.float32)
+    optimizer = trainer.make_optimizer(trainer.prepare(model, settings), settings)
+    inputs = torch.randn(2, 3, 96, 96), [torch.randn(512, 96) for _ in range(2)], torch.randn(2, 3, 96, 96), torch.rand(2)
+    flow_matching_loss(model, *inputs).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    gradients = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    known = [parameter.untyped_storage() for parameter in model.parameters()]
+    known += [tensor.untyped_storage() for state in optimizer.state.values() for tensor in state.values()]
+    known += [tensor.untyped_storage() for tensor in (inputs[0], *inputs[1], *inputs[2:])]
+    meter = Meter()
+    meter.known = {storage._cdata for storage in known}
+    with meter:
+        flow_matching_loss(model, *inputs).backward()
+        optimizer.step()
+    assert meter.peak - gradients == pytest.approx(parts(data, mixed_precision="no")["activations and what passes"], rel=0.02)
+
+
+def test_estimating_leaves_nothing_behind(data, tiny_model, golden):
+    recorded = golden("dit_fp32")
+    inputs = recorded["input.image.64x128"], torch.tensor([0.3]), [recorded["input.caption.7"]]
+    before = tiny_model(*inputs)
+    parts(data)
+    assert torch.equal(tiny_model(*inputs), before)

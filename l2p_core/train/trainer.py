@@ -67,7 +67,7 @@ def train(config: TrainConfig, progress: bool = True) -> Path:
     progress = progress and accelerator.is_main_process
     output = Path(config.output)
     check_run(output, config)
-    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    dtype = compute_dtype(config)
     pipe = L2PPipeline.from_pretrained(config.checkpoint, config.text_encoder or None, config.tokenizer or None,
                                        accelerator.device, dtype, progress=progress)
     if pipe.layout.quantization:
@@ -151,6 +151,11 @@ def train(config: TrainConfig, progress: bool = True) -> Path:
                 raise KeyboardInterrupt
     accelerator.wait_for_everyone()
     return step_file(output, step)
+
+
+def compute_dtype(config: TrainConfig) -> torch.dtype:
+    """What is computed in, and what frozen weights and step files are stored in."""
+    return torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
 
 
 def check_run(output: Path, config: TrainConfig) -> None:
