@@ -7,9 +7,11 @@ import json
 import math
 import random
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -157,7 +159,8 @@ class Batches:
 
     processes, rank: a batch of `config.batch` for each process, cut from one that is as large as all together."""
 
-    def __init__(self, samples: list[Sample], encodings: Encodings, config: TrainConfig, patch_size: int, processes: int = 1, rank: int = 0):
+    def __init__(self, samples: list[Sample], encodings: Encodings, config: TrainConfig, patch_size: int, processes: int = 1,
+                 rank: int = 0):
         paired = config.noise == "paired" or config.noise == "auto" and samples[0].seed is not None
         if paired and samples[0].seed is None:
             raise ValueError(f"noise is paired, but the pictures in {config.data} have no seeds. Add a column seed, or take random noise")
@@ -185,6 +188,15 @@ class Batches:
     def _generator(self, *number: int) -> torch.Generator:
         digest = hashlib.sha256(repr((self.config.seed, *number)).encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def ahead(batches: Batches, number: int) -> Iterator[Batch]:
+    """The batches from `number` on, each read while the one before it trains."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(batches.__getitem__, number)
+        for following in count(number + 1):
+            batch, coming = coming.result(), reader.submit(batches.__getitem__, following)
+            yield batch
 
 
 def plan_epoch(samples: list[Sample], size: int, seed: int, epoch: int) -> list[list[int]]:

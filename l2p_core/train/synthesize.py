@@ -31,8 +31,8 @@ class Draws:
 
     def __post_init__(self) -> None:
         if min(self.count, self.steps, self.height, self.width) < 1 or self.height % 16 or self.width % 16 or self.seed < 0:
-            raise ValueError(f"count {self.count}, steps {self.steps}, height {self.height}, width {self.width}, seed {self.seed}: expected "
-                             "1 or more, sizes in multiples of 16, and a seed of 0 or more")
+            raise ValueError(f"count {self.count}, steps {self.steps}, height {self.height}, width {self.width}, seed {self.seed}: "
+                             "expected 1 or more, sizes in multiples of 16, and a seed of 0 or more")
 
 
 def synthesize(prompts: list[str], model: str | Path, output: Path, draws: Draws = Draws(), batch: int = 1,

@@ -9,15 +9,14 @@
 import csv
 import math
 import signal
+from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from threading import current_thread, main_thread
+from threading import Event, current_thread, main_thread
 from time import monotonic
-from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -31,11 +30,8 @@ from ..model import L2PTransformer
 from ..pipeline import L2PPipeline
 from .config import TrainConfig, layers_of, read_config, to_toml
 from .curve import draw_curve
-from .data import Batch, Batches, Encodings, read_samples
+from .data import Batch, Batches, Encodings, ahead, read_samples
 from .loss import flow_matching_loss
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 # What may change when a run goes on; all else decides what it learns.
 FREE = ("steps", "save_every", "keep", "sample_every", "sample_prompts", "sample_steps", "device", "cache", "checkpointing")
@@ -59,98 +55,109 @@ def train(config: TrainConfig, progress: bool = True) -> Path:
 
     An interrupt is answered at the end of the step, when all is saved. Raises ValueError for settings and data that do not
     fit, before anything is trained, and where the loss diverges; CheckpointError for files."""
-    try:
-        from accelerate import Accelerator
-    except ImportError:
-        raise ImportError("training needs accelerate: pip install 'comfyui-l2p[train]'") from None
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=config.device == "cpu")
-    progress = progress and accelerator.is_main_process
-    output = Path(config.output)
-    check_run(output, config)
-    dtype = compute_dtype(config)
-    pipe = L2PPipeline.from_pretrained(config.checkpoint, config.text_encoder or None, config.tokenizer or None,
-                                       accelerator.device, dtype, progress=progress)
-    if pipe.layout.quantization:
-        raise CheckpointError(f"{pipe.layout.path.name} is quantized ({pipe.layout.quantization}); train the BF16 or FP32 model")
-    trained_height, trained_width = pipe.layout.trained_size
-    samples = read_samples(Path(config.data), config.height and (config.height, config.width) or None,
-                           config.max_pixels or trained_height * trained_width, pipe.layout.config.size_multiple, progress)
-    if config.height:
-        pipe.check_size(config.height, config.width)
-    prompts = config.sample_prompts or tuple(dict.fromkeys(sample.caption for sample in samples))[:4]
-    with accelerator.main_process_first():
-        encodings = Encodings(Path(config.cache or Path(config.data) / "encodings"), pipe)
-        encodings.add(["", *prompts, *(sample.caption for sample in samples)], progress)
-    batches = Batches(samples, encodings, config, pipe.layout.config.patch_size, accelerator.num_processes, accelerator.process_index)
+    return Run(config, progress).train()
 
-    model = pipe.transformer
-    trained = prepare(model, config)
-    optimizer = make_optimizer(trained, config)
-    log, board = Log(output / "log.csv", accelerator.is_main_process), None
-    step = load(output / "resume.pt", trained, optimizer, accelerator.device) if (output / "resume.pt").exists() else 0
-    log.go_back_to(step)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    if accelerator.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "config.toml").write_text(to_toml(config), encoding="utf-8")
-        board = tensorboard(output, step)
 
-    def save() -> None:
-        if accelerator.is_main_process:
-            save_step(output, step, trained, dtype, config)
-            with whole(output / "resume.pt") as part:
-                torch.save({"step": step, "trained": trained, "optimizer": optimizer.state_dict()}, part)
-            draw_curve([(row.step, row.loss) for row in log.rows], output / "loss.png")
+class Run:
+    """A run set up: model, data, optimizer and folder, at the step where it goes on."""
 
-    def draw() -> None:
-        if accelerator.is_main_process and config.sample_every:
-            size = max({sample.size for sample in samples}, key=[sample.size for sample in samples].count)
-            with accelerator.autocast():
-                draw_samples(pipe, encodings, prompts, size, config.sample_steps, output, step)
+    def __init__(self, config: TrainConfig, progress: bool):
+        try:
+            from accelerate import Accelerator
+        except ImportError:
+            raise ImportError("training needs accelerate: pip install 'comfyui-l2p[train]'") from None
+        self.config, self.output, self.dtype = config, Path(config.output), compute_dtype(config)
+        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=config.device == "cpu")
+        self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
+        self.progress = progress and self.main
+        check_run(self.output, config)
+        self.pipe = L2PPipeline.from_pretrained(config.checkpoint, config.text_encoder or None, config.tokenizer or None,
+                                                self.device, self.dtype, progress=self.progress)
+        layout = self.pipe.layout
+        if layout.quantization:
+            raise CheckpointError(f"{layout.path.name} is quantized ({layout.quantization}); train the BF16 or FP32 model")
+        if config.height:
+            self.pipe.check_size(config.height, config.width)
+        samples = read_samples(Path(config.data), config.height and (config.height, config.width) or None,
+                               config.max_pixels or math.prod(layout.trained_size), layout.config.size_multiple, self.progress)
+        self.sample_size = Counter(sample.size for sample in samples).most_common(1)[0][0]
+        self.prompts = config.sample_prompts or tuple(dict.fromkeys(sample.caption for sample in samples))[:4]
+        with self.accelerator.main_process_first():
+            self.encodings = Encodings(Path(config.cache or Path(config.data) / "encodings"), self.pipe)
+            self.encodings.add(["", *self.prompts, *(sample.caption for sample in samples)], self.progress)
+        self.batches = Batches(samples, self.encodings, config, layout.config.patch_size, self.accelerator.num_processes,
+                               self.accelerator.process_index)
 
-    saved = step
-    if step == 0:
-        draw()
-    with (ThreadPoolExecutor(1) as reader, board or nullcontext(), interrupts() as interrupted,
-          tqdm(total=config.steps, initial=step, unit="step", disable=not progress) as bar):
-        coming = reader.submit(batches.__getitem__, step * config.accumulate)  # read while the one before trains
-        while step < config.steps:
-            began = monotonic()
-            rate = config.learning_rate * rate_at(step, config)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            loss = 0.0
-            for part in range(config.accumulate):
-                batch = on_device(coming.result(), accelerator.device)
-                coming = reader.submit(batches.__getitem__, step * config.accumulate + part + 1)
-                with accelerator.no_sync(wrapped) if part < config.accumulate - 1 else nullcontext():
-                    part_loss = flow_matching_loss(wrapped, batch.pictures, batch.captions, batch.noise, batch.sigma)
-                    accelerator.backward(part_loss / config.accumulate)
-                loss += part_loss.detach() / config.accumulate
-            norm = accelerator.clip_grad_norm_(trained.values(), config.max_grad_norm or math.inf)
-            asked, loss = accelerator.reduce(torch.stack([loss.new_tensor(float(interrupted.is_set)), loss]), "mean").tolist()
-            log.add(Row(step + 1, loss, rate, float(norm), monotonic() - began))
-            if board:
-                for name, value in (("loss", loss), ("learning_rate", rate), ("grad_norm", norm)):
-                    board.add_scalar(name, value, step + 1)
-            if why := log.trouble():
-                raise ValueError(f"{why} at step {step + 1}, so training stopped. The last good state is step {saved}, in {output}; take a "
-                                 f"lower learning_rate than {config.learning_rate:g}, or look at the data of the last steps")
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-            bar.update()
-            bar.set_postfix({"loss": f"{log.mean():.4f}", **memory(accelerator.device)})
-            last = step == config.steps or asked > 0
-            if step % config.save_every == 0 or last:
-                save()
-                saved = step
-            if config.sample_every and step % config.sample_every == 0 and not asked:
-                draw()
-            if asked:
-                raise KeyboardInterrupt
-    accelerator.wait_for_everyone()
-    return step_file(output, step)
+        self.trained = prepare(self.pipe.transformer, config)
+        optimizer = make_optimizer(self.trained, config)
+        resume = self.output / "resume.pt"
+        self.step = self.saved = load(resume, self.trained, optimizer, self.device) if resume.exists() else 0
+        self.model, self.optimizer = self.accelerator.prepare(self.pipe.transformer, optimizer)
+        self.log = Log(self.output, self.step, self.main)
+        if self.main:
+            (self.output / "config.toml").write_text(to_toml(config), encoding="utf-8")
+
+    def train(self) -> Path:
+        """Step after step to the end, with samples and saves on the way."""
+        config = self.config
+        if self.step == 0:
+            self.draw()
+        with (closing(ahead(self.batches, self.step * config.accumulate)) as batches, self.log, interrupts() as interrupted,
+              tqdm(total=config.steps, initial=self.step, unit="step", disable=not self.progress) as bar):
+            while self.step < config.steps:
+                asked = self.learn(batches, interrupted)
+                bar.update()
+                bar.set_postfix({"loss": f"{self.log.mean():.4f}", **memory(self.device)})
+                if self.step % config.save_every == 0 or self.step == config.steps or asked:
+                    self.save()
+                if asked:
+                    raise KeyboardInterrupt
+                if config.sample_every and self.step % config.sample_every == 0:
+                    self.draw()
+        self.accelerator.wait_for_everyone()
+        return step_file(self.output, self.step)
+
+    def learn(self, batches: Iterator[Batch], interrupted: Event) -> bool:
+        """One step of the optimizer. Returns whether any process was interrupted by now.
+
+        Raises ValueError, with the weights as they were, where the loss is not what one goes on with."""
+        began, config = monotonic(), self.config
+        rate = config.learning_rate * rate_at(self.step, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss = torch.zeros((), device=self.device)
+        for part in range(config.accumulate):
+            batch = on_device(next(batches), self.device)
+            with self.accelerator.no_sync(self.model) if part < config.accumulate - 1 else nullcontext():
+                part_loss = flow_matching_loss(self.model, batch.pictures, batch.captions, batch.noise, batch.sigma)
+                self.accelerator.backward(part_loss / config.accumulate)
+            loss += part_loss.detach() / config.accumulate
+        norm = self.accelerator.clip_grad_norm_(self.trained.values(), config.max_grad_norm or math.inf)
+        asked, loss = self.accelerator.reduce(torch.stack([loss.new_tensor(float(interrupted.is_set())), loss]), "mean").tolist()
+        self.log.add(Row(self.step + 1, loss, rate, float(norm), monotonic() - began))
+        if why := self.log.trouble():
+            raise ValueError(f"{why} at step {self.step + 1}, so training stopped. The last good state is step {self.saved}, in "
+                             f"{self.output}; take a lower learning_rate than {config.learning_rate:g}, or look at the data of the "
+                             "last steps")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return asked > 0
+
+    def save(self) -> None:
+        """The step file, and the state to go on from."""
+        if self.main:
+            save_step(self.output, self.step, self.trained, self.dtype, self.config)
+            with whole(self.output / "resume.pt") as part:
+                torch.save({"step": self.step, "trained": self.trained, "optimizer": self.optimizer.state_dict()}, part)
+            draw_curve([(row.step, row.loss) for row in self.log.rows], self.output / "loss.png")
+        self.saved = self.step
+
+    def draw(self) -> None:
+        """A row of samples."""
+        if self.main and self.config.sample_every:
+            with self.accelerator.autocast():
+                draw_samples(self.pipe, self.encodings, self.prompts, self.sample_size, self.config.sample_steps, self.output, self.step)
 
 
 def compute_dtype(config: TrainConfig) -> torch.dtype:
@@ -287,22 +294,32 @@ def grid(rows: list[list[Image.Image]]) -> Image.Image:
 
 
 class Log:
-    """log.csv, a row for each step; written by one process alone."""
+    """log.csv, a row for each step, and the same for TensorBoard where that is installed; written by one process alone."""
 
-    def __init__(self, file: Path, writes: bool):
-        self.file, self.writes, self.rows = file, writes, []
-        if file.exists():
-            with file.open(newline="", encoding="utf-8") as stream:
-                self.rows = [Row(**{each.name: each.type(row[each.name]) for each in fields(Row)}) for row in csv.DictReader(stream)]
-        self.lowest = math.inf
-
-    def go_back_to(self, step: int) -> None:
-        """Forget what came after the step that a run goes on from."""
-        rows, self.rows = [row for row in self.rows if row.step <= step], []
-        if self.writes:
+    def __init__(self, folder: Path, step: int, writes: bool):
+        """step: where the run goes on; what was logged after it is forgotten."""
+        self.file, self.writes, self.rows, self.lowest, self.board = folder / "log.csv", writes, [], math.inf, None
+        rows = []
+        if writes and self.file.exists():
+            with self.file.open(newline="", encoding="utf-8") as stream:
+                rows = [Row(**{each.name: each.type(row[each.name]) for each in fields(Row)}) for row in csv.DictReader(stream)]
+        if writes:
+            folder.mkdir(parents=True, exist_ok=True)
             self.file.unlink(missing_ok=True)
         for row in rows:
-            self.add(row)
+            if row.step <= step:
+                self.add(row)
+        if writes:
+            with suppress(ImportError):
+                from torch.utils.tensorboard import SummaryWriter
+                self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.board:
+            self.board.close()
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
@@ -310,12 +327,14 @@ class Log:
             self.lowest = min(self.lowest, self.mean())
         if not self.writes:
             return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream)
             if stream.tell() == 0:
                 writer.writerow(each.name for each in fields(Row))
             writer.writerow(getattr(row, each.name) for each in fields(Row))
+        if self.board:
+            for name in ("loss", "learning_rate", "grad_norm"):
+                self.board.add_scalar(name, getattr(row, name), row.step)
 
     def mean(self) -> float:
         recent = self.rows[-WINDOW:]
@@ -331,28 +350,15 @@ class Log:
         return None
 
 
-def tensorboard(folder: Path, step: int) -> "SummaryWriter | None":
-    """A writer of the log for TensorBoard, where that is installed, from after `step`."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(folder / "tensorboard", purge_step=step + 1)
-
-
-class Asked:
-    is_set = False
-
-
 @contextmanager
-def interrupts() -> Iterator[Asked]:
+def interrupts() -> Iterator[Event]:
     """Within it the first interrupt is only noted; the second is one as usual."""
-    asked = Asked()
+    asked = Event()
 
     def note(number: int, frame: object) -> None:
-        if asked.is_set:
+        if asked.is_set():
             raise KeyboardInterrupt
-        asked.is_set = True
+        asked.set()
     before = {}
     if current_thread() is main_thread():  # no other may ask for signals
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
