@@ -4,6 +4,7 @@ Letters: B batch, H W picture size, h w patch grid, N image tokens (h * w padded
 32), S = N + M, D width. Time t runs from 0 (noise) to 1 (picture). The output approximates picture - noise.
 """
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -16,6 +17,7 @@ from .decoder import LocalDecoder
 TOKEN_MULTIPLE = 32  # image and caption tokens are each padded to a multiple of this
 NORM_EPS = 1e-5
 ROPE_THETA = 256.0
+TOKENS_AT_ONCE = 8192  # above any 64 x 64 picture with its caption, so those are computed whole
 
 
 class L2PTransformer(nn.Module):
@@ -127,13 +129,20 @@ class Block(nn.Module):
             self.adaLN_modulation = nn.Sequential(nn.Linear(config.t_dim, 4 * config.dim))
 
     def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, time: Tensor | None = None) -> Tensor:
-        if time is None:
-            x = x + self.attention_norm2(self.attention(self.attention_norm1(x), rope, mask))
-            return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
-        scale_a, gate_a, scale_f, gate_f = self.adaLN_modulation(time)[:, None].chunk(4, dim=-1)  # each (B, 1, D)
-        attended = self.attention(self.attention_norm1(x) * (1 + scale_a), rope, mask)
-        x = x + gate_a.tanh() * self.attention_norm2(attended)
-        return x + gate_f.tanh() * self.ffn_norm2(self.feed_forward(self.ffn_norm1(x) * (1 + scale_f)))
+        scale_a = gate_a = scale_f = gate_f = 1
+        if time is not None:
+            scale_a, gate_a, scale_f, gate_f = self.adaLN_modulation(time)[:, None].chunk(4, dim=-1)  # each (B, 1, D)
+            scale_a, gate_a, scale_f, gate_f = 1 + scale_a, gate_a.tanh(), 1 + scale_f, gate_f.tanh()
+
+        def before(x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return self.attention.project(self.attention_norm1(x) * scale_a, rope)
+
+        def after(x: Tensor, attended: Tensor) -> Tensor:
+            x = x + gate_a * self.attention_norm2(self.attention.to_out[0](attended))
+            return x + gate_f * self.ffn_norm2(self.feed_forward(self.ffn_norm1(x) * scale_f))
+
+        attended = self.attention.mix(*by_tokens(before, x, rope), mask)
+        return by_tokens(after, x, attended)
 
 
 class Attention(nn.Module):
@@ -147,12 +156,15 @@ class Attention(nn.Module):
         self.norm_q = nn.RMSNorm(config.head_dim, NORM_EPS)
         self.norm_k = nn.RMSNorm(config.head_dim, NORM_EPS)
 
-    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
+    def project(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, S, D) → q, k and v, each (B, S, heads, head), q and k turned by their positions."""
         q, k, v = (project(x).unflatten(-1, (self.n_heads, -1)) for project in (self.to_q, self.to_k, self.to_v))
-        q, k = rotate(self.norm_q(q), rope).to(v.dtype), rotate(self.norm_k(k), rope).to(v.dtype)
+        return rotate(self.norm_q(q), rope).to(v.dtype), rotate(self.norm_k(k), rope).to(v.dtype), v
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """What each token takes from all others: (B, S, D), before `to_out`."""
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, heads, S, head)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.to_out[0](x.transpose(1, 2).flatten(2))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 class FeedForward(nn.Module):
@@ -179,6 +191,23 @@ class TimeEmbedder(nn.Module):
         k = torch.arange(self.FREQUENCIES, dtype=torch.float32, device=t.device)
         angle = (1000 * t).float()[:, None] * torch.exp(-math.log(10000) * k / self.FREQUENCIES)
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.mlp[0].bias.dtype))
+
+
+def by_tokens(function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+    """`function` of (B, S, ...) inputs that takes each token by itself: in runs where there are many and no gradient is wanted,
+    so that what it holds in between does not grow with the picture."""
+    tokens = inputs[0].shape[1]
+    if tokens <= TOKENS_AT_ONCE or torch.is_grad_enabled():
+        return function(*inputs)
+    outputs: tuple[Tensor, ...] = ()
+    for start in range(0, tokens, TOKENS_AT_ONCE):
+        run = slice(start, start + TOKENS_AT_ONCE)
+        parts = function(*(each[:, run] for each in inputs))
+        parts = parts if isinstance(parts, tuple) else (parts,)
+        outputs = outputs or tuple(part.new_empty(part.shape[0], tokens, *part.shape[2:]) for part in parts)
+        for output, part in zip(outputs, parts):
+            output[:, run] = part
+    return outputs if len(outputs) > 1 else outputs[0]
 
 
 def padded(length: int) -> int:

@@ -1,9 +1,12 @@
 """The transformer against recorded numbers of the published program. Tolerances: tests/golden/README.md."""
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from comfyui_l2p.l2p_core import model
 from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS, L2PConfig
 from comfyui_l2p.l2p_core.model import L2PTransformer, rope_of_caption, rope_of_image
+from comfyui_l2p.l2p_core.train.estimate import Meter
 
 from golden import recipe
 from helpers import rms
@@ -131,3 +134,37 @@ def test_tables_made_for_inference_serve_training(tiny_model):
     tiny_model(*arguments).square().mean().backward()
     assert all(parameter.grad is not None for parameter in tiny_model.layers.parameters())
     tiny_model.zero_grad()
+
+
+@pytest.mark.parametrize("case", ["64x128.cap40.t0.3", "80x80.cap7.t0.97", "128x128.cap40.t0.3"])
+def test_tokens_in_runs_give_the_published_output(golden, tiny_model, monkeypatch, case):
+    monkeypatch.setattr(model, "TOKENS_AT_ONCE", 7)
+    recorded = golden("dit_fp32")
+    image, captions = inputs(recorded, case)
+    t = recorded[f"case.{case}.t"]
+    with torch.no_grad():
+        torch.testing.assert_close(tiny_model(image, t, captions), recorded[f"case.{case}.output"], atol=1e-4, rtol=0)
+        pair = [captions[0][:5], captions[0]], image.expand(2, -1, -1, -1), t.expand(2)
+        in_runs = tiny_model(pair[1], pair[2], pair[0])
+        monkeypatch.undo()
+        torch.testing.assert_close(in_runs, tiny_model(pair[1], pair[2], pair[0]), atol=1e-5, rtol=0)
+
+
+def test_a_block_at_65536_tokens_holds_less_than_3_gib(monkeypatch):
+    """The full-size block in bfloat16, on tensors that have only a shape: the 1K model at 4096 x 4096, or the memory of it."""
+    tokens = 65_536 + 512
+
+    def peak():
+        with FakeTensorMode(), torch.no_grad(), Meter() as meter:
+            torch.set_default_dtype(torch.bfloat16)
+            try:
+                block = model.Block(L2PConfig())
+                x, time = torch.empty(1, tokens, 3840), torch.empty(1, 256)
+            finally:
+                torch.set_default_dtype(torch.float32)
+            weights = sum(parameter.nbytes for parameter in block.parameters())
+            block(x, torch.empty(1, tokens, 64, 2), None, time)
+        return meter.peak - weights
+    assert peak() < 3 * 2**30
+    monkeypatch.setattr(model, "TOKENS_AT_ONCE", tokens)
+    assert peak() > 6 * 2**30
