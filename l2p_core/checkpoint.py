@@ -1,5 +1,4 @@
 """A checkpoint file becomes a model: tensors stay memory-mapped until they are cast or moved."""
-import re
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -8,7 +7,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .config import L2PConfig
+from .config import L2PConfig, block_numbers
 from .quantization import Int8Linear, comfy_kitchen, dequantize
 from .header import SHARD_NAME, CheckpointError, Entry
 from .layout import Layout, read_layout
@@ -115,7 +114,7 @@ def expected_shapes(config: L2PConfig) -> dict[str, tuple[int, ...]]:
 
 def missing_layers(layout: Layout) -> str:
     """"5..24": the gap in the main layers that a trained part leaves. Empty where there is none."""
-    depths = {int(match[1]) for name in layout.tensors if (match := re.match(r"layers\.([0-9]{1,4})\.", name))}
+    depths = block_numbers(layout.tensors)
     absent = sorted(set(range(max(depths, default=-1) + 1)) - depths)
     return f"{absent[0]}..{absent[-1]}" if absent else ""
 

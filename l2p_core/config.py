@@ -1,7 +1,7 @@
 """The model's numbers, read from the shapes of a checkpoint's tensors."""
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -89,8 +89,7 @@ class L2PConfig:
                              "a head must be a multiple of 16 and divide the width")
 
         def depth(name: str) -> int:
-            pattern = re.compile(rf"{name}\.([0-9]{{1,4}})\.")
-            found = {int(match[1]) for key in shapes if (match := pattern.match(key))}
+            found = block_numbers(shapes, name)
             if found != set(range(len(found))):
                 raise ValueError(f"it has {name}.{max(found)}, but not every {name} before it")
             return len(found)
@@ -104,3 +103,9 @@ class L2PConfig:
             decoder=tuple(stage(name) for name in STAGE_ORDER if f"local_decoder.enc{name}.0.weight" in shapes),
             bottleneck_dim=shapes["local_decoder.bottleneck.0.weight"][0],
         )
+
+
+def block_numbers(names: Iterable[str], stack: str = "layers") -> set[int]:
+    """The blocks that tensors of a stack belong to: 5 for layers.5.attention.to_q.weight. Beyond four digits it is no model's."""
+    pattern = re.compile(rf"{stack}\.([0-9]{{1,4}})\.")
+    return {int(match[1]) for name in names if (match := pattern.match(name))}

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from .config import L2PConfig
+from .config import L2PConfig, block_numbers
 from .header import CheckpointError, Entry, find_files, read_header, reading, stamp
 from .quantization import FORMATS
 
@@ -189,7 +189,7 @@ def classify(entries: dict[str, Entry], prefix: str) -> tuple[str, str]:
     if "x_pad_token" in names and starts & {"all_final_layer", "final_layer"} and "local_decoder" not in starts:
         return "latent", naming
     if starts & {"local_decoder", "x_pad_token"}:
-        depths = {int(name.split(".")[1]) for name in names if re.match(r"layers\.[0-9]{1,4}\.", name)}
+        depths = block_numbers(names)
         whole = len(depths) == max(depths, default=-1) + 1 and {"layers", "cap_embedder", "local_decoder"} <= starts
         return ("model" if whole else "part"), naming
     if any(key.endswith("embed_tokens.weight") for key in entries):

@@ -56,7 +56,7 @@ def test_a_blank_picture_is_judged_not_crashed_on():
 def test_test_prompts_were_never_trained_on():
     tests = held_out_scenes()
     triples, trained = ({(scene.shape, scene.colour, scene.background) for scene in some} for some in (tests, training_scenes()))
-    assert len(set(tests)) == 300 and not triples & trained and len(trained) > 250
+    assert len(set(tests)) == 300 and not triples & trained and len(trained) > 150
     for index, words in enumerate((SHAPES, COLOURS, COLOURS)):
         assert {triple[index] for triple in trained} == set(words), "each word is learned, only not in these combinations"
 

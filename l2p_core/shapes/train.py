@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel
 from tqdm import trange
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
@@ -19,9 +21,10 @@ from ..train.loss import flow_matching_loss
 from .pictures import SIZE, draw, scenes, training_scenes
 
 CONFIG = L2PConfig(
-    dim=144, n_heads=3, n_layers=6, n_refiner_layers=1, ffn_dim=384, cap_feat_dim=96, bottleneck_dim=64,
-    decoder=(Stage("1", 16, 16, 32), Stage("2", 32, 32, 16), Stage("3", 48, 48, 32), Stage("4", 64, 64, 48)))
-LAYOUT_SHIFT, FINISH_SHIFT = 12.0, 0.5  # noise levels that lean to where captions decide, and to the last steps
+    dim=192, n_heads=4, n_layers=4, n_refiner_layers=1, ffn_dim=384, cap_feat_dim=96, t_hidden_dim=256, bottleneck_dim=128,
+    decoder=(Stage("1", 16, 16, 32), Stage("2", 32, 32, 24), Stage("3", 48, 48, 48), Stage("4", 64, 64, 64)))
+LAYOUT_SHIFT, FINISH_SHIFT = 12.0, 0.35  # noise levels that lean to where captions decide, and to the last steps
+GATED = 4.0  # half of how much louder than its input an open gate of the decoder is at first
 
 
 def make_text_encoder(folder: Path, captions: list[str]) -> TextEncoder:
@@ -60,11 +63,13 @@ def initialise(model: L2PTransformer) -> None:
 
 @torch.no_grad()
 def initialise_decoder(decoder: LocalDecoder) -> None:
-    """Start as a linear network that gives the noise back, so that training is about the picture from its first step.
+    """Start as a linear network that gives the noise back, with a gate by which it can give back more.
 
     Channels come in pairs of opposite sign ("looks linear", Balduzzi et al. 2017, arXiv 1702.08591): a pair passes x on
-    whole, as SiLU(x) - SiLU(-x) = x. The outermost stage's first three pairs carry the noisy pixels, and the next three
-    carry them louder behind a bias that shuts them: the last steps, which must scale noise up, can open them."""
+    whole, as SiLU(x) - SiLU(-x) = x. The outermost stage's first three pairs carry the noisy pixels. The next six multiply
+    them: the sum of a pair is A(x) = SiLU(x) + SiLU(-x), about x^2 / 2 near 0 and |x| far from it, so that A(x + g) - A(x - g)
+    is about 2 x g for a small g, 2 x for a large one and nothing for none. The last steps, where the noise must be scaled up
+    by 1 / sigma, learn to open that gate, and backgrounds come out clean."""
     def pairs(channels: int) -> torch.Tensor:
         return torch.cat([torch.eye(channels // 2), -torch.eye(channels // 2)], dim=1)
 
@@ -97,26 +102,64 @@ def initialise_decoder(decoder: LocalDecoder) -> None:
         conv, reads = decoder.get_submodule(f"dec{stage.name}.0"), torch.block_diag(torch.eye(stage.up), pairs(stage.enc))
         weight = draw(conv, reads)
         if stage is stages[0]:
-            weight[:6, stage.up:] = 0
-            for first, loudness in ((0, 1), (3, 3)):
-                weight[range(first, first + 3), range(stage.up, stage.up + 3), 1, 1] = loudness
+            gate = 0.1 * draw(conv, reads)[0, :stage.up]
+            weight[:9] = 0
+            for first, sign in ((0, 0), (3, 1), (6, -1)):
+                weight[first:first + 3, :stage.up] = sign * gate
+                weight[range(first, first + 3), range(stage.up, stage.up + 3), 1, 1] = 1
         put(conv, weight, reads)
         reads = pairs(stage.dec)
-    conv.bias.view(2, -1)[:, 3:6] = -4
     weight = draw(decoder.out_conv, reads, paired=False) * 0.3
-    weight[:, :6] = 0
-    weight[rgb, rgb] = weight[rgb, range(3, 6)] = -torch.ones(3, 1, 1)
+    weight[:, :9] = 0
+    weight[rgb, rgb] = -torch.ones(3, 1, 1)
     put(decoder.out_conv, weight, reads, paired=False)
+    by_sign = decoder.out_conv.weight.view(3, 2, -1)  # colour, sign within the pair, pair
+    by_sign[rgb, :, range(3, 6)], by_sign[rgb, :, range(6, 9)] = -GATED, GATED
 
 
-def make_optimizers(model: L2PTransformer, rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, which settle the layout in half the steps; AdamW for all else."""
+class Guide(torch.nn.Linear):
+    """Reads each patch of the clean picture off the transformer's features, and is thrown away after training.
+
+    Its error reaches the transformer straight, where the decoder's comes through nine convolutions that are themselves
+    still learning."""
+
+    def __init__(self, model: L2PTransformer):
+        super().__init__(model.config.dim, 3 * model.config.patch_size**2)
+        model.local_decoder.register_forward_pre_hook(lambda _, inputs: setattr(self, "features", inputs[1]))
+
+    def loss(self, picture: torch.Tensor) -> torch.Tensor:
+        """Mean square of the last forward pass's reading less `picture`, (B, 3, H, W)."""
+        patch = round((self.out_features / 3) ** 0.5)
+        reading = self(self.features.movedim(1, -1)).movedim(-1, 1)  # (B, 3 * p * p, h, w)
+        return F.mse_loss(reading.float(), F.pixel_unshuffle(picture, patch))
+
+
+class Muon(torch.optim.Muon):
+    """torch's, and it takes convolutions: as matrices with a row for each output channel, in the memory they lie in."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter], rate: float):
+        self.matrices = [(parameter, torch.nn.Parameter(as_matrix(parameter.data))) for parameter in parameters]
+        assert all(matrix.data_ptr() == parameter.data_ptr() for parameter, matrix in self.matrices)
+        super().__init__([matrix for _, matrix in self.matrices], lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+
+    def step(self) -> None:
+        for parameter, matrix in self.matrices:
+            matrix.grad = as_matrix(parameter.grad)
+        super().step()
+
+
+def as_matrix(weight: torch.Tensor) -> torch.Tensor:
+    return weight if weight.dim() == 2 else weight.permute(0, 2, 3, 1).flatten(1)  # a view, as channels lie last
+
+
+def make_optimizers(model: L2PTransformer, guide: Guide, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices and the decoder's convolutions, which learn in a fraction of the steps; AdamW for all else."""
     matrices = [parameter for name, parameter in model.named_parameters()
-                if ".attention.to_" in name or ".feed_forward." in name]
+                if ".attention.to_" in name or ".feed_forward." in name
+                or name.startswith("local_decoder.") and parameter.dim() == 4 and "out_conv" not in name]
     known = set(map(id, matrices))
-    rest = [parameter for parameter in model.parameters() if id(parameter) not in known]
-    return [torch.optim.Muon(matrices, lr=1.5 * rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
+    rest = [parameter for parameter in (*model.parameters(), *guide.parameters()) if id(parameter) not in known]
+    return [Muon(matrices, 1.5 * rate), torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
 
 
 def train(folder: Path, steps: int, batch: int, rate: float, seed: int) -> None:
@@ -132,10 +175,11 @@ def train(folder: Path, steps: int, batch: int, rate: float, seed: int) -> None:
     model = L2PTransformer(CONFIG).to(memory_format=torch.channels_last)
     initialise(model)
     average = AveragedModel(model, avg_fn=lambda mean, new, count: mean + (new - mean) * max(0.001, 9 / (10 + count)))
-    optimizers = make_optimizers(model, rate)
+    guide = Guide(model)
+    optimizers = make_optimizers(model, guide, rate)
     warmup = 100
     schedulers = [torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / (steps * 0.5), 1)) for optimizer in optimizers]
+        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / (steps * 0.6), 1)) for optimizer in optimizers]
     progress = trange(steps, unit="step")
     losses = []
     for step in progress:
@@ -144,12 +188,15 @@ def train(folder: Path, steps: int, batch: int, rate: float, seed: int) -> None:
                  for scene in chosen]
         pictures = np.stack([np.asarray(draw(scene)) for scene in chosen])
         pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2) * (2 / 255) - 1
-        sigma = noise_levels(batch, finishing=5 * step >= 2 * steps)
-        with torch.autocast("cpu", torch.bfloat16):
+        sigma = noise_levels(batch, finishing=10 * step >= 3 * steps)
+        # attention written out: its backward pass is faster than the fused one's on a CPU
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             loss = flow_matching_loss(
                 model, pictures, [encodings[caption] for caption in words], torch.randn(batch, 3, SIZE, SIZE), sigma)
-        model.zero_grad()
-        loss.backward()
+            guiding = guide.loss(pictures)
+        for parameter in (*model.parameters(), *guide.parameters()):
+            parameter.grad = None
+        (loss + guiding).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for each in (*optimizers, *schedulers):
             each.step()
@@ -180,8 +227,8 @@ def save(model: L2PTransformer, folder: Path, steps: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "model")
-    parser.add_argument("--steps", type=int, default=5200)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     train(**vars(parser.parse_args()))
