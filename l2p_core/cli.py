@@ -95,10 +95,8 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
         from .pipeline import BUNDLED_MODEL, L2PPipeline
         if (args.prompt is None) == (args.prompts is None):
             raise ValueError("give a prompt, or a file of them with --prompts")
-        rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if args.device == "cuda" or args.device is None and torch.cuda.is_available():
-            args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        pipe = L2PPipeline.from_pretrained(args.checkpoint, args.text_encoder, args.tokenizer, args.device,
+        rank, processes, device = share(args.device)
+        pipe = L2PPipeline.from_pretrained(args.checkpoint, args.text_encoder, args.tokenizer, device,
                                            getattr(torch, args.dtype), args.convrot, progress=args.checkpoint is not None,
                                            decoder_tile=args.decoder_tile)
         if args.checkpoint is None and rank == 0:
@@ -111,6 +109,13 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
         if rank == 0:
             print(args.output)
     parser.set_defaults(run=run, when_stopped="The same command goes on where this one ended")
+
+
+def share(device: str | None) -> tuple[int, int, str | None]:
+    """This process's number, how many there are, and its device: a GPU of its own where there are GPUs."""
+    if device == "cuda" or device is None and torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), device
 
 
 def add_queue(commands: argparse._SubParsersAction) -> None:
@@ -259,7 +264,7 @@ def add_export(commands: argparse._SubParsersAction) -> None:
 
 
 def add_synthesize(commands: argparse._SubParsersAction) -> None:
-    from .train.synthesize import Draws
+    from .train.config import Draws
     parser = commands.add_parser(
         "synthesize", help="have the latent model draw pictures to train on",
         description="Draw pictures with a latent Z-Image through diffusers, as a folder for l2p train: images/ and metadata.csv with the "
@@ -268,9 +273,8 @@ def add_synthesize(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--model", required=True, metavar="FOLDER", help="the latent model, such as Z-Image-Turbo")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
     for each in fields(Draws):
-        says = {"count": "pictures for each prompt", "seed": "of the first picture, the next has the next", "height": "pixels", "width": "pixels"}
         parser.add_argument(f"--{each.name}", type=each.type, default=each.default,
-                            help=f"{says.get(each.name, '')} (default {each.default})".strip())
+                            help=f"{each.metadata['help']} (default {each.default})")
     parser.add_argument("--batch", type=int, default=1, help="pictures drawn at a time (default 1)")
     parser.add_argument("--device", help="default: the GPU where there is one")
 
@@ -279,12 +283,10 @@ def add_synthesize(commands: argparse._SubParsersAction) -> None:
         from .train.synthesize import synthesize
         if args.batch < 1:
             raise ValueError(f"--batch is {args.batch}; expected 1 or more")
-        rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if args.device is None and torch.cuda.is_available():
-            args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        rank, processes, device = share(args.device)
         prompts = [row.get("text", row.get("prompt")) for row in read_rows(args.prompts)]
         synthesize(prompts, args.model, args.output, Draws(**{each.name: getattr(args, each.name) for each in fields(Draws)}),
-                   args.batch, args.device, rank=rank, processes=processes, progress=rank == 0)
+                   args.batch, device, rank=rank, processes=processes, progress=rank == 0)
         if rank == 0:
             print(args.output)
     parser.set_defaults(run=run, when_stopped="The same command goes on where this one ended")

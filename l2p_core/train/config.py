@@ -80,6 +80,22 @@ class TrainConfig:
         layers_of(self.freeze)
 
 
+@dataclass(frozen=True)
+class Draws:
+    """How `synthesize` draws; Z-Image-Turbo's own settings."""
+    count: int = knob(2, "pictures for each prompt")
+    seed: int = knob(0, "of the first picture, the next has the next")
+    height: int = knob(1024, "pixels")
+    width: int = knob(1024, "pixels")
+    steps: int = knob(9, "of the latent model")
+    guidance: float = knob(0.0, "of the latent model, 0 for none")
+
+    def __post_init__(self) -> None:
+        if min(self.count, self.steps, self.height, self.width) < 1 or self.height % 16 or self.width % 16 or self.seed < 0:
+            raise ValueError(f"count {self.count}, steps {self.steps}, height {self.height}, width {self.width}, seed {self.seed}: "
+                             "expected 1 or more, sizes in multiples of 16, and a seed of 0 or more")
+
+
 def layers_of(text: str) -> slice:
     """"5:-5" → slice(5, -5), and "" → slice(0, 0), none. Raises ValueError."""
     try:

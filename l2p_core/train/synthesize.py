@@ -3,7 +3,6 @@
 That is the paper's data step (arXiv 2605.12013): what a pixel model learns from is its own latent self, two pictures a prompt.
 """
 import csv
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,25 +13,10 @@ from tqdm import tqdm
 from ..generate import is_drawn, save
 from ..header import CheckpointError, whole
 from ..pipeline import usable_device
+from .config import Draws
 
 if TYPE_CHECKING:
     from diffusers import ZImagePipeline
-
-
-@dataclass(frozen=True)
-class Draws:
-    """How the pictures are drawn; Z-Image-Turbo's own settings."""
-    count: int = 2  # pictures for each prompt
-    seed: int = 0  # of the first picture; each next one has the next
-    height: int = 1024
-    width: int = 1024
-    steps: int = 9
-    guidance: float = 0.0
-
-    def __post_init__(self) -> None:
-        if min(self.count, self.steps, self.height, self.width) < 1 or self.height % 16 or self.width % 16 or self.seed < 0:
-            raise ValueError(f"count {self.count}, steps {self.steps}, height {self.height}, width {self.width}, seed {self.seed}: "
-                             "expected 1 or more, sizes in multiples of 16, and a seed of 0 or more")
 
 
 def synthesize(prompts: list[str], model: str | Path, output: Path, draws: Draws = Draws(), batch: int = 1,
