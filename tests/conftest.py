@@ -6,6 +6,7 @@ from comfyui_l2p.l2p_core.config import L2PConfig
 from comfyui_l2p.l2p_core.model import L2PTransformer
 
 import real_comfyui
+import small_runs
 from golden import recipe
 from helpers import GOLDEN
 
@@ -60,3 +61,9 @@ def comfyui(tmp_path_factory):
 def comfyui_server(tmp_path_factory):
     """A `real_comfyui.Server`; tests that ask for it are skipped where there is no ComfyUI."""
     yield from real(real_comfyui.Server, tmp_path_factory.mktemp("comfyui_server"))
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A folder to train on."""
+    return small_runs.make_data(tmp_path / "data")

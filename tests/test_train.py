@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -17,51 +16,21 @@ from safetensors.torch import load_file
 from comfyui_l2p.l2p_core import L2PConfig, L2PTransformer, load_model
 from comfyui_l2p.l2p_core.cli import main
 from comfyui_l2p.l2p_core.image import to_pixels
-from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL, L2PPipeline, draw_noise
+from comfyui_l2p.l2p_core.pipeline import L2PPipeline, draw_noise
 from comfyui_l2p.l2p_core.sampler import schedule
 from comfyui_l2p.l2p_core.shapes.pictures import draw, scenes
 from comfyui_l2p.l2p_core.text import TextEncoder
 from comfyui_l2p.l2p_core.train import trainer
-from comfyui_l2p.l2p_core.train.config import TrainConfig, read_config, to_toml
+from comfyui_l2p.l2p_core.train.config import read_config, to_toml
 from comfyui_l2p.l2p_core.train.data import Batches, crop_and_resize, read_samples, target_size
-from comfyui_l2p.l2p_core.train.estimate import Meter, estimate
 from comfyui_l2p.l2p_core.train.loss import draw_sigmas, flow_matching_loss
 from comfyui_l2p.quant.merge import merge
 
 from golden import recipe
 from helpers import GOLDEN, rms
+from small_runs import CHECKPOINT, Killed, config, losses, make_data
 
-CHECKPOINT = BUNDLED_MODEL / "transformer.safetensors"
 RECORDED = json.loads((GOLDEN / "training.json").read_text())
-
-
-@pytest.fixture
-def data(tmp_path):
-    """A folder of six pictures, four of them squares, with captions and seeds."""
-    return make_data(tmp_path / "data")
-
-
-def make_data(folder, seeds=True):
-    (folder / "images").mkdir(parents=True)
-    with (folder / "metadata.csv").open("w", newline="") as stream:
-        rows = csv.writer(stream)
-        rows.writerow(["file_name", "text", *(["seed"] if seeds else [])])
-        for number, scene in enumerate(scenes()[:600:100]):
-            picture = draw(scene) if number < 4 else draw(scene).resize((128, 64))
-            picture.save(folder / "images" / f"{number}.png")
-            rows.writerow([f"{number}.png", scene.caption(), *([1000 + number] if seeds else [])])
-    return folder
-
-
-def config(data, **changes):
-    return TrainConfig(**{
-        "checkpoint": str(CHECKPOINT), "data": str(data), "output": str(data.parent / "run"), "steps": 6, "batch": 2, "freeze": "1:-1",
-        "mixed_precision": "no", "device": "cpu", "save_every": 3, "sample_every": 0, "learning_rate": 1e-3, **changes})
-
-
-def losses(output):
-    with (output / "log.csv").open() as stream:
-        return [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(stream)]
 
 
 # The objective and the optimiser
@@ -137,7 +106,7 @@ def test_a_lora_is_what_its_file_says(data):
     settings = config(data, lora_rank=4)
     model = load_model(CHECKPOINT, dtype=torch.float32)
     trained = trainer.prepare(model, settings)
-    trainer.load(data.parent / "run" / "resume.pt", trained, trainer.make_optimizer(trained, settings), torch.device("cpu"))
+    trainer.load(data.parent / "run" / "resume.pt", trained, trainer.make_optimizer(trained, settings))
     changed = load_model(CHECKPOINT, dtype=torch.float32)
     for target in targets:
         weight = changed.get_parameter(target.removeprefix("diffusion_model.") + ".weight")
@@ -303,10 +272,6 @@ def test_training_learns_its_pictures(data):
     assert sum(found[-12:]) < 0.7 * sum(found[:12])
 
 
-class Killed(BaseException):
-    pass
-
-
 def test_a_killed_run_goes_on_bit_for_bit(data, monkeypatch):
     whole = trainer.train(config(data, output=str(data.parent / "whole"), caption_dropout=0.3, accumulate=2), progress=False)
     calls = []
@@ -412,62 +377,3 @@ def test_paired_noise_needs_seeds(tmp_path):
     with pytest.raises(ValueError, match="have no seeds"):
         trainer.train(config(data, noise="paired"), progress=False)
     trainer.train(config(data, steps=1), progress=False)
-
-
-# Memory
-
-def parts(data, **changes):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch, that bfloat16 and float32 meet in a norm
-        return estimate(config(data, height=96, width=96, **changes))
-
-
-@pytest.mark.parametrize("precision, frozen_bytes", [("bf16", 2), ("no", 4)])
-def test_the_estimate_counts_weights_gradients_and_state(data, precision, frozen_bytes):
-    model = load_model(CHECKPOINT, dtype=torch.float32)
-    frozen = sum(parameter.numel() for parameter in model.layers[1:-1].parameters())
-    trained = sum(parameter.numel() for parameter in model.parameters()) - frozen
-    count = len(trainer.prepare(model, config(data)))
-    found = parts(data, mixed_precision=precision)
-    assert found["weights that are trained"] == found["gradients"] == 4 * trained
-    assert found["frozen weights"] == frozen_bytes * frozen
-    assert found["optimizer state"] == 8 * trained + 4 * count, "two means of each number, and a count of steps for each tensor"
-    assert found["in all"] == sum(size for name, size in found.items() if name != "in all")
-
-
-def test_the_estimate_knows_what_saves_memory(data):
-    plain, saving, larger, lora = (parts(data, **changes) for changes in (
-        {"checkpointing": False}, {}, {"batch": 8, "checkpointing": False}, {"lora_rank": 4}))
-    passing = "activations and what passes"
-    assert saving[passing] < plain[passing] / 2
-    assert 3.5 * plain[passing] < larger[passing] < 4.5 * plain[passing]
-    assert lora["optimizer state"] < saving["optimizer state"] / 5
-
-
-def test_the_estimate_is_what_a_real_step_holds(data):
-    """The same meter over real tensors: so shapes alone take the same path."""
-    settings = config(data, mixed_precision="no")
-    model = load_model(CHECKPOINT, dtype=torch.float32)
-    optimizer = trainer.make_optimizer(trainer.prepare(model, settings), settings)
-    inputs = torch.randn(2, 3, 96, 96), [torch.randn(512, 96) for _ in range(2)], torch.randn(2, 3, 96, 96), torch.rand(2)
-    flow_matching_loss(model, *inputs).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    gradients = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    known = [parameter.untyped_storage() for parameter in model.parameters()]
-    known += [tensor.untyped_storage() for state in optimizer.state.values() for tensor in state.values()]
-    known += [tensor.untyped_storage() for tensor in (inputs[0], *inputs[1], *inputs[2:])]
-    meter = Meter()
-    meter.known = {storage._cdata for storage in known}
-    with meter:
-        flow_matching_loss(model, *inputs).backward()
-        optimizer.step()
-    assert meter.peak - gradients == pytest.approx(parts(data, mixed_precision="no")["activations and what passes"], rel=0.02)
-
-
-def test_estimating_leaves_nothing_behind(data, tiny_model, golden):
-    recorded = golden("dit_fp32")
-    inputs = recorded["input.image.64x128"], torch.tensor([0.3]), [recorded["input.caption.7"]]
-    before = tiny_model(*inputs)
-    parts(data)
-    assert torch.equal(tiny_model(*inputs), before)

@@ -51,6 +51,15 @@ class TrainConfig:
                                 choices=("bf16", "no"))
     checkpointing: bool = knob(True, "keep only each block's input and the decoder's, and compute the rest again on the way back: a "
                                "third slower, a fraction of the memory")
+    offload_activations: bool = knob(False, "what is kept for the way back waits in the CPU's memory")
+    quantize_frozen: str = knob("", "keep the linears of frozen layers in int8, or in nf4, half as large and coarser; '' leaves them as they "
+                                "are", choices=("", "int8", "nf4"))
+    optimizer: str = knob("adamw", "adamw8bit keeps the optimizer's state in 8 bits (bitsandbytes)", choices=("adamw", "adamw8bit"))
+    offload_state: bool = knob(False, "the optimizer's state, and its arithmetic, on the CPU")
+    stochastic_rounding: bool = knob(False, "trained weights in bfloat16 too, each step rounded up or down at random, the nearer the "
+                                     "likelier")
+    step_in_backward: bool = knob(False, "update each tensor as soon as its gradient is there, and forget the gradient; one process, "
+                                  "accumulate 1, no max_grad_norm")
     device: str = knob("", "default: the GPU where there is one; cpu otherwise")
 
     save_every: int = knob(500, "steps between two step-N.safetensors")
@@ -77,6 +86,11 @@ class TrainConfig:
             raise ValueError(f"height is {self.height} and width {self.width}; give both, or neither")
         if self.caption_dropout > 1:
             raise ValueError(f"caption_dropout is {self.caption_dropout}; expected a share from 0 to 1")
+        if self.step_in_backward and (self.accumulate > 1 or self.max_grad_norm):
+            raise ValueError(f"step_in_backward never has all gradients at once, so it goes neither with accumulate {self.accumulate} nor "
+                             f"with max_grad_norm {self.max_grad_norm:g}; take 1 and 0, or leave it off")
+        if self.stochastic_rounding and self.mixed_precision != "bf16":
+            raise ValueError("stochastic_rounding keeps weights in bfloat16, mixed_precision 'no' all in float32; choose one")
         layers_of(self.freeze)
 
 

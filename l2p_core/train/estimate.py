@@ -4,11 +4,14 @@ torch's FakeTensorMode carries shapes, dtypes and devices through the very code 
 that are alive. What lies outside of tensors is not counted: the program itself, a GPU's context, a kernel's workspace.
 """
 import weakref
-from contextlib import ExitStack
+from collections.abc import Iterable
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -20,6 +23,7 @@ from .loss import flow_matching_loss
 from .trainer import compute_dtype, make_optimizer, prepare
 
 CAPTION_TOKENS = 512  # the longest a caption can be
+HOST = "meta"  # stands for the memory beside the device's, which is not counted
 
 
 class Meter(TorchDispatchMode):
@@ -33,7 +37,7 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.device.type != HOST:
                 self.add(tensor)
         return result
 
@@ -51,7 +55,8 @@ class Meter(TorchDispatchMode):
 
 
 def estimate(config: TrainConfig) -> dict[str, int]:
-    """Bytes that one process holds at the peak of a step, by what they are for, and their sum as "in all".
+    """Bytes that one process holds at the peak of a step, by what they are for, and their sum as "in all"; then what it keeps
+    in the CPU's memory, where a GPU's is meant by the rest.
 
     Reads the checkpoint's header alone, and neither the data nor the text encoder: pictures are of `height` x `width`, or of the
     checkpoint's trained size; captions of 512 tokens. Raises CheckpointError."""
@@ -70,28 +75,46 @@ def estimate(config: TrainConfig) -> dict[str, int]:
         for module in model.modules():
             for name, weight in list(module.named_parameters(recurse=False)):
                 setattr(module, name, nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype), weight.requires_grad))
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        optimizer = make_optimizer(trained, config)
+        optimizer = make_optimizer(trained, replace(config, optimizer="adamw"), HOST)  # bitsandbytes' looks at numbers
         picture = torch.empty(config.batch, 3, height, width)
         captions = [torch.empty(CAPTION_TOKENS, layout.config.cap_feat_dim, dtype=dtype) for _ in range(config.batch)]
-        weights = {name: parameter.nbytes for name, parameter in model.named_parameters()}
 
-        def step() -> None:
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        def step() -> int:
+            """Returns what all gradients together take."""
+            kept = saved_tensors_hooks(lambda tensor: tensor.to(HOST), lambda kept: kept.to("cpu")) if config.offload_activations else nullcontext()
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16), kept:
                 loss = flow_matching_loss(model, picture, captions, torch.empty_like(picture), torch.empty(config.batch))
             loss.backward()
+            gradients = bytes_of(parameter.grad for parameter in trained.values())
             optimizer.step()
+            optimizer.zero_grad()
+            return gradients
 
-        step()  # makes gradients and the optimizer's state
-        state = sum(tensor.nbytes for values in optimizer.state.values() for tensor in values.values() if isinstance(tensor, Tensor))
-        gradients = sum(parameter.grad.nbytes for parameter in trained.values() if parameter.grad is not None)
-        optimizer.zero_grad()
+        step()  # makes the optimizer's state
         lasting, meter.peak = meter.alive, 0
-        step()
-    learned = sum(weights[name] for name in trained)
-    parts = {"weights that are trained": learned, "frozen weights": sum(weights.values()) - learned, "gradients": gradients,
-             "optimizer state": state, "activations and what passes": meter.peak - lasting - gradients}
-    return {**parts, "in all": sum(parts.values())}
+        gradients = step()
+        state = bytes_of(tree_leaves(optimizer.state_dict()))
+    if config.optimizer == "adamw8bit":
+        state = sum(state_in_8_bits(parameter.numel()) for parameter in trained.values())
+    learned = bytes_of(trained.values())
+    parts = {"weights that are trained": learned, "frozen weights": bytes_of(model.state_dict().values()) - learned,
+             "gradients": gradients, "optimizer state": 0 if config.offload_state else state,
+             "activations and what passes": meter.peak - lasting - gradients}
+    beside = {"in the CPU's memory": state} if config.offload_state else {}
+    return {**parts, "in all": sum(parts.values()), **beside}
+
+
+def state_in_8_bits(count: int) -> int:
+    """Bytes of bitsandbytes' AdamW for a tensor of so many numbers: two means of each, with a float32 scale for every 256 of them
+    and two tables of 256 levels; a tensor below 4096 keeps float32."""
+    return 8 * count if count < 4096 else 2 * count + 2 * 4 * -(-count // 256) + 2 * 4 * 256
+
+
+def bytes_of(values: Iterable[object]) -> int:
+    return sum(value.nbytes for value in values if isinstance(value, Tensor))
 
 
 def table(parts: dict[str, int]) -> str:

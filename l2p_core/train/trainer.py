@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -32,9 +33,11 @@ from .config import TrainConfig, layers_of, read_config, to_toml
 from .curve import draw_curve
 from .data import Batch, Batches, Encodings, ahead, read_samples
 from .loss import flow_matching_loss
+from .memory import FrugalAdamW, quantize_frozen
 
 # What may change when a run goes on; all else decides what it learns.
-FREE = ("steps", "save_every", "keep", "sample_every", "sample_prompts", "sample_steps", "device", "cache", "checkpointing")
+FREE = ("steps", "save_every", "keep", "sample_every", "sample_prompts", "sample_steps", "device", "cache", "checkpointing",
+        "offload_activations")
 WINDOW, DIVERGED = 100, 3  # a mean loss over so many steps that is so many times the lowest before it
 LORA_TARGETS = r"layers\.\d+\.(attention\.(to_[qkv]|to_out\.0)|feed_forward\.w[123]|adaLN_modulation\.0)"
 SHEET_ROWS, SHEET_SIDE = 12, 256  # of samples.png
@@ -67,8 +70,10 @@ class Run:
         except ImportError:
             raise ImportError("training needs accelerate: pip install 'comfyui-l2p[train]'") from None
         self.config, self.output, self.dtype = config, Path(config.output), compute_dtype(config)
-        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=config.device == "cpu")
+        self.accelerator = Accelerator(mixed_precision="no", cpu=config.device == "cpu")  # `autocast` sees to it
         self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
+        if config.step_in_backward and self.accelerator.num_processes > 1:
+            raise ValueError(f"step_in_backward is for one process, and here are {self.accelerator.num_processes}; leave it off")
         self.progress = progress and self.main
         check_run(self.output, config)
         self.pipe = L2PPipeline.from_pretrained(config.checkpoint, config.text_encoder or None, config.tokenizer or None,
@@ -91,8 +96,8 @@ class Run:
         self.trained = prepare(self.pipe.transformer, config)
         optimizer = make_optimizer(self.trained, config)
         resume = self.output / "resume.pt"
-        self.step = self.saved = load(resume, self.trained, optimizer, self.device) if resume.exists() else 0
-        self.model, self.optimizer = self.accelerator.prepare(self.pipe.transformer, optimizer)
+        self.step = self.saved = load(resume, self.trained, optimizer) if resume.exists() else 0
+        self.model, self.optimizer = self.accelerator.prepare(self.pipe.transformer, optimizer, device_placement=[True, False])
         self.log = Log(self.output, self.step, self.main)
         if self.main:
             (self.output / "config.toml").write_text(to_toml(config), encoding="utf-8")
@@ -120,7 +125,7 @@ class Run:
     def learn(self, batches: Iterator[Batch], interrupted: Event) -> bool:
         """One step of the optimizer. Returns whether any process was interrupted by now.
 
-        Raises ValueError, with the weights as they were, where the loss is not what one goes on with."""
+        Raises ValueError, and nothing of the step is saved, where the loss is not what one goes on with."""
         began, config = monotonic(), self.config
         rate = config.learning_rate * rate_at(self.step, config)
         for group in self.optimizer.param_groups:
@@ -129,10 +134,14 @@ class Run:
         for part in range(config.accumulate):
             batch = on_device(next(batches), self.device)
             with self.accelerator.no_sync(self.model) if part < config.accumulate - 1 else nullcontext():
-                part_loss = flow_matching_loss(self.model, batch.pictures, batch.captions, batch.noise, batch.sigma)
+                with self.autocast(), save_on_cpu(self.device.type == "cuda") if config.offload_activations else nullcontext():
+                    part_loss = flow_matching_loss(self.model, batch.pictures, batch.captions, batch.noise, batch.sigma)
                 self.accelerator.backward(part_loss / config.accumulate)
             loss += part_loss.detach() / config.accumulate
-        norm = self.accelerator.clip_grad_norm_(self.trained.values(), config.max_grad_norm or math.inf)
+        if config.step_in_backward:
+            norm = self.optimizer.optimizer.norm()
+        else:
+            norm = self.accelerator.clip_grad_norm_(self.trained.values(), config.max_grad_norm or math.inf)
         asked, loss = self.accelerator.reduce(torch.stack([loss.new_tensor(float(interrupted.is_set())), loss]), "mean").tolist()
         self.log.add(Row(self.step + 1, loss, rate, float(norm), monotonic() - began))
         if why := self.log.trouble():
@@ -143,6 +152,9 @@ class Run:
         self.optimizer.zero_grad()
         self.step += 1
         return asked > 0
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.mixed_precision == "bf16")
 
     def save(self) -> None:
         """The step file, and the state to go on from."""
@@ -156,7 +168,7 @@ class Run:
     def draw(self) -> None:
         """A row of samples."""
         if self.main and self.config.sample_every:
-            with self.accelerator.autocast():
+            with self.autocast():
                 draw_samples(self.pipe, self.encodings, self.prompts, self.sample_size, self.config.sample_steps, self.output, self.step)
 
 
@@ -178,15 +190,18 @@ def check_run(output: Path, config: TrainConfig) -> None:
 
 
 def prepare(model: L2PTransformer, config: TrainConfig) -> dict[str, nn.Parameter]:
-    """Freeze what stays, put the rest into float32, and return it by name."""
+    """Freeze what stays, put the rest into what it is trained in, and return it by name."""
     model.train()
+    frozen = model.layers if config.lora_rank else model.layers[layers_of(config.freeze)]
+    frozen.requires_grad_(False)
+    if config.quantize_frozen:
+        quantize_frozen(frozen, config.quantize_frozen)
     if config.lora_rank:
         add_lora(model, config)
-    for layer in () if config.lora_rank else model.layers[layers_of(config.freeze)]:
-        layer.requires_grad_(False)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for parameter in trained.values():
-        parameter.data = parameter.data.to(torch.float32, copy=True)  # the file it is mapped from is not written to
+        dtype = torch.bfloat16 if config.stochastic_rounding else torch.float32
+        parameter.data = parameter.data.to(dtype, copy=True)  # the file it is mapped from is not written to
     if config.checkpointing:
         for part in (*model.noise_refiner, *model.context_refiner, *model.layers, model.local_decoder):
             part.forward = partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)
@@ -210,9 +225,12 @@ def saved_name(name: str) -> str:
     return f"diffusion_model.{name.replace('.default.', '.')}" if ".lora_" in name else name
 
 
-def make_optimizer(trained: dict[str, nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    """The published one."""
-    return torch.optim.AdamW(trained.values(), lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay)
+def make_optimizer(trained: dict[str, nn.Parameter], config: TrainConfig, host: str = "cpu") -> torch.optim.Optimizer:
+    """The published one, or the same in less memory; host: where it may keep its state."""
+    settings = {"lr": config.learning_rate, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw" and not (config.offload_state or config.stochastic_rounding or config.step_in_backward):
+        return torch.optim.AdamW(trained.values(), **settings)
+    return FrugalAdamW(trained.values(), config, host, **settings)
 
 
 def rate_at(step: int, config: TrainConfig) -> float:
@@ -247,10 +265,10 @@ def save_step(output: Path, step: int, trained: dict[str, nn.Parameter], dtype: 
         step_file(output, number).unlink()
 
 
-def load(file: Path, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, device: torch.device) -> int:
+def load(file: Path, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
     """Put a saved state back and return its step. Raises CheckpointError where it can't be read."""
     try:
-        state = torch.load(file, map_location=device, weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
         step = state["step"]
         for name, parameter in trained.items():
             parameter.data.copy_(state["trained"][name])
