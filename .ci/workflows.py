@@ -25,11 +25,11 @@ import real_comfyui  # noqa: E402
 from workflow_variants import BUNDLED, NAMES, PICTURE, WORKFLOWS, api, canvas, input_picture, notes, small, write_models  # noqa: E402
 
 SIDE = 512
-SHAPES = ["a large red circle on a blue background, left", "a large yellow star on a purple background",
+SHAPES = ["a large red circle on a blue background, left", "a large yellow diamond on a purple background",
           "a large green triangle on a white background", "a large orange square on a black background"]
 PROMPTS = {"text_to_image": SHAPES[1], "int8": SHAPES[2], "lora": SHAPES[1], "4k_checkpoint": SHAPES[3],
            "upscale_to_4k": SHAPES[1], "image_to_image": "a large yellow circle on a green background, left",
-           "inpaint": "a large yellow star on a blue background, right", "core_nodes": SHAPES[2]}
+           "inpaint": "a large yellow diamond on a blue background, right", "core_nodes": SHAPES[2]}
 
 # Opens an API form as ComfyUI itself does, then puts each of its groups into a column of its own, the note under the first.
 ARRANGE = """async (graph, note) => {

@@ -11,9 +11,9 @@ import time
 import torch
 from torch import Tensor
 
-from comfyui_l2p.benchmarks.live_tensors import peak_bytes
 from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS, L2PConfig
 from comfyui_l2p.l2p_core.decoder import LocalDecoder, decoder_bytes, tile_side
+from comfyui_l2p.l2p_core.meter import peak_bytes
 
 
 def measure(decoder: LocalDecoder, image: Tensor, features: Tensor, tile: int) -> tuple[int, float, Tensor]:

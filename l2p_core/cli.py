@@ -89,11 +89,15 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     machine.add_argument("--free-text-encoder", action="store_true",
                          help="encode all prompts first, then free the encoder's memory")
     machine.add_argument("--overwrite", action="store_true", help="draw again what was drawn with other settings")
+    machine.add_argument("--estimate", action="store_true", help="say how much memory this takes and how often the model runs, by the "
+                                                                 "checkpoint's header alone")
 
     def run(args: argparse.Namespace) -> None:
+        from .estimate import estimate
         from .generate import SETTINGS, draw, plan, read_rows
+        from .meter import table
         from .pipeline import BUNDLED_MODEL, L2PPipeline
-        if (args.prompt is None) == (args.prompts is None):
+        if (args.prompt is None) == (args.prompts is None) and not args.estimate:
             raise ValueError("give a prompt, or a file of them with --prompts")
         rank, processes, device = share(args.device)
         pipe = L2PPipeline.from_pretrained(args.checkpoint, args.text_encoder, args.tokenizer, device,
@@ -102,9 +106,14 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
         if args.checkpoint is None and rank == 0:
             print(f"No --checkpoint given: drawing with the bundled small model, which knows plain shapes "
                   f"({BUNDLED_MODEL.parent / 'README.md'})")
-        rows = read_rows(args.prompts) if args.prompts else [{"prompt": args.prompt}]
+        rows = read_rows(args.prompts) if args.prompts else [{"prompt": args.prompt or ""}]
         settings = {name: getattr(args, name) for name in SETTINGS if name != "prompt"}
         pictures = plan(rows, settings, args.count, args.output, pipe)[rank::processes]
+        if args.estimate:
+            largest = max(pictures, key=lambda picture: picture.height * picture.width)
+            parts, passes = estimate(pipe, largest, args.batch, args.free_text_encoder)
+            print(f"{table(parts)}\n{passes} passes through the model, {args.batch} x {largest.width} x {largest.height} pixels each")
+            return
         draw(pictures, pipe, args.batch, args.free_text_encoder, args.overwrite, progress=rank == 0)
         if rank == 0:
             print(args.output)
@@ -314,7 +323,8 @@ def add_train(commands: argparse._SubParsersAction) -> None:
         from .train.trainer import train
         flags = {each.name: value for each in fields(TrainConfig) if (value := getattr(args, each.name)) is not None}
         if args.estimate:
-            from .train.estimate import estimate, table
+            from .meter import table
+            from .train.estimate import estimate
             print(table(estimate(read_config(args.config, {"data": "none", "output": "none", **flags}))))
         else:
             print(train(read_config(args.config, flags)))

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from .header import hash_files, whole
 from .pipeline import L2PPipeline, usable_device
+from .text import encoder_files
 from .sampler import schedule, solver
 
 PNG_KEY = "l2p"  # the text chunk that carries a picture's settings as JSON
@@ -129,9 +130,7 @@ def draw(pictures: list[Picture], pipe: L2PPipeline, batch: int = 1, free_text_e
     with ThreadPoolExecutor(1) as beside, ExitStack() as at_end:  # hashing leaves the interpreter free to draw
         at_end.callback(stop.set)
         checkpoint_hash = beside.submit(hash_files, pipe.layout.files, stop)
-        encoder = pipe.text_encoder_path
-        encoder_hash = beside.submit(hash_files, sorted(encoder.glob("*.safetensors")) if encoder.is_dir() else
-                                     [encoder] if encoder.is_file() else [], stop)
+        encoder_hash = beside.submit(hash_files, encoder_files(pipe.text_encoder_path), stop)
         hash_once = cache(lambda file: hash_files([Path(file)], stop))  # a start picture may serve thousands
 
         def describe(picture: Picture) -> dict:

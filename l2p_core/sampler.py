@@ -18,13 +18,15 @@ Callback = Callable[[int, int, Tensor], None]  # (steps done, steps in all, the 
 def schedule(steps: int, strength: float = 1.0, shift: float = 3.0) -> Tensor:
     """`steps` noise levels and a last 0: (steps + 1,) float32, falling from `strength` shifted towards noise.
 
-    sigma = shift * s / (1 + (shift - 1) * s) for s evenly spaced from `strength` down, as in Stable Diffusion 3
-    (arXiv 2403.03206, section 5.3.2). Raises ValueError for steps below 1, a strength outside (0, 1] or a shift of
-    0 or less."""
+    Raises ValueError for steps below 1, a strength outside (0, 1] or a shift of 0 or less."""
     if steps < 1 or not 0 < strength <= 1 or not 0 < shift < math.inf:
         raise ValueError(f"a schedule of {steps} steps, strength {strength} and shift {shift} is none; expected at least "
                          "1 step, a strength above 0 and up to 1, and a shift above 0")
-    even = torch.linspace(strength, 0, steps + 1)
+    return shifted(torch.linspace(strength, 0, steps + 1), shift)
+
+
+def shifted(even: Tensor, shift: float | Tensor) -> Tensor:
+    """Evenly spaced levels moved towards noise, or away from it below 1 (Stable Diffusion 3, arXiv 2403.03206, section 5.3.2)."""
     return shift * even / (1 + (shift - 1) * even)
 
 

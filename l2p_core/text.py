@@ -36,9 +36,7 @@ class TextEncoder:
         tokenizer: its folder; by default `tokenizer/` in or beside the encoder. Raises CheckpointError."""
         from transformers import AutoTokenizer
         encoder = find_encoder(encoder)
-        if not encoder.exists():
-            raise CheckpointError(f"the text encoder {encoder} does not exist. Give the text_encoder/ folder of "
-                                  "Tongyi-MAI/Z-Image-Turbo, or qwen_3_4b.safetensors")
+        encoder_files(encoder)
         tokenizer_folder = find_tokenizer(encoder, tokenizer)
         try:
             tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
@@ -66,6 +64,14 @@ def find_encoder(path: str | Path) -> Path:
     """The encoder itself: `text_encoder/` where the path is a folder that holds one, else the path."""
     inside = Path(path) / "text_encoder"
     return inside if inside.is_dir() else Path(path)
+
+
+def encoder_files(encoder: Path) -> list[Path]:
+    """The files of a text encoder's weights. Raises CheckpointError where it does not exist."""
+    if not encoder.exists():
+        raise CheckpointError(f"the text encoder {encoder} does not exist. Give the text_encoder/ folder of "
+                              "Tongyi-MAI/Z-Image-Turbo, or qwen_3_4b.safetensors")
+    return sorted(encoder.glob("*.safetensors")) if encoder.is_dir() else [encoder]
 
 
 def find_tokenizer(encoder: Path, tokenizer: str | Path | None) -> Path:

@@ -2,6 +2,7 @@
 
 `real_comfyui.Worker` is the other end. Nothing here asserts; the tests compare what comes back."""
 import asyncio
+import importlib
 import json
 import sys
 import traceback
@@ -175,9 +176,9 @@ def memory(config: dict, size: int, dtype: str, batch: int = 1) -> list[int]:
     on tensors without contents."""
     import comfy.ldm.lumina.model
     import comfy.ops
-    sys.path.append(f"{pack}/benchmarks")
-    from live_tensors import peak_bytes
-    pack_module = next(module for name, module in sys.modules.items() if name.endswith("nodes.comfy_model"))
+    pack_name, pack_module = next((name.removesuffix(".nodes.comfy_model"), module) for name, module in sys.modules.items()
+                                  if name.endswith("nodes.comfy_model"))
+    peak_bytes = importlib.import_module(f"{pack_name}.l2p_core.meter").peak_bytes
     l2p_config = pack_module.L2PConfig(**config, decoder=sys.modules[pack_module.L2PConfig.__module__].PUBLISHED_DECODERS[config["patch_size"]])
     dtype = getattr(torch, dtype)
     whole_scores = comfy.ldm.lumina.model.optimized_attention_masked

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from comfyui_l2p.benchmarks.live_tensors import peak_bytes
+from comfyui_l2p.l2p_core.meter import peak_bytes
 from comfyui_l2p.l2p_core import decoder as decoder_module
 from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS, L2PConfig, Stage
 from comfyui_l2p.l2p_core.decoder import LocalDecoder, decoder_bytes, tile_side

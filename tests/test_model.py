@@ -1,12 +1,11 @@
 """The transformer against recorded numbers of the published program. Tolerances: tests/golden/README.md."""
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from comfyui_l2p.l2p_core import model
 from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS, L2PConfig
 from comfyui_l2p.l2p_core.model import L2PTransformer, rope_of_caption, rope_of_image
-from comfyui_l2p.l2p_core.train.estimate import Meter
+from comfyui_l2p.l2p_core.meter import peak_bytes, shapes_only
 
 from golden import recipe
 from helpers import rms
@@ -155,16 +154,12 @@ def test_a_block_at_65536_tokens_holds_less_than_3_gib(monkeypatch):
     tokens = 65_536 + 512
 
     def peak():
-        with FakeTensorMode(), torch.no_grad(), Meter() as meter:
-            torch.set_default_dtype(torch.bfloat16)
-            try:
-                block = model.Block(L2PConfig())
-                x, time = torch.empty(1, tokens, 3840), torch.empty(1, 256)
-            finally:
-                torch.set_default_dtype(torch.float32)
-            weights = sum(parameter.nbytes for parameter in block.parameters())
-            block(x, torch.empty(1, tokens, 64, 2), None, time)
-        return meter.peak - weights
+        with torch.device("meta"):
+            block = model.Block(L2PConfig()).bfloat16()
+        with shapes_only(block):
+            x, time = (torch.empty(1, *shape, dtype=torch.bfloat16) for shape in ((tokens, 3840), (256,)))
+            held, output = peak_bytes(lambda: block(x, torch.empty(1, tokens, 64, 2), None, time))
+            return held + x.nbytes + output.nbytes
     assert peak() < 3 * 2**30
     monkeypatch.setattr(model, "TOKENS_AT_ONCE", tokens)
     assert peak() > 6 * 2**30

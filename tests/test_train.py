@@ -18,7 +18,7 @@ from comfyui_l2p.l2p_core.cli import main
 from comfyui_l2p.l2p_core.image import to_pixels
 from comfyui_l2p.l2p_core.pipeline import L2PPipeline, draw_noise
 from comfyui_l2p.l2p_core.sampler import schedule
-from comfyui_l2p.l2p_core.shapes.pictures import draw, scenes
+from comfyui_l2p.l2p_core.shapes.pictures import scenes
 from comfyui_l2p.l2p_core.text import TextEncoder
 from comfyui_l2p.l2p_core.train import trainer
 from comfyui_l2p.l2p_core.train.config import read_config, to_toml

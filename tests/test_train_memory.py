@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from torch.utils._pytree import tree_leaves
 
 from comfyui_l2p.l2p_core import load_model
+from comfyui_l2p.l2p_core.meter import Meter, bytes_of
 from comfyui_l2p.l2p_core.train import trainer
-from comfyui_l2p.l2p_core.train.estimate import Meter, bytes_of, estimate, state_in_8_bits
+from comfyui_l2p.l2p_core.train.estimate import estimate, state_in_8_bits
 from comfyui_l2p.l2p_core.train.loss import flow_matching_loss
 from comfyui_l2p.l2p_core.train.memory import FrozenLinear, round_stochastically
 
@@ -75,7 +76,7 @@ def test_steps_too_small_for_bfloat16_still_count(data):
 
 @pytest.mark.parametrize("kind, error", [("int8", 0.01), ("nf4", 0.11)])
 def test_a_frozen_linear_is_its_weight_and_lets_gradients_through(kind, error):
-        torch.manual_seed(0)
+    torch.manual_seed(0)
     linear = torch.nn.Linear(256, 192, bias=False)
     frozen = FrozenLinear(linear, kind)
     weight = frozen.unpacked(torch.float32)
@@ -93,7 +94,7 @@ def test_a_frozen_linear_is_its_weight_and_lets_gradients_through(kind, error):
 @pytest.mark.parametrize("kind, near", [("int8", 0.02), ("nf4", 0.25)])
 @pytest.mark.parametrize("lora", [0, 4])
 def test_frozen_layers_in_few_bits_train_almost_the_same(data, kind, near, lora):
-        for name, option in (("plain", {}), ("saving", {"quantize_frozen": kind})):
+    for name, option in (("plain", {}), ("saving", {"quantize_frozen": kind})):
         trained_by(data, name, lora_rank=lora, freeze="0:-1", **option)
     plain, saving = ([loss for _, loss in losses(data.parent / name)] for name in ("plain", "saving"))
     assert saving == pytest.approx(plain, rel=near)
@@ -184,15 +185,10 @@ def test_the_estimate_is_what_a_real_step_holds(data):
     optimizer.step()
     optimizer.zero_grad()
     gradients = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    known = [parameter.untyped_storage() for parameter in model.parameters()]
-    known += [tensor.untyped_storage() for state in optimizer.state.values() for tensor in state.values()]
-    known += [tensor.untyped_storage() for tensor in (inputs[0], *inputs[1], *inputs[2:])]
-    meter = Meter()
-    meter.known = {storage._cdata for storage in known}
-    with meter:
+    with Meter() as meter:
         flow_matching_loss(model, *inputs).backward()
         optimizer.step()
-    assert meter.peak - gradients == pytest.approx(parts(data, mixed_precision="no")["activations and what passes"], rel=0.02)
+    assert meter.peak() - gradients == pytest.approx(parts(data, mixed_precision="no")["activations and what passes"], rel=0.02)
 
 
 def test_estimating_leaves_nothing_behind(data, tiny_model, golden):

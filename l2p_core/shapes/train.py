@@ -16,6 +16,7 @@ from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 from ..config import L2PConfig, Stage
 from ..decoder import LocalDecoder
 from ..model import L2PTransformer
+from ..sampler import shifted
 from ..text import TEMPLATE, TextEncoder
 from ..train.loss import flow_matching_loss
 from .pictures import SIZE, draw, scenes, training_scenes
@@ -23,8 +24,9 @@ from .pictures import SIZE, draw, scenes, training_scenes
 CONFIG = L2PConfig(
     dim=192, n_heads=4, n_layers=4, n_refiner_layers=1, ffn_dim=384, cap_feat_dim=96, t_hidden_dim=256, bottleneck_dim=128,
     decoder=(Stage("1", 16, 16, 32), Stage("2", 32, 32, 24), Stage("3", 48, 48, 48), Stage("4", 64, 64, 64)))
-LAYOUT_SHIFT, FINISH_SHIFT = 12.0, 0.35  # noise levels that lean to where captions decide, and to the last steps
-GATED = 4.0  # half of how much louder than its input an open gate of the decoder is at first
+LAYOUT_SHIFT, SHIFT, FINISH_SHIFT = 12.0, 3.0, 0.35  # noise levels that lean to where captions decide, even, to the last steps
+UNEVEN, PATCHY = 0.4, 8  # share by which noise is uneven then, and over how many pixels
+GATED, QUIET = 8.0, 0.5  # a gate of the decoder reads the noisy pixels this quiet, and its opening counts this much
 
 
 def make_text_encoder(folder: Path, captions: list[str]) -> TextEncoder:
@@ -68,7 +70,7 @@ def initialise_decoder(decoder: LocalDecoder) -> None:
     Channels come in pairs of opposite sign ("looks linear", Balduzzi et al. 2017, arXiv 1702.08591): a pair passes x on
     whole, as SiLU(x) - SiLU(-x) = x. The outermost stage's first three pairs carry the noisy pixels. The next six multiply
     them: the sum of a pair is A(x) = SiLU(x) + SiLU(-x), about x^2 / 2 near 0 and |x| far from it, so that A(x + g) - A(x - g)
-    is about 2 x g for a small g, 2 x for a large one and nothing for none. The last steps, where the noise must be scaled up
+    is about 2 x g for small ones, 2 x for a large g and nothing for none. The last steps, where the noise must be scaled up
     by 1 / sigma, learn to open that gate, and backgrounds come out clean."""
     def pairs(channels: int) -> torch.Tensor:
         return torch.cat([torch.eye(channels // 2), -torch.eye(channels // 2)], dim=1)
@@ -106,7 +108,7 @@ def initialise_decoder(decoder: LocalDecoder) -> None:
             weight[:9] = 0
             for first, sign in ((0, 0), (3, 1), (6, -1)):
                 weight[first:first + 3, :stage.up] = sign * gate
-                weight[range(first, first + 3), range(stage.up, stage.up + 3), 1, 1] = 1
+                weight[range(first, first + 3), range(stage.up, stage.up + 3), 1, 1] = QUIET if sign else 1
         put(conv, weight, reads)
         reads = pairs(stage.dec)
     weight = draw(decoder.out_conv, reads, paired=False) * 0.3
@@ -153,13 +155,27 @@ def as_matrix(weight: torch.Tensor) -> torch.Tensor:
 
 
 def make_optimizers(model: L2PTransformer, guide: Guide, rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices and the decoder's convolutions, which learn in a fraction of the steps; AdamW for all else."""
-    matrices = [parameter for name, parameter in model.named_parameters()
-                if ".attention.to_" in name or ".feed_forward." in name
-                or name.startswith("local_decoder.") and parameter.dim() == 4 and "out_conv" not in name]
-    known = set(map(id, matrices))
-    rest = [parameter for parameter in (*model.parameters(), *guide.parameters()) if id(parameter) not in known]
-    return [Muon(matrices, 1.5 * rate), torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
+    """Muon for the blocks' matrices and the decoder's convolutions, AdamW for all else; slower in the decoder, where a gate
+    makes much of little."""
+    matrices, convolutions, outside, rest = [], [], [], [*guide.parameters()]
+    for name, parameter in model.named_parameters():
+        if name.startswith("local_decoder."):
+            (convolutions if parameter.dim() == 4 and "out_conv" not in name else outside).append(parameter)
+        else:
+            (matrices if ".attention.to_" in name or ".feed_forward." in name else rest).append(parameter)
+    return [Muon(matrices, 1.5 * rate), Muon(convolutions, rate), torch.optim.AdamW(
+        [{"params": rest}, {"params": outside, "lr": 0.25 * rate}], lr=rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
+
+
+def uneven(noise: torch.Tensor) -> torch.Tensor:
+    """Noise (B, 3, H, W) as sampling meets it in its last steps: here stronger and there weaker, over faint clouds.
+
+    The steps before leave such, a decoder tells how much noise there is by what it sees as well as by the time, and so it
+    would let them be."""
+    batch, _, height, width = noise.shape
+    louder, clouds = (F.interpolate(torch.randn(batch, channels, height // PATCHY, width // PATCHY), noise.shape[2:], mode="bicubic")
+                      for channels in (1, 3))
+    return noise * (1 + UNEVEN * louder) + UNEVEN * clouds
 
 
 def train(folder: Path, steps: int, batch: int, rate: float, seed: int) -> None:
@@ -179,20 +195,23 @@ def train(folder: Path, steps: int, batch: int, rate: float, seed: int) -> None:
     optimizers = make_optimizers(model, guide, rate)
     warmup = 100
     schedulers = [torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / (steps * 0.6), 1)) for optimizer in optimizers]
+        optimizer, lambda step: min((step + 1) / warmup, 1) * (1 - step / steps)) for optimizer in optimizers]
     progress = trange(steps, unit="step")
     losses = []
     for step in progress:
         chosen = rng.choices(known, k=batch)
-        words = ["" if rng.random() < 0.1 else scene.caption(rng.random() < 0.9, rng.random() < 0.9)
-                 for scene in chosen]
+        prompts = [encodings["" if rng.random() < 0.1 else scene.caption(rng.random() < 0.9, rng.random() < 0.9)]
+                   for scene in chosen]
         pictures = np.stack([np.asarray(draw(scene)) for scene in chosen])
         pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2) * (2 / 255) - 1
-        sigma = noise_levels(batch, finishing=10 * step >= 3 * steps)
+        noise = torch.randn(batch, 3, SIZE, SIZE)
+        finishing = 4 * step >= steps
+        sigma = noise_levels(batch, finishing)
+        if finishing:
+            noise[::2] = uneven(noise[::2])
         # attention written out: its backward pass is faster than the fused one's on a CPU
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            loss = flow_matching_loss(
-                model, pictures, [encodings[caption] for caption in words], torch.randn(batch, 3, SIZE, SIZE), sigma)
+            loss = flow_matching_loss(model, pictures, prompts, noise, sigma)
             guiding = guide.loss(pictures)
         for parameter in (*model.parameters(), *guide.parameters()):
             parameter.grad = None
@@ -209,12 +228,11 @@ def train(folder: Path, steps: int, batch: int, rate: float, seed: int) -> None:
 
 
 def noise_levels(batch: int, finishing: bool) -> torch.Tensor:
-    """(batch,) levels: most from a schedule near pure noise, where the caption alone tells what to draw; one in four, later
-    every other one, from a schedule that shows a narrow decoder enough of the last steps to leave backgrounds clean."""
-    even = torch.rand(batch)
-    shift = torch.full((batch,), LAYOUT_SHIFT)
+    """(batch,) levels. At first most are near pure noise, where the caption alone tells what to draw; then as sampling has them.
+    One in four, later every other one, is of the last steps, so that a narrow decoder learns to leave backgrounds clean."""
+    shift = torch.full((batch,), SHIFT if finishing else LAYOUT_SHIFT)
     shift[::2 if finishing else 4] = FINISH_SHIFT
-    return shift * even / (1 + (shift - 1) * even)
+    return shifted(torch.rand(batch), shift)
 
 
 def save(model: L2PTransformer, folder: Path, steps: int) -> None:
@@ -227,7 +245,7 @@ def save(model: L2PTransformer, folder: Path, steps: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "model")
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)

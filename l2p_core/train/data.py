@@ -25,7 +25,7 @@ from ..generate import open_picture, read_rows
 from ..header import CheckpointError, hash_files, whole
 from ..image import to_pixels
 from ..pipeline import L2PPipeline, draw_noise
-from ..text import LAYER, MAX_TOKENS, TEMPLATE
+from ..text import LAYER, MAX_TOKENS, TEMPLATE, encoder_files
 from .config import TrainConfig
 from .loss import draw_sigmas
 
@@ -124,12 +124,7 @@ class Encodings:
 
     def __init__(self, folder: Path, pipe: L2PPipeline):
         self.folder, self.pipe = folder, pipe
-        path = pipe.text_encoder_path
-        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-        if not files or not files[0].is_file():
-            raise CheckpointError(f"the text encoder {path} does not exist. Give the text_encoder/ folder of Tongyi-MAI/Z-Image-Turbo, "
-                                  "or qwen_3_4b.safetensors")
-        self.maker = {"text_encoder_sha256": hash_files(files), "dtype": str(pipe.dtype), "template": TEMPLATE,
+        self.maker = {"text_encoder_sha256": hash_files(encoder_files(pipe.text_encoder_path)), "dtype": str(pipe.dtype), "template": TEMPLATE,
                       "layer": str(LAYER), "max_tokens": str(MAX_TOKENS)}
 
     def add(self, captions: list[str], progress: bool = False) -> None:

@@ -40,7 +40,7 @@ class FrozenLinear(nn.Linear):
         if self.kind == "nf4":
             shape = [self.out_features, self.in_features]
             return torch.ops.bitsandbytes.dequantize_4bit(self.weight, self.scale, NF4_BLOCK, self.kind, shape, dtype)
-        return (self.weight * self.scale).to(dtype)
+        return self.weight.to(dtype) * self.scale.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return _Multiply.apply(x, self.unpacked)
@@ -73,9 +73,10 @@ def quantize_frozen(module: nn.Module, kind: str) -> None:
 def round_stochastically(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """float32 → bfloat16, up or down at random, the nearer the likelier: the mean stays, so that steps far smaller than a
     bfloat16 can tell apart add up (arXiv 2010.06192)."""
-    bits = x.contiguous().view(torch.int32)
-    bits = bits + torch.randint(1 << 16, x.shape, generator=generator, device=x.device, dtype=torch.int32)
-    return (bits & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
+    bits = torch.randint(1 << 16, x.shape, generator=generator, device=x.device, dtype=torch.int32)
+    bits += x.contiguous().view(torch.int32)
+    bits &= -(1 << 16)
+    return bits.view(torch.float32).to(torch.bfloat16)
 
 
 class FrugalAdamW(torch.optim.Optimizer):
@@ -124,11 +125,12 @@ class FrugalAdamW(torch.optim.Optimizer):
         self.squares.append(copy.grad.square().sum())
         parameter.grad = None
         inner.step()
+        copy.grad = None
         if parameter.dtype == torch.bfloat16:
             seed = hash((self.seed, self.steps, len(self.squares))) % 2**63
             copy.data = round_stochastically(copy.data, None if copy.is_meta else torch.Generator(copy.device).manual_seed(seed))
         parameter.data.copy_(copy.data)
-        copy.data, copy.grad = self.empty(parameter), None
+        copy.data = self.empty(parameter)
 
     def state_dict(self) -> dict:
         return {"steps": self.steps, "each": [inner.state_dict() for inner in self.each.values()]}

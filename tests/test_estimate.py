@@ -1,0 +1,49 @@
+"""What `l2p generate --estimate` says against what drawing really holds."""
+from pathlib import Path
+
+import pytest
+import torch
+
+from comfyui_l2p.l2p_core import L2PPipeline
+from comfyui_l2p.l2p_core.cli import main
+from comfyui_l2p.l2p_core.estimate import estimate
+from comfyui_l2p.l2p_core.generate import Picture
+from comfyui_l2p.l2p_core.meter import Meter, bytes_of
+from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
+from comfyui_l2p.l2p_core.sampler import euler, guided_velocity, schedule
+from comfyui_l2p.quant.quantize import quantize
+
+
+def picture(side: int, cfg_scale: float) -> Picture:
+    return Picture(Path("out.png"), "", "", 0, side, side, 30, cfg_scale, 3.0, "euler", 1.0, "cpu")
+
+
+@pytest.mark.parametrize("batch, side, cfg_scale", [(1, 96, 1.0), (2, 192, 2.0)])
+def test_the_estimate_is_what_drawing_holds(batch, side, cfg_scale):
+    pipe = L2PPipeline.from_pretrained()
+    parts, passes = estimate(pipe, picture(side, cfg_scale), batch, free_text_encoder=False)
+    model = pipe.transformer
+    assert parts["model"] == bytes_of(model.state_dict().values())
+    assert parts["text encoder"] == pytest.approx(bytes_of(pipe.text_encoder.model.state_dict().values()), rel=0.01)
+    assert parts["in all"] == sum(size for name, size in parts.items() if name != "in all")
+    assert passes == (30 if cfg_scale == 1 else 60)
+    with Meter() as meter:
+        captions = [torch.randn(512, 96, dtype=torch.bfloat16) for _ in range(batch)]
+        euler(guided_velocity(model, captions, captions, cfg_scale), torch.randn(batch, 3, side, side), schedule(2))
+    assert parts["pictures and what passes"] == pytest.approx(meter.peak(), rel=0.02)
+
+
+def test_int8_counts_as_it_is_kept(tmp_path):
+    quantize(BUNDLED_MODEL / "transformer.safetensors", tmp_path / "int8.safetensors")
+    pipe = L2PPipeline.from_pretrained(tmp_path / "int8.safetensors", text_encoder=BUNDLED_MODEL / "text_encoder")
+    parts, _ = estimate(pipe, picture(96, 2.0), 1, free_text_encoder=True)
+    assert parts["model"] == pytest.approx(bytes_of(pipe.transformer.state_dict().values()), rel=0.01)
+    assert "text encoder" not in parts
+
+
+def test_the_command_estimates_and_draws_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", "--estimate", "--height", "960", "--width", "96", "--steps", "7"]) == 0
+    told = capsys.readouterr().out
+    assert "in all" in told and "14 passes through the model, 1 x 96 x 960 pixels each" in told
+    assert not list(tmp_path.iterdir())
