@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from comfyui_l2p.l2p_core.cli import main
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
@@ -91,3 +92,21 @@ def test_what_does_not_fit_is_refused(latent, tmp_path, capsys, more, words):
 def test_another_model_is_refused(tmp_path, capsys):
     assert synthesize(BUNDLED_MODEL, tmp_path) == 1
     assert "is no latent Z-Image that diffusers can open" in capsys.readouterr().err
+
+
+def test_the_four_steps_to_a_model(latent, tmp_path):
+    """Prepare, convert, train and merge, as the published program has them, then draw; by the commands of the README."""
+    initial, trained, model, picture = (tmp_path / name for name in ("initial.safetensors", "run/step-2.safetensors", "model.safetensors", "out.png"))
+    encoder, small = ("--text-encoder", str(latent)), ("--height", "64", "--width", "64")
+    assert synthesize(latent, tmp_path) == 0
+    assert main(["convert", str(latent / "transformer"), "-o", str(initial)]) == 0
+    assert main(["train", "--checkpoint", str(initial), *encoder, "--data", str(tmp_path / "data"), "--output", str(trained.parent), "--steps", "2",
+                 "--sample-every", "0", "--device", "cpu"]) == 0
+    assert main(["merge", "--trained", str(trained), "--base", str(initial), "-o", str(model)]) == 0
+    assert main(["generate", "a red circle", "--checkpoint", str(model), *encoder, *small, "--steps", "2", "-o", str(picture)]) == 0
+    with Image.open(picture) as drawn:
+        assert drawn.size == (64, 64) and np.asarray(drawn).std() > 1
+    before, after = load_file(initial), load_file(model)
+    assert after.keys() == before.keys()
+    moved = {name for name in after if not torch.equal(after[name].float(), before[name].float())}
+    assert "local_decoder.out_conv.weight" in moved and moved <= load_file(trained).keys()
