@@ -1,0 +1,53 @@
+"""What quantizing costs in pictures: the small model in each format against bfloat16, with the same prompts and noise.
+
+    python benchmarks/quantization.py --count 300          (a quarter of an hour on two CPU cores)
+
+All linears of the blocks are quantized. PSNR is over all pictures, with 255 as the peak; "right" is the score's.
+"""
+import argparse
+import math
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from comfyui_l2p.l2p_core import L2PPipeline
+from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
+from comfyui_l2p.l2p_core.shapes.pictures import test_scenes
+from comfyui_l2p.l2p_core.shapes.score import BATCH, score
+from comfyui_l2p.quant.quantize import Options, quantize
+
+CHECKPOINT = BUNDLED_MODEL / "transformer.safetensors"
+KINDS = [("int8_tensorwise", "tensor"), ("int8_tensorwise", "row"), ("int8_tensorwise", "convrot"), ("float8_e4m3fn", "tensor")]
+
+
+def draw(checkpoint: Path, captions: list[str]) -> list[Image.Image]:
+    pipe = L2PPipeline.from_pretrained(checkpoint, BUNDLED_MODEL / "text_encoder")
+    return [picture for start in tqdm(range(0, len(captions), BATCH), checkpoint.stem, unit="batch")
+            for picture in pipe(captions[start:start + BATCH], seed=list(range(start, min(start + BATCH, len(captions)))))]
+
+
+def psnr(pictures: list[Image.Image], wanted: list[Image.Image]) -> float:
+    squares = [np.square(np.asarray(one, float) - np.asarray(other, float)).mean() for one, other in zip(pictures, wanted, strict=True)]
+    return 10 * math.log10(255**2 / np.mean(squares))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--count", type=int, default=60)
+    scenes = test_scenes(parser.parse_args().count)
+    captions = [scene.caption() for scene in scenes]
+    wanted = draw(CHECKPOINT, captions)
+    print(f"| format | granularity | PSNR | right |\n|---|---|---|---|\n| bfloat16 | | | {score(wanted, scenes)['right']} |", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for kind, granularity in KINDS:
+            file = Path(folder) / f"{kind}-{granularity}.safetensors"
+            quantize(CHECKPOINT, file, Options(format=kind, granularity=granularity, preset="small"))
+            pictures = draw(file, captions)
+            print(f"| {kind} | {granularity} | {psnr(pictures, wanted):.1f} dB | {score(pictures, scenes)['right']} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
