@@ -170,8 +170,8 @@ def make_optimizers(model: L2PTransformer, guide: Guide, rate: float) -> list[to
 def uneven(noise: torch.Tensor) -> torch.Tensor:
     """Noise (B, 3, H, W) as sampling meets it in its last steps: here stronger and there weaker, over faint clouds.
 
-    The steps before leave such, a decoder tells how much noise there is by what it sees as well as by the time, and so it
-    would let them be."""
+    The steps before leave it so. A decoder that has only seen even noise tells its strength by looking rather than by the time,
+    and takes such places for finished."""
     batch, _, height, width = noise.shape
     louder, clouds = (F.interpolate(torch.randn(batch, channels, height // PATCHY, width // PATCHY), noise.shape[2:], mode="bicubic")
                       for channels in (1, 3))
