@@ -11,22 +11,15 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from comfyui_l2p.l2p_core import L2PPipeline
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
 from comfyui_l2p.l2p_core.shapes.pictures import test_scenes
-from comfyui_l2p.l2p_core.shapes.score import BATCH, score
+from comfyui_l2p.l2p_core.shapes.score import draw, score
 from comfyui_l2p.quant.quantize import Options, quantize
 
 CHECKPOINT = BUNDLED_MODEL / "transformer.safetensors"
 KINDS = [("int8_tensorwise", "tensor"), ("int8_tensorwise", "row"), ("int8_tensorwise", "convrot"), ("float8_e4m3fn", "tensor")]
-
-
-def draw(checkpoint: Path, captions: list[str]) -> list[Image.Image]:
-    pipe = L2PPipeline.from_pretrained(checkpoint, BUNDLED_MODEL / "text_encoder")
-    return [picture for start in tqdm(range(0, len(captions), BATCH), checkpoint.stem, unit="batch")
-            for picture in pipe(captions[start:start + BATCH], seed=list(range(start, min(start + BATCH, len(captions)))))]
 
 
 def psnr(pictures: list[Image.Image], wanted: list[Image.Image]) -> float:
@@ -39,13 +32,13 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=60)
     scenes = test_scenes(parser.parse_args().count)
     captions = [scene.caption() for scene in scenes]
-    wanted = draw(CHECKPOINT, captions)
+    wanted = draw(L2PPipeline.from_pretrained(), captions)
     print(f"| format | granularity | PSNR | right |\n|---|---|---|---|\n| bfloat16 | | | {score(wanted, scenes)['right']} |", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for kind, granularity in KINDS:
             file = Path(folder) / f"{kind}-{granularity}.safetensors"
             quantize(CHECKPOINT, file, Options(format=kind, granularity=granularity, preset="small"))
-            pictures = draw(file, captions)
+            pictures = draw(L2PPipeline.from_pretrained(file, BUNDLED_MODEL / "text_encoder"), captions)
             print(f"| {kind} | {granularity} | {psnr(pictures, wanted):.1f} dB | {score(pictures, scenes)['right']} |", flush=True)
 
 

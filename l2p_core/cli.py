@@ -93,9 +93,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
                                                                  "checkpoint's header alone")
 
     def run(args: argparse.Namespace) -> None:
-        from .estimate import estimate
         from .generate import SETTINGS, draw, plan, read_rows
-        from .meter import table
         from .pipeline import BUNDLED_MODEL, L2PPipeline
         if (args.prompt is None) == (args.prompts is None) and not args.estimate:
             raise ValueError("give a prompt, or a file of them with --prompts")
@@ -110,6 +108,8 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
         settings = {name: getattr(args, name) for name in SETTINGS if name != "prompt"}
         pictures = plan(rows, settings, args.count, args.output, pipe)[rank::processes]
         if args.estimate:
+            from .estimate import estimate
+            from .meter import table
             largest = max(pictures, key=lambda picture: picture.height * picture.width)
             parts, passes = estimate(pipe, largest, args.batch, args.free_text_encoder)
             print(f"{table(parts)}\n{passes} passes through the model, {args.batch} x {largest.width} x {largest.height} pixels each")

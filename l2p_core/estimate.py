@@ -19,8 +19,8 @@ def estimate(pipe: L2PPipeline, picture: Picture, batch: int, free_text_encoder:
 
     Prompts count as 512 tokens. Two steps of the sampler are run on tensors that have only a shape."""
     layout, dtype = pipe.layout, pipe.dtype
-    weights = sum(source.entry.count // (3 if source.third is not None else 1) if source.format == KEPT_IN_8_BITS
-                  else math.prod(source.shape) * dtype.itemsize for source in layout.tensors.values())
+    weights = sum(math.prod(source.shape) * (1 if source.format == KEPT_IN_8_BITS else dtype.itemsize)
+                  for source in layout.tensors.values())
     encoder = sum(entry.count * dtype.itemsize for file in encoder_files(pipe.text_encoder_path) for entry in read_header(file)[0].values())
     with torch.device("meta"):
         model = L2PTransformer(layout.config).to(dtype).requires_grad_(False)

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from .header import hash_files, whole
 from .pipeline import L2PPipeline, usable_device
-from .text import encoder_files
 from .sampler import schedule, solver
+from .text import encoder_files
 
 PNG_KEY = "l2p"  # the text chunk that carries a picture's settings as JSON
 

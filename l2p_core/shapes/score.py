@@ -46,14 +46,12 @@ def contact_sheet(pictures: list[Image.Image], captions: list[str], columns: int
     return sheet
 
 
-def draw(args: argparse.Namespace, captions: list[str]) -> list[Image.Image]:
-    """A picture for each caption, with its number as the seed."""
-    pipe = L2PPipeline.from_pretrained(args.checkpoint, args.text_encoder, torch_dtype=getattr(torch, args.dtype))
+def draw(pipe: L2PPipeline, captions: list[str], **settings: object) -> list[Image.Image]:
+    """A picture for each caption, with its number as the seed. settings: as the pipeline takes them."""
     pictures = []
     for start in tqdm(range(0, len(captions), BATCH), unit="batch"):
         batch = captions[start:start + BATCH]
-        pictures += pipe(batch, num_inference_steps=args.steps, sampler=args.sampler,
-                         seed=list(range(start, start + len(batch))))
+        pictures += pipe(batch, seed=list(range(start, start + len(batch))), **settings)
     return pictures
 
 
@@ -76,8 +74,11 @@ def main() -> None:
             csv.writer(stream).writerows([("file_name", "prompt", "seed"), *(
                 (name, scene.caption(), number) for number, (name, scene) in enumerate(zip(names, scenes)))])
         return
-    pictures = ([Image.open(args.pictures / name).convert("RGB") for name in names] if args.pictures
-                else draw(args, [scene.caption() for scene in scenes]))
+    if args.pictures:
+        pictures = [Image.open(args.pictures / name).convert("RGB") for name in names]
+    else:
+        pipe = L2PPipeline.from_pretrained(args.checkpoint, args.text_encoder, torch_dtype=getattr(torch, args.dtype))
+        pictures = draw(pipe, [scene.caption() for scene in scenes], num_inference_steps=args.steps, sampler=args.sampler)
     if args.sheet:
         contact_sheet(pictures[:24], [scene.caption() for scene in scenes[:24]]).save(args.sheet)
     print(json.dumps(score(pictures, scenes)))
