@@ -12,6 +12,7 @@ import torch
 
 from .header import CheckpointError
 from .quantization import FORMATS
+from .stages import REDRAWS, STAGE_STRENGTH
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -76,6 +77,15 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     picture.add_argument("--denoising-strength", type=float, default=1.0, metavar="0..1",
                          help="how far to redraw the input image (default 1: wholly)")
     picture.add_argument("--inpaint-mask", metavar="FILE", help="white is redrawn, black is kept exactly")
+    picture.add_argument("--stages", type=int, default=1, metavar="N",
+                         help="for sizes above the trained one: drawings that lead there, each twice as large as the one before it, which "
+                              "is enlarged and redrawn (default 1)")
+    picture.add_argument("--stage-strength", type=float, default=STAGE_STRENGTH, metavar="0..1",
+                         help=f"how far each stage redraws the one before it (default {STAGE_STRENGTH})")
+    picture.add_argument("--redraw", choices=REDRAWS, default=REDRAWS[0],
+                         help="how a stage, or an input image, above the trained size is redrawn: squeezed, at once with its positions "
+                              "within those that were trained; in overlapping windows of the trained size; whole, at once as it is "
+                              f"(default {REDRAWS[0]})")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--batch", type=int, default=1, help="pictures drawn at a time (default 1)")
     machine.add_argument("--device", help="default: the GPU where there is one")
@@ -112,7 +122,8 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
             from .meter import table
             largest = max(pictures, key=lambda picture: picture.height * picture.width)
             parts, passes = estimate(pipe, largest, args.batch, args.free_text_encoder)
-            print(f"{table(parts)}\n{passes} passes through the model, {args.batch} x {largest.width} x {largest.height} pixels each")
+            told = ", then ".join(f"{count} of {args.batch} x {width} x {height} pixels" for count, height, width in passes)
+            print(f"{table(parts)}\npasses through the model: {told}")
             return
         draw(pictures, pipe, args.batch, args.free_text_encoder, args.overwrite, progress=rank == 0)
         if rank == 0:

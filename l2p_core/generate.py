@@ -19,6 +19,7 @@ from tqdm import tqdm
 from .header import hash_files, whole
 from .pipeline import L2PPipeline, usable_device
 from .sampler import schedule, solver
+from .stages import Stage
 from .text import encoder_files
 
 PNG_KEY = "l2p"  # the text chunk that carries a picture's settings as JSON
@@ -38,6 +39,9 @@ class Picture:
     shift: float
     sampler: str
     denoising_strength: float
+    stages: int
+    stage_strength: float
+    redraw: str
     rand_device: str
     input_image: str = ""  # a file; empty for none
     inpaint_mask: str = ""
@@ -46,6 +50,11 @@ class Picture:
     def shared(self) -> dict:
         """The settings that all pictures of one batch have in common."""
         return {name: value for name, value in asdict(self).items() if name not in ("output", "prompt", "seed")}
+
+    def plan(self, pipe: L2PPipeline) -> list[Stage]:
+        """The drawings that lead to it. Raises ValueError where its settings do not fit."""
+        return pipe.plan_stages(self.height, self.width, self.num_inference_steps, self.denoising_strength, self.stages,
+                                self.stage_strength, self.redraw)
 
 
 SETTINGS = tuple(field.name for field in fields(Picture) if field.name != "output")
@@ -74,9 +83,11 @@ def plan(rows: list[dict], settings: dict, count: int, output: Path, pipe: L2PPi
             usable_device(values["rand_device"])
             if not 0 <= values["seed"] <= 2**64 - count:
                 raise ValueError(f"seed is {values['seed']}; expected a whole number from 0 to 2^64 - 1")
+            drawn = [Picture(file, **{**values, "seed": values["seed"] + copy}) for copy, file in enumerate(files)]
+            drawn[0].plan(pipe)
         except ValueError as error:
             raise ValueError(f"prompt {number + 1}: {error}" if len(rows) > 1 else str(error)) from None
-        pictures += [Picture(file, **{**values, "seed": values["seed"] + copy}) for copy, file in enumerate(files)]
+        pictures += drawn
     return pictures
 
 
@@ -155,7 +166,7 @@ def draw(pictures: list[Picture], pipe: L2PPipeline, batch: int = 1, free_text_e
             texts = {text for picture in missing for text in (picture.prompt, picture.negative_prompt)}
             encode = {text: pipe.encode_prompt(text).cpu() for text in texts}.__getitem__
             pipe.unload_text_encoder()
-        with tqdm(total=sum(picture.num_inference_steps for picture in missing), unit="step", disable=not progress) as bar:
+        with tqdm(total=sum(stage.steps for picture in missing for stage in picture.plan(pipe)), unit="step", disable=not progress) as bar:
             for group in batches(missing, batch):
                 settings = group[0].shared
                 files = {name: open_picture(file) for name in ("input_image", "inpaint_mask") if (file := settings.pop(name))}

@@ -38,6 +38,7 @@ class L2PTransformer(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.local_decoder = LocalDecoder(config)
         self.decoder_tile: int | None = None  # as `LocalDecoder.forward` takes it
+        self.rope_scale = 1.0  # of rows and columns; below 1 brings a large picture's within those that were trained
 
     @property
     def dtype(self) -> torch.dtype:
@@ -93,8 +94,8 @@ class L2PTransformer(nn.Module):
         axes, device, longest = self.config.axes_dims, self.device, max(lengths)
         rope_caption = rope_of_caption(longest, axes, device)[None]
         if len(set(lengths)) == 1:
-            return rope_of_image(h, w, longest, axes, device)[None], rope_caption, None, None
-        rope_x = torch.stack([rope_of_image(h, w, length, axes, device) for length in lengths])
+            return rope_of_image(h, w, longest, self.rope_scale, axes, device)[None], rope_caption, None, None
+        rope_x = torch.stack([rope_of_image(h, w, length, self.rope_scale, axes, device) for length in lengths])
         mask = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]  # (B, M)
         image_mask = mask.new_ones(len(lengths), padded(h * w))
         return (rope_x, rope_caption.expand(len(lengths), -1, -1, -1),
@@ -236,11 +237,12 @@ def rope_of_caption(length: int, axes_dims: tuple[int, int, int], device: torch.
 
 
 @lru_cache(maxsize=16)
-def rope_of_image(h: int, w: int, caption_length: int, axes_dims: tuple[int, int, int], device: torch.device) -> Tensor:
-    """(padded(h * w), head/2, 2). Row r, column c sit at (padded caption length + 1, r, c); padding at (0, 0, 0)."""
-    grid = torch.cartesian_prod(torch.tensor([caption_length + 1]), torch.arange(h), torch.arange(w))
+def rope_of_image(h: int, w: int, caption_length: int, scale: float, axes_dims: tuple[int, int, int],
+                  device: torch.device) -> Tensor:
+    """(padded(h * w), head/2, 2). Row r, column c sit at (padded caption length + 1, scale * r, scale * c); padding at (0, 0, 0)."""
     positions = torch.zeros(padded(h * w), 3, dtype=torch.float64)
-    positions[:h * w] = grid
+    positions[:h * w, 0] = caption_length + 1
+    positions[:h * w, 1:] = scale * torch.cartesian_prod(torch.arange(h), torch.arange(w))
     return rope_of(positions, axes_dims, device)
 
 

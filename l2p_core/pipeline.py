@@ -15,6 +15,7 @@ from .image import check_size, to_mask, to_pictures, to_pixels
 from .layout import Layout, read_layout
 from .model import L2PTransformer
 from .sampler import Callback, guided_velocity, keeping, schedule, solver
+from .stages import SQUEEZED, STAGE_STRENGTH, Stage, enlarge, in_windows, misfit, plan_stages
 from .text import TextEncoder, find_encoder
 
 KEPT_ENCODINGS = 64
@@ -115,6 +116,9 @@ class L2PPipeline:
         num_images: int | None = None,
         shift: float = 3.0,
         sampler: str = "euler",
+        stages: int = 1,
+        stage_strength: float = STAGE_STRENGTH,
+        redraw: str = SQUEEZED,
         callback: Callback | None = None,
         prompt_embeds: Tensor | Sequence[Tensor] | None = None,
         negative_prompt_embeds: Tensor | None = None,
@@ -130,6 +134,9 @@ class L2PPipeline:
         far to noise it, above 0 and up to 1, where nothing of it is left. inpaint_mask: white is drawn anew, black
         keeps the input picture's pixels exactly. num_images: pictures for each prompt, in one batch.
         shift: of the noise schedule; above 3 spends more steps on the outline. sampler: euler or ab2.
+        stages: drawings that lead to the size, each twice as large as the one before it, which is enlarged, noised as far
+        as stage_strength says, and drawn on. redraw: how that is done, and what is done with an input_image, above the
+        trained size: squeezed, windows or whole, see `plan_stages`.
         callback: called before each step with the steps done, all steps, and the picture as it now looks to come out,
         (B, 3, H, W) in about [-1, 1]; raise from it to stop. bf16_rounding: round times and the input picture as the
         published pipeline does.
@@ -160,19 +167,30 @@ class L2PPipeline:
             height, width = self.size_for(input_image)
         height, width = defaults.height if height is None else height, defaults.width if width is None else width
         self.check_size(height, width)
-        sigmas = schedule(steps, denoising_strength, shift)
+        plan = self.plan_stages(height, width, steps, denoising_strength, stages, stage_strength, redraw)
+        if warning := misfit(plan[0], self.layout.trained_size):
+            warnings.warn(warning, stacklevel=2)
 
-        noise = draw_noise((len(captions), 3, height, width), seed, rand_device).to(self.device)
-        velocity = guided_velocity(self.transformer, captions, negatives, cfg_scale, bf16_rounding)
-        x = noise
-        if input_image is not None:
-            picture = to_pixels(fit(input_image, width, height, "input_image"),
-                                torch.bfloat16 if bf16_rounding else torch.float32).float().to(self.device)
-            x = (1 - sigmas[0]) * picture + sigmas[0] * noise
-        if inpaint_mask is not None:
-            mask = to_mask(fit(inpaint_mask, width, height, "inpaint_mask")).to(self.device)
-            velocity = keeping(velocity, mask, picture, noise)
-        x = solve(velocity, x, sigmas, callback)
+        x, mask, done, in_all = None, None, 0, sum(stage.steps for stage in plan)
+        for stage in plan:
+            size, sigmas = stage[:2], schedule(stage.steps, stage.strength, shift)
+            self.transformer.rope_scale = stage.rope_scale
+            velocity = guided_velocity(self.transformer, captions, negatives, cfg_scale, bf16_rounding)
+            if stage.window:
+                velocity = in_windows(velocity, stage.window, self.layout.config.size_multiple)
+            noise = draw_noise((len(captions), 3, *size), seed, rand_device).to(self.device)
+            start = None if x is None else enlarge(x, *size)
+            if input_image is not None:
+                picture = to_pixels(fit(input_image, *size, "input_image"),
+                                    torch.bfloat16 if bf16_rounding else torch.float32).float().to(self.device)
+                start = picture if start is None else start
+            if inpaint_mask is not None:
+                mask = to_mask(fit(inpaint_mask, *size, "inpaint_mask")).to(self.device)
+                start = mask * start + (1 - mask) * picture
+                velocity = keeping(velocity, mask, picture, noise)
+            x = noise if start is None else (1 - sigmas[0]) * start + sigmas[0] * noise
+            x = solve(velocity, x, sigmas, callback and (lambda step, _, x0: callback(done + step, in_all, x0)))
+            done += stage.steps
         if inpaint_mask is not None:
             x = mask * x.clamp(-1, 1) + (1 - mask) * picture
         if not x.isfinite().all():
@@ -180,6 +198,12 @@ class L2PPipeline:
                              + ("; try bfloat16" if self.dtype == torch.float16 else ", or its file is damaged"))
         pictures = to_pictures(x)
         return pictures[0] if single else pictures
+
+    def plan_stages(self, height: int, width: int, steps: int, strength: float, stages: int, stage_strength: float,
+                    redraw: str) -> list[Stage]:
+        """See `stages.plan_stages`."""
+        return plan_stages(height, width, steps, strength, stages, stage_strength, redraw, self.layout.trained_size,
+                           self.layout.config.size_multiple)
 
     def size_for(self, picture: Image.Image) -> tuple[int, int]:
         """Height and width nearest to the picture's that the checkpoint can draw."""
@@ -213,7 +237,7 @@ def draw_noise(shape: tuple[int, int, int, int], seed: int | Sequence[int] | Non
     return torch.randn(shape, generator=generator, device=device)
 
 
-def fit(picture: Image.Image, width: int, height: int, name: str) -> Image.Image:
+def fit(picture: Image.Image, height: int, width: int, name: str) -> Image.Image:
     """The picture at that size, resized with a warning where it has another."""
     if picture.size == (width, height):
         return picture

@@ -133,9 +133,9 @@ def install() -> None:
     def with_l2p_prefix(state_dict):
         return find_prefix(state_dict) if any(key.endswith(LANDMARK) for key in state_dict) else prefix_from_state_dict(state_dict)
 
-    def with_l2p_config(state_dict, key_prefix, *args, **kwargs):
-        return unet_config(state_dict, key_prefix) if key_prefix + LANDMARK in state_dict else detect(
-            state_dict, key_prefix, *args, **kwargs)
+    def with_l2p_config(state_dict, key_prefix, metadata=None):
+        return (unet_config(state_dict, key_prefix, metadata) if key_prefix + LANDMARK in state_dict else
+                detect(state_dict, key_prefix, metadata=metadata))
 
     def with_l2p_lora_keys(model, key_map={}):
         key_map = lora_keys(model, key_map)
@@ -159,9 +159,9 @@ def core_knows_l2p() -> bool:
     return known is not None and (known.get("image_model") != "lumina2" or known.get("patch_size") == 16)
 
 
-def unet_config(state_dict: dict, prefix: str) -> dict:
+def unet_config(state_dict: dict, prefix: str, metadata: dict[str, str] | None) -> dict:
     """What ComfyUI keeps of a model before it is built. Raises CheckpointError, saying why, where it can't be drawn with."""
-    layout = layout_of(state_dict, prefix)
+    layout = layout_of(state_dict, prefix, metadata)
     check(layout)
     config = layout.config
     quantized = layout.quantization is not None
@@ -170,11 +170,11 @@ def unet_config(state_dict: dict, prefix: str) -> dict:
         quantized = False
     return {"image_model": "l2p", "in_channels": 3, "patch_size": config.patch_size, "dim": config.dim,
             "n_layers": config.n_layers, "n_refiner_layers": config.n_refiner_layers, "l2p_config": config,
-            "quantized": quantized}
+            "trained_size": layout.trained_size, "quantized": quantized}
 
 
-def layout_of(state_dict: dict[str, Tensor], prefix: str = "") -> Layout:
-    """The layout of tensors in memory, of those behind `prefix`."""
+def layout_of(state_dict: dict[str, Tensor], prefix: str = "", metadata: dict[str, str] | None = None) -> Layout:
+    """The layout of tensors in memory, of those behind `prefix`, from a file with that metadata."""
     path = Path("the checkpoint")
     entries = {key: Entry(path, key, SAFETENSORS_DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), 0, 0)
                for key, tensor in state_dict.items() if key.startswith(prefix) and not key.endswith(".comfy_quant")}
@@ -182,7 +182,7 @@ def layout_of(state_dict: dict[str, Tensor], prefix: str = "") -> Layout:
                   if key.endswith(".weight") and entry.dtype not in FLOATS}
     markers = {layer_name(key.removesuffix(".comfy_quant")): json.loads(bytes(tensor.tolist()))
                for key, tensor in state_dict.items() if key.endswith(".comfy_quant")}  # ComfyUI adds some with another prefix
-    return describe(path, [path], entries, {}, {layer: marker for layer, marker in markers.items() if layer in eight_bits}, {})
+    return describe(path, [path], entries, metadata or {}, {layer: marker for layer, marker in markers.items() if layer in eight_bits}, {})
 
 
 def has_int8_kernels() -> bool:

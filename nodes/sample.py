@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..l2p_core.image import check_size, to_pictures
 from ..l2p_core.sampler import schedule
+from ..l2p_core.stages import REDRAWS, STAGE_STRENGTH, Stage, by_windows, enlarge, misfit, plan_stages
 
 EXACT = "l2p"
 MAX_SIZE = 10240
@@ -64,13 +65,22 @@ class L2PKSampler(io.ComfyNode):
                                tooltip="How far to redraw the image: 1 keeps nothing of it. Leave 1 without an image."),
                 io.Image.Input("image", optional=True, tooltip="Start from this picture; resized where it is not of that size."),
                 io.Mask.Input("mask", optional=True, tooltip="Redraw only where it is white; the rest of the image is kept exactly."),
+                io.Int.Input("stages", default=1, min=1, max=8, optional=True, advanced=True,
+                             tooltip="For sizes above the model's own: drawings that lead there, each twice as large as the one before it, "
+                                     "which is enlarged and redrawn."),
+                io.Float.Input("stage_denoise", default=STAGE_STRENGTH, min=0.01, max=1.0, step=0.01, optional=True, advanced=True,
+                               tooltip="How far each stage redraws the one before it."),
+                io.Combo.Input("redraw", options=REDRAWS, default=REDRAWS[0], optional=True, advanced=True,
+                               tooltip="How a stage, or an image, above the model's own size is redrawn. squeezed: at once, its positions within "
+                                       "those the model was trained on; windows: in overlapping windows of the model's size; whole: at once as it is."),
             ],
             outputs=[io.Image.Output(), io.Latent.Output()])
 
     @classmethod
     def execute(cls, model, positive, negative, width, height, batch_size, seed, steps, cfg, sampler_name, scheduler,
-                shift, denoise, image=None, mask=None) -> io.NodeOutput:
-        multiple, cap_feat_dim = sizes_of(model)
+                shift, denoise, image=None, mask=None, stages=1, stage_denoise=STAGE_STRENGTH,
+                redraw=REDRAWS[0]) -> io.NodeOutput:
+        multiple, cap_feat_dim, trained = sizes_of(model)
         check_size(height, width, multiple)
         for conditioning in (positive, negative):
             check_conditioning(conditioning, cap_feat_dim)
@@ -78,10 +88,20 @@ class L2PKSampler(io.ComfyNode):
             raise ValueError("the mask, or denoise below 1, needs an image to keep something of. Connect one, or set denoise to 1")
         if image is not None and mask is None and denoise == 1:
             logging.warning("denoise is 1 and there is no mask, so nothing of the image will be left; set denoise below 1 to keep some")
-        latent = torch.zeros(batch_size, 3, height, width) if image is None else to_latent(fit(image, width, height), batch_size)
-        noise_mask = None if mask is None else fit_mask(mask, width, height)
-        samples = sample(model, positive, negative, latent, seed, cfg, comfy.samplers.sampler_object(sampler_name),
-                         noise_levels(model, scheduler, steps, denoise, shift), noise_mask)
+        plan = plan_stages(height, width, steps, denoise, stages, stage_denoise, redraw, trained, multiple)
+        if warning := misfit(plan[0], trained):
+            logging.warning(warning)
+        samples, progress = None, comfy.utils.ProgressBar(sum(stage.steps for stage in plan))
+        for stage in plan:
+            size = stage.width, stage.height
+            latent = torch.zeros(batch_size, 3, *stage[:2]) if image is None else to_latent(fit(image, *size), batch_size)
+            noise_mask = None if mask is None else fit_mask(mask, *size)
+            if samples is not None:
+                kept = 0 if mask is None else 1 - noise_mask[:, None]
+                latent = kept * latent + (1 - kept) * enlarge(samples, *stage[:2])
+            samples = sample(for_stage(model, stage, multiple), positive, negative, latent, seed, cfg,
+                             comfy.samplers.sampler_object(sampler_name), noise_levels(model, scheduler, stage.steps, stage.strength, shift),
+                             noise_mask, progress)
         if not samples.isfinite().all():
             raise ValueError("the picture came out as NaN: the model's numbers overflow in this weight_dtype, or its file is "
                              "damaged. Try weight_dtype bfloat16")
@@ -159,13 +179,25 @@ class L2PLatentToImage(io.ComfyNode):
         return io.NodeOutput(to_image(samples))
 
 
-def sample(model, positive, negative, latent: Tensor, seed: int, cfg: float, sampler, sigmas: Tensor,
-           noise_mask: Tensor | None = None) -> Tensor:
-    """Pixels (B, 3, H, W), float32, drawn by ComfyUI's sampler, with progress and a preview of the true picture."""
-    progress = comfy.utils.ProgressBar(len(sigmas) - 1)
+def for_stage(model, stage: Stage, multiple: int):
+    """The model as it draws this stage."""
+    model = model.clone()
+    if stage.rope_scale != 1:
+        model.model_options["transformer_options"]["rope_options"] = {"scale_x": stage.rope_scale, "scale_y": stage.rope_scale}
+    if stage.window:
+        wrapped = model.model_options.get("model_function_wrapper", lambda apply, given: apply(given["input"], given["timestep"], **given["c"]))
+        model.set_model_unet_function_wrapper(lambda apply, given: by_windows(
+            lambda part: wrapped(apply, {**given, "input": part}), given["input"], stage.window, multiple))
+    return model
+
+
+def sample(model, positive, negative, latent: Tensor, seed: int, cfg: float, sampler, sigmas: Tensor, noise_mask: Tensor | None,
+           progress: comfy.utils.ProgressBar) -> Tensor:
+    """Pixels (B, 3, H, W), float32, drawn by ComfyUI's sampler, with a preview of the true picture at each step."""
+    done = progress.current
 
     def callback(step: int, x0: Tensor, x: Tensor, steps: int) -> None:
-        progress.update_absolute(step + 1, steps, ("JPEG", preview(x0), PREVIEW_SIZE))
+        progress.update_absolute(done + step + 1, preview=("JPEG", preview(x0), PREVIEW_SIZE))
 
     return comfy.sample.sample_custom(
         model, comfy.sample.prepare_noise(latent, seed), cfg, sampler, sigmas, positive, negative, latent,
@@ -181,13 +213,15 @@ def noise_levels(model, scheduler: str, steps: int, denoise: float, shift: float
     return comfy.samplers.calculate_sigmas(sampling, scheduler, max(steps, int(steps / denoise)))[-(steps + 1):]
 
 
-def sizes_of(model) -> tuple[int, int | None]:
-    """What height and width must be multiples of, and the width of captions. Raises ValueError for another model."""
+def sizes_of(model) -> tuple[int, int | None, tuple[int, int]]:
+    """What height and width must be multiples of, the width of captions, and the height and width that the model was trained at.
+    Raises ValueError for another model."""
     network = model.model.diffusion_model
     if config := getattr(network, "l2p_config", None):
-        return config.size_multiple, config.cap_feat_dim
+        return config.size_multiple, config.cap_feat_dim, model.model.model_config.unet_config["trained_size"]
     if isinstance(model.model.latent_format, comfy.latent_formats.ChromaRadiance):  # pixels: a ComfyUI that knows L2P itself
-        return getattr(network, "patch_size", 16), None
+        patch = getattr(network, "patch_size", 16)
+        return patch, None, (64 * patch, 64 * patch)
     raise ValueError(f"the model is a {type(model.model).__name__}, which is no L2P model. Load one with Load L2P Checkpoint")
 
 

@@ -93,6 +93,22 @@ def test_inpaint_keeps_what_is_not_masked(comfyui_server, pipe, picture, mask):
     assert (levels(found[0]) == levels(picture))[:48].all()
 
 
+@pytest.mark.parametrize("redraw", ["squeezed", "windows", "whole"])
+def test_stages(comfyui_server, pipe, redraw):
+    expected = pipe(PROMPT, num_inference_steps=6, seed=7, width=192, height=144, stages=2, stage_strength=0.5, redraw=redraw)
+    assert_same(comfyui_server.run(graph(width=192, height=144, stages=2, stage_denoise=0.5, redraw=redraw)), [expected])
+
+
+def test_inpaint_in_stages(comfyui_server, pipe, picture, mask):
+    picture, mask = picture.resize((192, 192), Image.Resampling.NEAREST), mask.resize((192, 192), Image.Resampling.NEAREST)
+    request = graph(image=["image", 0], mask=["mask", 0], width=192, height=192, stages=2)
+    request["image"] = {"class_type": "LoadImage", "inputs": {"image": comfyui_server.upload("large.png", png(picture))}}
+    request["mask"] = {"class_type": "LoadImageMask", "inputs": {
+        "image": comfyui_server.upload("large_mask.png", png(mask.convert("RGB"))), "channel": "red"}}
+    found, = comfyui_server.run(request)
+    assert (levels(found) == levels(picture))[:96].all()
+
+
 def test_every_level_survives_the_way_through_a_pixel_latent(comfyui_server):
     ramp = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
     found, = comfyui_server.run({

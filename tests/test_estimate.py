@@ -1,4 +1,5 @@
 """What `l2p generate --estimate` says against what drawing really holds."""
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from comfyui_l2p.quant.quantize import quantize
 
 
 def picture(side: int, cfg_scale: float) -> Picture:
-    return Picture(Path("out.png"), "", "", 0, side, side, 30, cfg_scale, 3.0, "euler", 1.0, "cpu")
+    return Picture(Path("out.png"), "", "", 0, side, side, 30, cfg_scale, 3.0, "euler", 1.0, 1, 0.3, "squeezed", "cpu")
 
 
 @pytest.mark.parametrize("batch, side, cfg_scale", [(1, 96, 1.0), (2, 192, 2.0)])
@@ -26,11 +27,20 @@ def test_the_estimate_is_what_drawing_holds(batch, side, cfg_scale):
     assert parts["model"] == bytes_of(model.state_dict().values())
     assert parts["text encoder"] == pytest.approx(bytes_of(pipe.text_encoder.model.state_dict().values()), rel=0.01)
     assert parts["in all"] == sum(size for name, size in parts.items() if name != "in all")
-    assert passes == (30 if cfg_scale == 1 else 60)
+    assert passes == [(30 if cfg_scale == 1 else 60, side, side)]
     with Meter() as meter:
         captions = [torch.randn(512, 96, dtype=torch.bfloat16) for _ in range(batch)]
         euler(guided_velocity(model, captions, captions, cfg_scale), torch.randn(batch, 3, side, side), schedule(2))
     assert parts["pictures and what passes"] == pytest.approx(meter.peak(), rel=0.02)
+
+
+def test_windows_hold_little_and_ask_often():
+    pipe = L2PPipeline.from_pretrained()
+    whole, windows = (replace(picture(384, 2.0), stages=3, redraw=redraw) for redraw in ("squeezed", "windows"))
+    (whole, whole_passes), (windows, windows_passes) = (estimate(pipe, each, 1, free_text_encoder=False) for each in (whole, windows))
+    assert whole_passes == [(60, 96, 96), (18, 192, 192), (18, 384, 384)]
+    assert windows_passes == [(60, 96, 96), (18 * 9, 96, 96), (18 * 25, 96, 96)]
+    assert windows["pictures and what passes"] < whole["pictures and what passes"] / 2
 
 
 def test_int8_counts_as_it_is_kept(tmp_path):
@@ -45,5 +55,5 @@ def test_the_command_estimates_and_draws_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["generate", "--estimate", "--height", "960", "--width", "96", "--steps", "7"]) == 0
     told = capsys.readouterr().out
-    assert "in all" in told and "14 passes through the model, 1 x 96 x 960 pixels each" in told
+    assert "in all" in told and "passes through the model: 14 of 1 x 96 x 960 pixels" in told
     assert not list(tmp_path.iterdir())

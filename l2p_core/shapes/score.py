@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=300, help="prompts (default 300)")
     parser.add_argument("--steps", type=int, help="default: the checkpoint's")
     parser.add_argument("--sampler", default="euler")
+    parser.add_argument("--shift", type=float, default=3.0, help="of the noise schedule (default 3)")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--write-prompts", type=Path, metavar="FILE", help="write the prompts as CSV and draw nothing")
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="judge these pictures instead of drawing")
@@ -78,7 +79,8 @@ def main() -> None:
         pictures = [Image.open(args.pictures / name).convert("RGB") for name in names]
     else:
         pipe = L2PPipeline.from_pretrained(args.checkpoint, args.text_encoder, torch_dtype=getattr(torch, args.dtype))
-        pictures = draw(pipe, [scene.caption() for scene in scenes], num_inference_steps=args.steps, sampler=args.sampler)
+        pictures = draw(pipe, [scene.caption() for scene in scenes], num_inference_steps=args.steps, sampler=args.sampler,
+                        shift=args.shift)
     if args.sheet:
         contact_sheet(pictures[:24], [scene.caption() for scene in scenes[:24]]).save(args.sheet)
     print(json.dumps(score(pictures, scenes)))
