@@ -116,8 +116,7 @@ def make_thumbnails(server: real_comfyui.Server, names: list[str]) -> None:
             case "lora":
                 picture = halves(draw("text_to_image")[0], draw(name)[0])
             case "upscale_to_4k":
-                draft, final = draw(name)
-                picture = halves(draft, final)
+                picture = halves(draw("text_to_image")[0], draw(name)[0])
             case "batch_of_prompts":
                 picture = grid([each.resize((SIDE // 2,) * 2, Image.Resampling.LANCZOS) for each in draw(name, prompt="\n".join(SHAPES))])
             case _:

@@ -126,8 +126,8 @@ def test_every_workflow_runs_with_the_small_model(server, name):
     prompt = "a red circle on a blue background\na green star on a white background" if name == "batch_of_prompts" else "a red circle"
     files = server.run(small(name, prompt=prompt))
     pictures = [Image.open(io.BytesIO(file)) for file in files]
-    side = {"demo": 384, "upscale_to_4k": 192, "4k_checkpoint": 128}.get(name, 96)
-    assert len(pictures) == {"batch_of_prompts": 2, "upscale_to_4k": 2}.get(name, 1)
+    side = {"demo": 384, "upscale_to_4k": 384, "4k_checkpoint": 128}.get(name, 96)
+    assert len(pictures) == (2 if name == "batch_of_prompts" else 1)
     assert pictures[-1].size == (side, side)
     assert any(low < high for low, high in pictures[-1].convert("RGB").getextrema())
 

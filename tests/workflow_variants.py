@@ -17,7 +17,7 @@ WORKFLOWS = Path(__file__).parents[1] / "workflows"
 NAMES = sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
 BUNDLED = "L2P shapes (bundled small model)"
 SMALL, TINY_4K, LORA, PICTURE = "l2p_shapes.safetensors", "tiny_4k.safetensors", "shapes_lora.safetensors", "shapes_input.png"
-SIDES = {1024: 96, 2048: 144, 4096: 192}
+SIDES = {1024: 96, 4096: 384}
 PROMPT = "a large red circle on a blue background, left"
 
 
