@@ -98,6 +98,8 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
                               "for the whole at once (default: large pictures are cut)")
     machine.add_argument("--free-text-encoder", action="store_true",
                          help="encode all prompts first, then free the encoder's memory")
+    machine.add_argument("--offload", action="store_true",
+                         help="keep the model in the CPU's memory, and on the GPU only the block that computes and the next")
     machine.add_argument("--overwrite", action="store_true", help="draw again what was drawn with other settings")
     machine.add_argument("--estimate", action="store_true", help="say how much memory this takes and how often the model runs, by the "
                                                                  "checkpoint's header alone")
@@ -110,7 +112,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
         rank, processes, device = share(args.device)
         pipe = L2PPipeline.from_pretrained(args.checkpoint, args.text_encoder, args.tokenizer, device,
                                            getattr(torch, args.dtype), args.convrot, progress=args.checkpoint is not None,
-                                           decoder_tile=args.decoder_tile)
+                                           decoder_tile=args.decoder_tile, offload=args.offload)
         if args.checkpoint is None and rank == 0:
             print(f"No --checkpoint given: drawing with the bundled small model, which knows plain shapes "
                   f"({BUNDLED_MODEL.parent / 'README.md'})")

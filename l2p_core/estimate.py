@@ -1,7 +1,9 @@
 """What drawing will hold in memory, and how often the model runs, by a checkpoint's header alone."""
 import math
+from collections import Counter
 
 import torch
+from torch import Tensor
 
 from .generate import Picture
 from .header import read_header
@@ -12,33 +14,46 @@ from .sampler import guided_velocity, schedule, solver
 from .stages import in_windows, windows
 from .text import MAX_TOKENS, encoder_files
 
+BLOCKS = ("layers.", "noise_refiner.", "context_refiner.")  # what `offload` streams
 KEPT_IN_8_BITS = "int8_tensorwise"  # other formats are multiplied out
 
 
 def estimate(pipe: L2PPipeline, picture: Picture, batch: int, free_text_encoder: bool) -> tuple[dict[str, int], list[tuple[int, int, int]]]:
-    """Bytes held at the peak, by what they are for, with their sum as "in all"; and the passes through the model that one batch
-    takes: (how many, height, width) for each stage.
+    """Bytes held at the peak, by what they are for, with their sum as "in all", and what waits in the CPU's memory; and the
+    passes through the model that one batch takes: (how many, height, width) for each stage.
 
     Prompts count as 512 tokens. Two steps of the last stage are run on tensors that have only a shape."""
     layout, dtype = pipe.layout, pipe.dtype
-    weights = sum(math.prod(source.shape) * (1 if source.format == KEPT_IN_8_BITS else dtype.itemsize)
-                  for source in layout.tensors.values())
+    by_block = Counter()  # bytes, by the part of the name that tells a block
+    for name, source in layout.tensors.items():
+        block = ".".join(name.split(".")[:2]) if name.startswith(BLOCKS) else ""
+        by_block[block] += math.prod(source.shape) * (1 if source.format == KEPT_IN_8_BITS else dtype.itemsize)
+    weights, elsewhere = by_block.total(), 0
+    if pipe.offload:
+        elsewhere = weights
+        weights = by_block.pop("") + sum(size for _, size in by_block.most_common(2))
     encoder = sum(entry.count * dtype.itemsize for file in encoder_files(pipe.text_encoder_path) for entry in read_header(file)[0].values())
     with torch.device("meta"):
         model = L2PTransformer(layout.config).to(dtype).requires_grad_(False)
     model.decoder_tile = pipe.decoder_tile
     *_, last = plan = picture.plan(pipe)
-    sigmas = schedule(2)
+    multiple, sigmas = layout.config.size_multiple, schedule(2)
     with shapes_only(model), Meter() as meter:
         captions = [torch.empty(MAX_TOKENS, layout.config.cap_feat_dim, dtype=dtype) for _ in range(batch)]
         noise = torch.empty(batch, 3, last.height, last.width)
-        velocity = guided_velocity(model, captions, captions, picture.cfg_scale)
-        if last.window:
-            velocity = in_windows(velocity, last.window, layout.config.size_multiple)
-        solver(picture.sampler)(velocity, noise, sigmas)
+        velocity, asked = guided_velocity(model, captions, captions, picture.cfg_scale), set()
+
+        def once(x: Tensor, sigma: float) -> Tensor:
+            """The velocity of each step's first window; the others hold the same."""
+            known = sigma in asked
+            asked.add(sigma)
+            return torch.empty_like(x) if known else velocity(x, sigma)
+        solver(picture.sampler)(in_windows(once, last.window, multiple) if last.window else velocity, noise, sigmas)
     drawing = {"model": weights, "pictures and what passes": meter.peak()}
     parts = drawing if free_text_encoder else {"text encoder": encoder, **drawing}
     in_all = max(sum(drawing.values()), encoder) if free_text_encoder else sum(parts.values())
+    beside = {"in the CPU's memory": elsewhere} if elsewhere else {}
     each = 1 if picture.cfg_scale == 1 else 2
-    return {**parts, "in all": in_all}, [(each * stage.steps * len(windows(*stage[:2], stage.window, layout.config.size_multiple)),
-                                          *(min(side, stage.window or side) for side in stage[:2])) for stage in plan]
+    passes = [(each * stage.steps * len(windows(*stage[:2], stage.window, multiple)),
+               *(min(side, stage.window or side) for side in stage[:2])) for stage in plan]
+    return {**parts, "in all": in_all, **beside}, passes

@@ -40,23 +40,24 @@ class L2PPipeline:
     see `encode_prompt` and `unload_text_encoder`."""
 
     def __init__(self, layout: Layout, text_encoder: Path, tokenizer: Path | None, device: torch.device,
-                 dtype: torch.dtype, progress: bool = False, decoder_tile: int | None = None):
+                 dtype: torch.dtype, progress: bool = False, decoder_tile: int | None = None, offload: bool = False):
         self.layout, self.device, self.dtype = layout, device, dtype
         self.text_encoder_path, self.tokenizer_path = text_encoder, tokenizer
-        self.decoder_tile, self._progress = decoder_tile, progress
+        self.decoder_tile, self.offload, self._progress = decoder_tile, offload, progress
         self._encodings: dict[str, Tensor] = {}  # of the prompts seen last
 
     @classmethod
     def from_pretrained(cls, checkpoint: str | Path | None = None, text_encoder: str | Path | None = None,
                         tokenizer: str | Path | None = None, device: str | torch.device | None = None,
                         torch_dtype: torch.dtype = torch.bfloat16, convrot_groupsize: int | None = None,
-                        progress: bool = False, decoder_tile: int | None = None) -> "L2PPipeline":
+                        progress: bool = False, decoder_tile: int | None = None, offload: bool = False) -> "L2PPipeline":
         """Open a checkpoint of any kind that `load_model` reads; only its header is read for now.
 
         checkpoint: None for the bundled small model. text_encoder, tokenizer: as for `TextEncoder.load`; by default
         `text_encoder/` and `tokenizer/` beside the checkpoint. device: by default the GPU where there is one.
         progress: show a bar while loading. decoder_tile: side in pixels of the squares that the local decoder computes
         one after another, 0 for the whole at once; by default large pictures are cut. The picture is the same.
+        offload: keep the model's weights in the CPU's memory, and on the device only the block that computes and the next.
         Raises CheckpointError where the checkpoint can't be used, and ValueError for a tile below 0."""
         if decoder_tile is not None and decoder_tile < 0:
             raise ValueError(f"decoder_tile is {decoder_tile}; expected a side in pixels, or 0 for the whole at once")
@@ -68,12 +69,14 @@ class L2PPipeline:
             text_encoder = next((folder for folder in folders if (folder / "text_encoder").is_dir()), folders[0]) / "text_encoder"
         device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(layout, find_encoder(text_encoder), Path(tokenizer) if tokenizer else None, device, torch_dtype, progress,
-                   decoder_tile)
+                   decoder_tile, offload)
 
     @cached_property
     def transformer(self) -> L2PTransformer:
-        model = load_model(self.layout, self.device, self.dtype, progress=self._progress)
+        model = load_model(self.layout, "cpu" if self.offload else self.device, self.dtype, progress=self._progress)
         model.decoder_tile = self.decoder_tile
+        if self.offload:
+            stream_blocks(model, self.device)
         return model
 
     @cached_property
@@ -221,6 +224,15 @@ def usable_device(name: str | torch.device) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name} can't be used here: {str(error).splitlines()[0]}") from None
+
+
+def stream_blocks(model: L2PTransformer, device: torch.device) -> None:
+    """Leave the weights where they are, and have each block's fetched while the one before it computes."""
+    try:
+        from diffusers.hooks import apply_group_offloading
+    except ImportError:
+        raise ImportError("offload needs diffusers: pip install 'comfyui-l2p[offload]'") from None
+    apply_group_offloading(model, device, num_blocks_per_group=1, use_stream=device.type == "cuda")
 
 
 def draw_noise(shape: tuple[int, int, int, int], seed: int | Sequence[int] | None, device: str = "cpu") -> Tensor:

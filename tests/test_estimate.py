@@ -43,6 +43,15 @@ def test_windows_hold_little_and_ask_often():
     assert windows["pictures and what passes"] < whole["pictures and what passes"] / 2
 
 
+def test_streamed_blocks_wait_in_the_cpus_memory():
+    (whole, _), (streamed, _) = (estimate(L2PPipeline.from_pretrained(offload=offload), picture(96, 2.0), 1, free_text_encoder=True)
+                                 for offload in (False, True))
+    model = L2PPipeline.from_pretrained().transformer
+    blocks = sorted(bytes_of(block.state_dict().values()) for part in (model.layers, model.noise_refiner, model.context_refiner) for block in part)
+    assert streamed["in the CPU's memory"] == whole["model"]
+    assert streamed["model"] == whole["model"] - sum(blocks[:-2])
+
+
 def test_int8_counts_as_it_is_kept(tmp_path):
     quantize(BUNDLED_MODEL / "transformer.safetensors", tmp_path / "int8.safetensors")
     pipe = L2PPipeline.from_pretrained(tmp_path / "int8.safetensors", text_encoder=BUNDLED_MODEL / "text_encoder")

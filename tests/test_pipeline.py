@@ -180,3 +180,9 @@ def test_a_text_encoder_of_another_width_is_refused(tiny_weights, write):
 def test_a_checkpoint_that_can_not_be_used_is_refused_at_once(tiny_weights, write):
     with pytest.raises(CheckpointError, match="it is a trained part"):
         L2PPipeline.from_pretrained(write({name: tensor for name, tensor in tiny_weights.items() if "layers.1." not in name}))
+
+
+def test_blocks_that_are_streamed_draw_the_same(pipe):
+    streamed = L2PPipeline.from_pretrained(torch_dtype=torch.float32, offload=True, device="cpu")
+    assert streamed(PROMPT, seed=7, **FEW).tobytes() == pipe(PROMPT, seed=7, **FEW).tobytes()
+    assert all(hasattr(block, "_diffusers_hook") for block in streamed.transformer.layers)
