@@ -223,9 +223,8 @@ def pad_tokens(x: Tensor, pad_token: Tensor) -> Tensor:
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Turn neighbouring pairs of (B, S, heads, head) by the angles of rope (B or 1, S, head/2, 2), in float32."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = rope[:, :, None].unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+    turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * torch.view_as_complex(rope)[:, :, None]
+    return torch.view_as_real(turned).flatten(-2)
 
 
 @lru_cache(maxsize=16)
