@@ -1,12 +1,14 @@
 """How long and how much memory `l2p convert`, `merge` and `quantize` take at full size, against `cp` of the same bytes.
 
-    python benchmarks/files.py --folder /tmp/l2p          (75 GB of disk at most, 2 GB of memory, a quarter of an hour)
+    python benchmarks/files.py --folder /tmp/l2p          (45 GB of disk, 2 GB of memory, a quarter of an hour)
     python benchmarks/files.py --folder /tmp/l2p --published T2I-L2P       (also its own two scripts, where memory allows)
+    python benchmarks/files.py --folder /tmp/l2p --only quantize           (the rows that have this in their name)
 
-Inputs have random weights under the real names, shapes and dtypes:
-a latent Z-Image (BF16), a pixel initialisation (BF16, main layers 5..24 in FP32) and the part that training makes of it.
+Inputs have random weights with outliers under the real names, shapes and dtypes, in the order in which safetensors writes
+them: a latent Z-Image (BF16), a pixel initialisation (BF16, main layers 5..24 in FP32) and the part that training makes of
+it. Each is made when a row needs it and removed when one does not.
 Each command runs in a process of its own, its inputs not in the cache, and is done when its output is on the disk; `cp`
-then copies that output under the same conditions. Private memory is the process's anonymous pages (RssAnon), polled.
+then copies as many bytes under the same conditions. Private memory is the process's anonymous pages (RssAnon), polled.
 """
 import argparse
 import os
@@ -56,15 +58,14 @@ def run(command: list[str], inputs: list[Path], output: Path, **environment: str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where the inputs are made, and kept")
+    parser.add_argument("--folder", type=Path, required=True, help="where the inputs are made; those of the last row stay")
+    parser.add_argument("--only", default="", metavar="WORDS", help="of the names of the rows to run")
     parser.add_argument("--published", type=Path, metavar="CHECKOUT", help="of T2I-L2P, to run its scripts beside")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     latent, base, part, out, copy = (args.folder / f"{name}.safetensors" for name in (
         "z-image", "model-1k-merge", "part", "out", "copy"))
-    for path, tensors in ((latent, latent_tensors), (base, published_tensors), (part, part_tensors)):
-        if not path.exists():
-            make(path, list(tensors()))
+    makers = {latent: latent_tensors, base: published_tensors, part: part_tensors}
     l2p = [sys.executable, "-m", "comfyui_l2p.l2p_core.cli"]
     published = args.published and args.published.resolve()
     commands = [
@@ -74,23 +75,32 @@ def main() -> None:
         ("l2p merge", [*l2p, "merge", "--trained", part, "--base", base, "-o", out], [part, base]),
         ("published merge", published and [
             sys.executable, published / "merge_weights.py", "--file_a", part, "--file_b", base, "--file_out", out], [part, base]),
-        *((f"l2p quantize {' '.join(options)}", [*l2p, "quantize", base, "-o", out, *options], [base]) for options in (
+        *((" ".join(["l2p quantize", *options]), [*l2p, "quantize", base, "-o", out, *options], [base]) for options in (
             [], ["--granularity", "convrot"], ["--format", "float8_e4m3fn"], ["--format", "nvfp4"])),
         ("l2p quantize --verify", [*l2p, "quantize", base, "-o", out, "--verify"], [base]),
         ("l2p export --naming comfyui", [*l2p, "export", base, "-o", out], [base]),
     ]
     for name, command, inputs in commands:
-        if not command:
+        if not command or args.only not in name:
             continue
-        seconds, peak, status = run(command, inputs, out, PYTHONPATH=str(published or ""))
+        for file, tensors in makers.items():
+            if file not in inputs:
+                file.unlink(missing_ok=True)
+            elif not file.exists():
+                make(file, sorted(tensors(), key=lambda row: (row[1] != "F32", row[0])))
+        seconds, peak, status = run(command, inputs, out, **({"PYTHONPATH": str(published)} if name.startswith("published") else {}))
         if status:
             print(f"{name}: ended with status {status} after {seconds:.0f} s, peak private memory {peak:.2f} GB", flush=True)
             out.unlink(missing_ok=True)
             continue
-        copying, _, _ = run(["cp", out, copy], [out], copy)
-        print(f"{name}: {out.stat().st_size / 1e9:.2f} GB in {seconds:.1f} s, {seconds / copying:.2f} x cp ({copying:.1f} s), "
+        copied = out
+        if (size := out.stat().st_size) > 15e9:  # as large as the base, and there may be no room for a third file of that size
+            out.unlink()
+            copied = base
+        copying, _, _ = run(["cp", copied, copy], [copied], copy)
+        print(f"{name}: {size / 1e9:.2f} GB in {seconds:.1f} s, {seconds / copying:.2f} x cp ({copying:.1f} s), "
               f"peak private memory {peak:.2f} GB", flush=True)
-        out.unlink()
+        out.unlink(missing_ok=True)
         copy.unlink()
 
 

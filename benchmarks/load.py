@@ -54,11 +54,13 @@ def int8_tensors() -> Iterator[tuple[str, str, tuple[int, ...]]]:
 
 
 def make(path: Path, tensors: list[tuple[str, str, tuple[int, ...]]]) -> None:
-    """Write a safetensors file of random weights, standard deviation 0.02, a tensor at a time."""
+    """Write a safetensors file of random weights, a block of rows at a time: normal, standard deviation about 0.02, with
+    outliers as trained models have them: one value in 1000 up to 30 times that (SqueezeLLM, arXiv 2306.07629), the input
+    channels' scales spread by a third, and one in 1000 of them 20 times the others (LLM.int8(), arXiv 2208.07339)."""
     rng = np.random.default_rng(0)
-    normal = torch.from_numpy(rng.standard_normal(POOL, dtype=np.float32) * 0.02)
-    pools = {"F32": normal.numpy(), "BF16": normal.bfloat16().view(torch.int16).numpy(),
-             "I8": rng.integers(-127, 128, POOL, dtype=np.int8)}
+    pool = rng.standard_normal(POOL, dtype=np.float32) * 0.02
+    pool[rng.random(POOL) < 0.001] *= 10
+    pool, codes = torch.from_numpy(pool), rng.integers(-127, 128, POOL, dtype=np.int8)
     header, offset = {}, 0
     for name, dtype, shape in tensors:
         size = math.prod(shape) * BYTES[dtype]
@@ -69,12 +71,17 @@ def make(path: Path, tensors: list[tuple[str, str, tuple[int, ...]]]) -> None:
     with path.open("wb") as stream:
         stream.write(struct.pack("<Q", len(encoded)) + encoded)
         for _, dtype, shape in tensors:
-            left = math.prod(shape)
-            while left:
-                start = int(rng.integers(0, POOL // 2)) if left < POOL // 2 else 0
-                run = pools[dtype][start:start + left]
-                stream.write(run)
-                left -= len(run)
+            rows, channels = (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
+            scales = np.exp(rng.normal(0, 0.33, channels)) * np.where(rng.random(channels) < 0.001, 20, 1)
+            scales = torch.from_numpy(scales.astype(np.float32)) if rows > 1 else torch.ones(channels)
+            while rows:
+                count = min(rows, max(1, (1 << 20) // channels))
+                start, rows = int(rng.integers(0, POOL - count * channels)), rows - count
+                if dtype == "I8":
+                    stream.write(codes[start:start + count * channels])
+                    continue
+                block = pool[start:start + count * channels].view(count, channels) * scales
+                stream.write((block if dtype == "F32" else block.bfloat16().view(torch.int16)).numpy())
 
 
 def drop_from_cache(path: Path) -> None:

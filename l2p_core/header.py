@@ -9,7 +9,7 @@ import os
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
@@ -112,13 +112,16 @@ def reading(file: Path) -> Iterator[BinaryIO]:
         raise CheckpointError(f"{file} can't be read ({error.strerror}). Check the disk it is on, or get the file again") from None
 
 
-def hash_files(files: list[Path], stop: Event | None = None) -> str:
-    """SHA-256 of a file, or of its shards one after the other. stop: ends it early, with a hash of no use."""
+def hash_files(files: list[Path], stop: Event | None = None, between: Callable[[BinaryIO], None] | None = None) -> str:
+    """SHA-256 of a file, or of its shards one after the other. stop: ends it early, with a hash of no use. between: called
+    with the file after every block."""
     digest = hashlib.sha256()
     for file in files:
         with reading(file) as stream:
             while not (stop and stop.is_set()) and (block := stream.read(1 << 24)):
                 digest.update(block)
+                if between:
+                    between(stream)
     return digest.hexdigest()
 
 

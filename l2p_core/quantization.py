@@ -2,6 +2,7 @@
 
 INT8 weights stay 8 bits in memory and are multiplied as such by comfy-kitchen; the other formats are multiplied out.
 """
+from functools import cache
 from typing import Callable, NamedTuple
 
 import torch
@@ -71,6 +72,19 @@ def dequantize(kind: str, weight: Tensor, scale: Tensor, scale_2: Tensor | None,
     code = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}[dtype]
     comfy_kitchen()
     return torch.ops.comfy_kitchen.dequantize_int8_convrot_weight_dtype(weight, scale[:, None], convrot_groupsize, code)
+
+
+def rotate(rows: Tensor, groupsize: int) -> Tensor:
+    """Rows (N, K) as convrot turns them before rounding: each group of a row times the Hadamard matrix, its own inverse."""
+    return (rows.unflatten(1, (-1, groupsize)) @ hadamard(groupsize)).flatten(1)
+
+
+@cache
+def hadamard(size: int) -> Tensor:
+    """Kronecker powers of the 4 x 4 regular Hadamard matrix, scaled to be orthogonal (ConvRot, arXiv 2512.03673).
+    size: a power of 4."""
+    four = 1 - 2 * torch.eye(4).flip(1)
+    return four / 2 if size == 4 else torch.kron(hadamard(size // 4), four) / 2
 
 
 def comfy_kitchen():

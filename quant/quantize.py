@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..l2p_core.checkpoint import check
 from ..l2p_core.header import DTYPE_BYTES, CheckpointError
-from ..l2p_core.layout import Layout, read_layout
-from ..l2p_core.quantization import FORMATS, comfy_kitchen, dequantize
+from ..l2p_core.layout import Layout, Source, read_layout
+from ..l2p_core.quantization import FORMATS, comfy_kitchen, dequantize, rotate
 from .export import PREFIXES, arrange, marker_piece, note_left_out
-from .stream import TORCH_DTYPES, Piece, Progress, gigabytes, read_floats, write
+from .stream import TORCH_DTYPES, Piece, Progress, gigabytes, on_all_cores, read_floats, single_threaded, write
 
 # Which tensors become 8 bits, by ComfyUI's names: the linears of the blocks. Norms, biases, modulation, embedders and the
 # decoder are a hundredth of the model's work and the most sensitive to rounding.
@@ -45,9 +45,14 @@ class Tally:
         """Signal to noise in decibels; None where nothing was lost."""
         return 10 * math.log10(self.signal / self.noise) if self.noise else None
 
-    def add(self, before: Tensor, after: Tensor) -> None:
-        self.signal += float(before.norm()) ** 2
-        self.noise += float(torch.dist(before, after)) ** 2
+    def add(self, loss: tuple[float, float]) -> None:
+        self.signal += loss[0]
+        self.noise += loss[1]
+
+
+def loss(before: Tensor, after: Tensor) -> tuple[float, float]:
+    """Sums of squares: of the signal, of the noise."""
+    return float(before.norm()) ** 2, float(torch.dist(before, after)) ** 2
 
 
 @dataclass
@@ -156,18 +161,24 @@ def quantized(piece: Piece, options: Options, tallies: list[Tally]) -> list[Piec
     def numbers() -> Iterator[Tensor]:
         tally.signal = tally.noise = 0.0
         if options.granularity == "tensor" or options.format == "nvfp4":
-            largest = max(float(block.abs().max()) for block in floats(piece))
+            largest = max(on_all_cores(lambda block: float(block.abs().max()), floats(piece)))
             made["shared"] = torch.tensor(largest / LARGEST[options.format]).clamp(min=1e-30)
         if options.granularity != "tensor":
             # One tensor for all blocks' scales: small ones kept between the large would take malloc's large holes apart.
             made["scale"] = torch.empty(scale_shape, dtype=TORCH_DTYPES[scale_dtype])
+
+        def rounded(block: Tensor) -> tuple[Tensor, Tensor, tuple[float, float]]:
+            turn = groupsize
+            if turn and options.format == "int8_tensorwise":  # once: rotated, the loss is the same
+                block, turn = rotate(block, turn), 0
+            codes, scale = round_block(block, options.format, made.get("shared"), turn)
+            return codes, scale, loss(block, dequantize(options.format, codes, scale, made.get("shared"), turn, torch.float32))
         filled = 0
-        for block in in_tiles(floats(piece)) if kind.block else floats(piece):
-            codes, scale = round_block(block, options.format, made.get("shared"), groupsize)
+        for codes, scale, lost in on_all_cores(rounded, in_tiles(floats(piece)) if kind.block else floats(piece)):
             if options.granularity != "tensor":
                 made["scale"].view(-1)[filled:filled + scale.numel()] = scale.flatten()
                 filled += scale.numel()
-            tally.add(block, dequantize(options.format, codes, scale, made.get("shared"), groupsize, torch.float32))
+            tally.add(lost)
             yield codes
 
     def once(name: str) -> Callable[[], Iterator[Tensor]]:
@@ -175,7 +186,7 @@ def quantized(piece: Piece, options: Options, tallies: list[Tally]) -> list[Piec
             yield made.pop(name)
         return hand_over
 
-    pieces = [Piece(piece.name, kind.dtype, (rows, inputs // kind.packed), numbers),
+    pieces = [Piece(piece.name, kind.dtype, (rows, inputs // kind.packed), numbers, piece.origin),
               Piece(f"{piece.name}_scale", scale_dtype, scale_shape, once("shared" if options.granularity == "tensor" else "scale")),
               marker_piece(piece.name, options.format, groupsize)]
     if options.format == "nvfp4":
@@ -185,7 +196,8 @@ def quantized(piece: Piece, options: Options, tallies: list[Tally]) -> list[Piec
 
 def round_block(block: Tensor, kind: str, shared: Tensor | None, groupsize: int) -> tuple[Tensor, Tensor]:
     """Rows (R, K) float32 → what is stored of them, and their scales: comfy-kitchen's rounding. R is a multiple of 128 in
-    all blocks but the last, so that block scales follow one another. shared: the scale of the whole tensor."""
+    all blocks but the last, so that block scales follow one another. shared: the scale of the whole tensor. groupsize: of
+    convrot_w4a4's rotation."""
     kitchen = comfy_kitchen()
     if kind in ("float8_e4m3fn", "float8_e5m2"):
         return kitchen.quantize_per_tensor_fp8(block, shared, getattr(torch, kind)), shared
@@ -198,8 +210,6 @@ def round_block(block: Tensor, kind: str, shared: Tensor | None, groupsize: int)
         return kitchen.quantize_convrot_w4a4_weight(block, groupsize)
     if shared is not None:
         return kitchen.quantize_int8_tensorwise(block, shared)
-    if groupsize:
-        return torch.ops.comfy_kitchen.quantize_int8_convrot_weight(block, groupsize)
     return kitchen.quantize_int8_rowwise(block)
 
 
@@ -231,12 +241,20 @@ def compare(layout: Layout, output: Path, tallies: list[Tally]) -> None:
     and as far from it as the tallies say where it is."""
     written = read_layout(output)
     check(written)
+
+    def blocks() -> Iterator[tuple[Source, Tensor, Tensor]]:
+        for name, source in written.tensors.items():
+            originals = read_floats(layout.tensors[name], torch.float32)  # the same rows at a time, whatever the packing
+            for before, after in zip(originals, read_floats(source, torch.float32), strict=True):
+                yield source, before, after
+
+    def measured(block: tuple[Source, Tensor, Tensor]) -> tuple[Source, tuple[float, float]]:
+        source, before, after = block
+        return source, loss(before if source.format else before.bfloat16().float(), after)
     found: dict[str, Tally] = {}
-    for name, source in written.tensors.items():
-        tally = found.setdefault(source.entry.key, Tally(source.entry.key, source.entry.shape, 0, 0))
-        originals = read_floats(layout.tensors[name], torch.float32)  # the same rows at a time, whatever the packing
-        for before, after in zip(originals, read_floats(source, torch.float32), strict=True):
-            tally.add(before if source.format else before.bfloat16().float(), after)
+    with single_threaded():
+        for source, lost in on_all_cores(measured, blocks()):
+            found.setdefault(source.entry.key, Tally(source.entry.key, source.entry.shape, 0, 0)).add(lost)
     noted = {tally.name: tally.snr_db for tally in tallies}
     for key, tally in found.items():
         wanted, there = noted.get(key), tally.snr_db

@@ -4,6 +4,10 @@ A plan is a list of pieces, one for each tensor; nothing is read before `write`.
 `.NAME.l2p-part`, which one run at a time holds, and takes its name once it is on the disk, so the output may be one of the
 inputs. What a killed run left is removed by the next one in that folder. Sources are read, not mapped: a mapped file that
 shrinks would end the program.
+
+At full size the disk and the system's cache set the pace. So inputs are read front to back, the hashing of each just ahead
+of its tensors, what is written goes to the disk as it comes, and the cache is given back once both have passed: filling
+gigabytes of it takes longer than reading them (docs/measurements.md, "File tools").
 """
 import errno
 import json
@@ -11,12 +15,13 @@ import math
 import os
 import shutil
 import struct
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,7 +41,9 @@ TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16
 if hasattr(torch, "float8_e8m0fnu"):  # torch 2.7
     TORCH_DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 BLOCK = 1 << 18  # numbers in memory at a time: 1 MB as float32, which stays in a core's cache
+STRIDE = 1 << 26  # bytes that are put on the disk at a time, and that hashing reads ahead of the next tensor
 FORMAT_VERSION = "1"  # of the l2p.* metadata below
+T, R = TypeVar("T"), TypeVar("R")
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all); raise from it to stop
 PENDING_HASH = "0" * 64  # stands in the header until the inputs are hashed, which goes on beside the writing
 
@@ -47,6 +54,11 @@ class Piece(NamedTuple):
     dtype: str  # safetensors' name
     shape: tuple[int, ...]
     origin: tuple[Source, ...] | Callable[[], Iterable[Tensor]]  # read below one another, or made in blocks of rows
+    read: tuple[Source, ...] = ()  # by what makes it
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return self.read if callable(self.origin) else self.origin
 
     @property
     def bytes(self) -> int:
@@ -55,7 +67,7 @@ class Piece(NamedTuple):
 
 def write(path: Path, pieces: list[Piece], inputs: list[Layout], command: str, options: dict[str, object],
           modelspec: dict[str, str], progress: bool | Progress = False) -> None:
-    """Write the pieces as one file, in their order, and say in its metadata how it was made.
+    """Write the pieces as one file, laid out in their order, and say in its metadata how it was made.
 
     inputs: what the pieces read; hashed into the metadata. command, options: what makes the file, for the metadata.
     modelspec: fields beside those of the first input; an empty value drops one. progress: show a bar, or call this. Raises
@@ -73,26 +85,47 @@ def write(path: Path, pieces: list[Piece], inputs: list[Layout], command: str, o
     head = header([PENDING_HASH] * len(files))
     begins = offsets(pieces)
     total = len(head) + sum(piece.bytes for piece in pieces)
+    steps = reading_order(pieces, [file for file, _ in files])
+    wanted: dict[Path, Span] = {}  # at the piece that is being written
     stop = Event()
-    with unfinished(path, total) as stream, ThreadPoolExecutor(1) as beside:  # hashing leaves the interpreter to the writing
+
+    def hash_beside(file: Path) -> str:
+        def keep_step(stream: BinaryIO) -> None:
+            give_back(stream, min(stream.tell(), wanted[file][0]))
+            while stream.tell() > wanted[file][1] + STRIDE and not stop.wait(0.01):
+                pass
+        return hash_files([file], stop, keep_step)
+
+    def all_blocks() -> Iterator[tuple[str, memoryview]]:
+        for piece, spans in steps:
+            wanted.update(spans)
+            for block in blocks(piece):
+                yield piece.name, block
+        wanted.update(dict.fromkeys(wanted, NOTHING))
+
+    with unfinished(path, total) as stream, single_threaded(), ThreadPoolExecutor(len(files) + 1) as beside:
         try:
-            hashes = [beside.submit(hash_files, [file], stop) for file, _ in files]
+            wanted.update(steps[0][1])
+            hashes = [beside.submit(hash_beside, file) for file, _ in files]
+            flushed = beside.submit(put_on_disk, stream)
             with tqdm(total=total, desc=f"writing {path.name}", unit="B", unit_scale=True, disable=progress is not True) as bar:
-                def advance(done: int) -> None:
+                stream.write(head)
+                done = flushing = len(head)
+                ends = {name: len(head) + begin for name, begin in begins.items()}  # of what is written of each tensor
+                for name, block in ahead(all_blocks()):
+                    stream.seek(ends[name])
+                    count = stream.write(block)
+                    ends[name] += count
+                    done += count
                     bar.update(done - bar.n)
                     if callable(progress):
                         progress(done, total)
-
-                stream.write(head)
-                done = len(head)
+                    if done - flushing >= STRIDE:
+                        flushed.result()
+                        flushed, flushing = beside.submit(put_on_disk, stream), done
                 for piece in pieces:
-                    stream.seek(len(head) + begins[piece.name])
-                    written = 0
-                    for block in blocks(piece):
-                        written += stream.write(block)
-                        advance(done + written)
-                    assert written == piece.bytes, f"{piece.name}: {written} bytes for {piece.bytes}"
-                    done += written
+                    assert ends[piece.name] == len(head) + begins[piece.name] + piece.bytes, piece.name
+                flushed.result()
                 final = header([future.result() for future in hashes])
             assert len(final) == len(head)
             stream.seek(0)
@@ -103,6 +136,72 @@ def write(path: Path, pieces: list[Piece], inputs: list[Layout], command: str, o
                                           "Wait until the other program is done, then run this again")
         finally:
             stop.set()
+
+
+Span = tuple[float, float]  # where in a file the next tensors to be read begin and end
+NOTHING = (math.inf, math.inf)
+
+
+def reading_order(pieces: list[Piece], files: list[Path]) -> list[tuple[Piece, dict[Path, Span]]]:
+    """The pieces as their sources lie in the files, those that read nothing behind the one they follow, and what is wanted
+    next of every file at each."""
+    place, placed = (Path(), 0), []
+    for piece in pieces:
+        place = min(((source.entry.file, source.entry.begin) for source in piece.sources), default=place)
+        placed.append((place, piece))
+    spans, steps = dict.fromkeys(files, NOTHING), []
+    for _, piece in reversed(sorted(placed, key=lambda pair: pair[0])):
+        for file in {source.entry.file for source in piece.sources}:
+            entries = [source.entry for source in piece.sources if source.entry.file == file]
+            spans = spans | {file: (min(entry.begin for entry in entries), max(entry.end for entry in entries))}
+        steps.append((piece, spans))
+    return steps[::-1]
+
+
+def put_on_disk(stream: BinaryIO) -> None:
+    os.fsync(stream.fileno())
+    give_back(stream)
+
+
+def give_back(stream: BinaryIO, end: int = 0) -> None:
+    """Take the file's beginning, or all of it, out of the system's cache, as far as it is on the disk."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(stream.fileno(), 0, end, os.POSIX_FADV_DONTNEED)
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """Within, each thread computes on one core, since blocks are shared out among threads whole, and memory that is free
+    is used again: glibc takes blocks up to the largest it saw freed, at most 32 MB, from what it holds (mallopt(3))."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.empty(31 << 20, dtype=torch.uint8)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same, each made while the one before is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item
+
+
+def on_all_cores(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """work(item) for each, in their order; a few items are in memory at a time."""
+    cores = min(8, os.cpu_count() or 1)  # one thread reads for them
+    with ThreadPoolExecutor(cores) as pool:
+        waiting: deque[Future[R]] = deque()
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > 2 * cores:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 @contextmanager
@@ -203,7 +302,7 @@ def blocks(piece: Piece) -> Iterator[memoryview]:
         return
     for source in piece.origin:
         if source.entry.dtype == piece.dtype:
-            yield from map(as_bytes, read_blocks(source))
+            yield from map(as_bytes, read_blocks(source, 16))
             continue
         for block in read_floats(source, TORCH_DTYPES[piece.dtype]):
             if not block.isfinite().all():
@@ -237,28 +336,28 @@ def read_scale(source: Source) -> Tensor:
     return torch.cat([block.flatten() for block in read_blocks(Source(source.scale, third))]).float()
 
 
-def read_blocks(source: Source) -> Iterator[Tensor]:
-    """The tensor as it is stored, in blocks of whole rows: (rows, ...)."""
+def read_blocks(source: Source, times: int = 1) -> Iterator[Tensor]:
+    """The tensor as it is stored, in blocks of whole rows: (rows, ...). times: so many blocks at once, to copy."""
     entry, shape = source.entry, source.stored_shape
     if entry.dtype not in TORCH_DTYPES:
         raise CheckpointError(f"{entry.file.name}: {entry.key} is {entry.dtype}; this program reads "
                               f"{', '.join(TORCH_DTYPES)}. Use the BF16 version of the model")
     rows, row_shape = (shape or (1,))[0], shape[1:]
     row_bytes = math.prod(row_shape) * DTYPE_BYTES[entry.dtype]
-    step = rows_at_a_time(source.shape)
+    step = rows_at_a_time(source.shape) * times
     with reading(entry.file) as stream:
         stream.seek(entry.begin + (source.third or 0) * rows * row_bytes)
         for first in range(0, rows, step):
             count = min(step, rows - first)
-            buffer = bytearray(count * row_bytes)
-            view, filled = memoryview(buffer), 0
-            while filled < len(buffer):
+            buffer = torch.empty(count * row_bytes, dtype=torch.uint8)
+            view, filled = memoryview(buffer.numpy()), 0
+            while filled < len(view):
                 if not (got := stream.readinto(view[filled:])):
                     raise CheckpointError(f"{entry.file} ended in the middle of {entry.key}: it was cut short while it was "
                                           "read. Get the file again")
                 filled += got
-            if buffer:
-                yield torch.frombuffer(buffer, dtype=TORCH_DTYPES[entry.dtype]).view(count, *row_shape)
+            if filled:
+                yield buffer.view(TORCH_DTYPES[entry.dtype]).view(count, *row_shape)
 
 
 def rows_at_a_time(shape: tuple[int, ...]) -> int:

@@ -66,13 +66,16 @@ def test_convrot_rotates_before_rounding(tiny_weights, write, out):
     assert read_layout(out).tensors["layers.1.feed_forward.w1.weight"].convrot_groupsize == 16
 
 
-def test_float8_is_comfyuis(tiny_weights, tiny_model, write, out):
-    assert main(["quantize", str(write(tiny_weights)), "-o", str(out), "--format", "float8_e4m3fn", "--verify"]) == 0
+@pytest.mark.parametrize("kind, largest", [("float8_e4m3fn", 448), ("float8_e5m2", 57344)])  # OCP 8-bit Floating Point 1.0
+def test_float8_is_comfyuis(tiny_weights, tiny_model, write, out, kind, largest):
+    assert main(["quantize", str(write(tiny_weights)), "-o", str(out), "--format", kind, "--verify"]) == 0
     found, key = load_file(out), f"{PREFIX}layers.2.attention.out.weight"
     weight = tiny_weights["layers.2.attention.to_out.0.weight"]
-    scale = weight.abs().max() / 448
+    scale = weight.abs().max() / largest
+    assert json.loads(bytes(found[key.replace(".weight", ".comfy_quant")].tolist())) == {"format": kind}
+    assert found[key].dtype == getattr(torch, kind) and found[key].float().abs().max() == largest
     assert found[f"{key}_scale"].shape == () and found[f"{key}_scale"] == pytest.approx(float(scale), rel=1e-6)
-    assert (found[key].float() == (weight / scale).to(torch.float8_e4m3fn).float()).float().mean() > 0.999
+    assert (found[key].float() == (weight / scale).to(getattr(torch, kind)).float()).float().mean() > 0.999
     assert load_model(out).dtype == torch.bfloat16
 
 

@@ -39,6 +39,7 @@ def source(request, tiny_weights):  # odd sizes, an empty tensor, every width of
 @pytest.mark.parametrize("block", [1, 7, 1 << 22])
 def test_what_is_written_is_what_was_read(source, tmp_path, monkeypatch, block):
     monkeypatch.setattr(stream, "BLOCK", block)
+    monkeypatch.setattr(stream, "STRIDE", block - 1)  # from all at once to every byte
     output = tmp_path / "out.safetensors"
     write(output, copies(source), [source], "test", {"a": 1}, {"title": "T"})
     there, back = load_file(source.path), load_file(output)
@@ -82,6 +83,44 @@ def test_a_stopped_run_leaves_the_old_file_and_nothing_else(source, tmp_path, tr
         write(tmp_path / "out.safetensors", pieces, [source], "test", {}, {})
     assert (tmp_path / "out.safetensors").read_bytes() == b"old"
     assert sorted(os.listdir(tmp_path)) == ["out.safetensors", "source.safetensors"]
+
+
+def test_a_disk_that_fills_beside_the_writing_is_noticed(source, tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(stream, "put_on_disk", full)
+    with pytest.raises(CheckpointError, match="is full: out.safetensors needs"):
+        write(tmp_path / "out.safetensors", copies(source), [source], "test", {}, {})
+    assert os.listdir(tmp_path) == ["source.safetensors"]
+
+
+def test_inputs_are_read_front_to_back(source, tmp_path):
+    """Whatever the order in the output; what reads nothing follows its neighbour, as scales follow the numbers."""
+    entries = sorted((entry for entry in source.entries.values() if entry.count), key=lambda entry: entry.begin)
+    first, second, third = (Piece(name, entry.dtype, entry.shape, (Source(entry),)) for name, entry in zip("abc", entries))
+    numbers = Piece("numbers", third.dtype, third.shape, lambda: [], third.sources)
+    scale = Piece("scale", "F32", (1,), lambda: [torch.zeros(1)])
+    steps = stream.reading_order([numbers, scale, second, first], source.files)
+    assert [piece for piece, _ in steps] == [first, second, numbers, scale]
+    spans = [(entry.begin, entry.end) for entry in entries[:3]]
+    assert [wanted[source.path] for _, wanted in steps] == [*spans, stream.NOTHING]
+
+
+def test_work_on_all_cores_keeps_its_order():
+    """The first takes longest. What is under way is bounded: the source is not read to its end first."""
+    taken = []
+
+    def numbers():
+        for number in range(100):
+            taken.append(number)
+            yield number
+
+    def work(number):
+        time.sleep(0.05 if number == 0 else 0)
+        return number, len(taken)
+    done = list(stream.on_all_cores(work, numbers()))
+    assert [number for number, _ in done] == list(range(100))
+    assert done[0][1] < 100
 
 
 PROGRAM = """
