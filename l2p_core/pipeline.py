@@ -174,7 +174,7 @@ class L2PPipeline:
         if warning := misfit(plan[0], self.layout.trained_size):
             warnings.warn(warning, stacklevel=2)
 
-        x, mask, done, in_all = None, None, 0, sum(stage.steps for stage in plan)
+        x, done, in_all = None, 0, sum(stage.steps for stage in plan)
         for stage in plan:
             size, sigmas = stage[:2], schedule(stage.steps, stage.strength, shift)
             self.transformer.rope_scale = stage.rope_scale
@@ -194,11 +194,11 @@ class L2PPipeline:
             x = noise if start is None else (1 - sigmas[0]) * start + sigmas[0] * noise
             x = solve(velocity, x, sigmas, callback and (lambda step, _, x0: callback(done + step, in_all, x0)))
             done += stage.steps
+            if not x.isfinite().all():
+                raise ValueError(f"the picture came out as NaN: the model's numbers overflow in {self.dtype}"
+                                 + ("; try bfloat16" if self.dtype == torch.float16 else ", or its file is damaged"))
         if inpaint_mask is not None:
             x = mask * x.clamp(-1, 1) + (1 - mask) * picture
-        if not x.isfinite().all():
-            raise ValueError(f"the picture came out as NaN: the model's numbers overflow in {self.dtype}"
-                             + ("; try bfloat16" if self.dtype == torch.float16 else ", or its file is damaged"))
         pictures = to_pictures(x)
         return pictures[0] if single else pictures
 

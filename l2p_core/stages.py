@@ -12,7 +12,7 @@ from .image import to_pictures, to_pixels
 from .sampler import Velocity
 
 STAGE_STRENGTH = 0.2
-SQUEEZED, WINDOWS, WHOLE = REDRAWS = ("squeezed", "windows", "whole")  # the first is what `benchmarks/stages.py` found best
+REDRAWS = SQUEEZED, WINDOWS, WHOLE = "squeezed", "windows", "whole"  # the first is what `benchmarks/stages.py` found best
 OVERLAP = 4  # neighbouring windows share a quarter of their side
 SMALLEST, LARGEST = 1 / 4, 2  # times the trained number of pixels that a picture is drawn at in one go
 

@@ -109,7 +109,8 @@ def load_model(paths: list[Path], dtype: torch.dtype | None, convrot_groupsize: 
     for file in layout.files:
         state_dict |= comfy.utils.load_torch_file(str(file))
     return comfy.sd.load_diffusion_model_state_dict(
-        comfyui_state_dict(state_dict, layout), {"dtype": dtype} if dtype else {}, layout.metadata, disable_dynamic)
+        comfyui_state_dict(state_dict, layout), {"dtype": dtype} if dtype else {}, metadata=layout.metadata,
+        disable_dynamic=disable_dynamic)
 
 
 def text_encoders() -> list[str]:

@@ -102,9 +102,9 @@ class L2PKSampler(io.ComfyNode):
             samples = sample(for_stage(model, stage, multiple), positive, negative, latent, seed, cfg,
                              comfy.samplers.sampler_object(sampler_name), noise_levels(model, scheduler, stage.steps, stage.strength, shift),
                              noise_mask, progress)
-        if not samples.isfinite().all():
-            raise ValueError("the picture came out as NaN: the model's numbers overflow in this weight_dtype, or its file is "
-                             "damaged. Try weight_dtype bfloat16")
+            if not samples.isfinite().all():
+                raise ValueError("the picture came out as NaN: the model's numbers overflow in this weight_dtype, or its file is "
+                                 "damaged. Try weight_dtype bfloat16")
         return io.NodeOutput(to_image(samples), {"samples": samples})
 
 

@@ -140,12 +140,13 @@ def test_options_that_do_not_fit_are_refused(pipe, arguments, said):
         pipe(PROMPT, **{**FEW, **arguments})
 
 
-def test_a_picture_of_nan_is_refused(write):
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_picture_of_nan_is_refused(write, stages):
     weights = {name: tensor.clone() for name, tensor in load_model(BUNDLED_MODEL / "transformer.safetensors").state_dict().items()}
     weights["local_decoder.out_conv.weight"] *= 1e30
     pipe = L2PPipeline.from_pretrained(write(weights), text_encoder=BUNDLED_MODEL, torch_dtype=torch.float32)
     with pytest.raises(ValueError, match="the picture came out as NaN"):
-        pipe(PROMPT, **FEW)
+        pipe(PROMPT, stages=stages, **FEW)
 
 
 @pytest.mark.parametrize("rounding, dtype", [(False, torch.float32), (True, torch.bfloat16)])
