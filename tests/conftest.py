@@ -1,4 +1,6 @@
 """The recorded numbers, the tiny model they were recorded with, and a place to write its checkpoints."""
+import signal
+
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -9,6 +11,8 @@ import real_comfyui
 import small_runs
 from golden import recipe
 from helpers import GOLDEN
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and so would the programs that tests start
 
 
 @pytest.fixture(scope="session")
