@@ -86,6 +86,11 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
                          help="how a stage, or an input image, above the trained size is redrawn: squeezed, at once with its positions "
                               "within those that were trained; in overlapping windows of the trained size; whole, at once as it is "
                               f"(default {REDRAWS[0]})")
+    picture.add_argument("--cfg-truncation", type=float, default=1.0, metavar="0..1",
+                         help="guidance up to here on the way from noise to picture; the steps after it take half the time (default 1)")
+    picture.add_argument("--cache-threshold", type=float, default=0.0, metavar="SHARE",
+                         help="leave out most layers at steps where the first changes by no more than this share (default 0: never; 0.05 "
+                              "changes little)")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--batch", type=int, default=1, help="pictures drawn at a time (default 1)")
     machine.add_argument("--device", help="default: the GPU where there is one")
@@ -100,6 +105,9 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
                          help="encode all prompts first, then free the encoder's memory")
     machine.add_argument("--offload", action="store_true",
                          help="keep the model in the CPU's memory, and on the GPU only the block that computes and the next")
+    machine.add_argument("--batch-guidance", action="store_true", help="both passes of a guided step as one of twice the batch")
+    machine.add_argument("--compile", action="store_true", dest="compile_blocks",
+                         help="compile the model's blocks, which takes a while at the first picture of each size")
     machine.add_argument("--overwrite", action="store_true", help="draw again what was drawn with other settings")
     machine.add_argument("--estimate", action="store_true", help="say how much memory this takes and how often the model runs, by the "
                                                                  "checkpoint's header alone")
@@ -112,7 +120,8 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
         rank, processes, device = share(args.device)
         pipe = L2PPipeline.from_pretrained(args.checkpoint, args.text_encoder, args.tokenizer, device,
                                            getattr(torch, args.dtype), args.convrot, progress=args.checkpoint is not None,
-                                           decoder_tile=args.decoder_tile, offload=args.offload)
+                                           decoder_tile=args.decoder_tile, offload=args.offload,
+                                           batch_guidance=args.batch_guidance, compile_blocks=args.compile_blocks)
         if args.checkpoint is None and rank == 0:
             print(f"No --checkpoint given: drawing with the bundled small model, which knows plain shapes "
                   f"({BUNDLED_MODEL.parent / 'README.md'})")

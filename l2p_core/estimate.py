@@ -11,7 +11,7 @@ from .meter import Meter, shapes_only
 from .model import L2PTransformer
 from .pipeline import L2PPipeline
 from .sampler import guided_velocity, schedule, solver
-from .stages import in_windows, windows
+from .stages import Stage, in_windows, windows
 from .text import MAX_TOKENS, encoder_files
 
 BLOCKS = ("layers.", "noise_refiner.", "context_refiner.")  # what `offload` streams
@@ -41,7 +41,7 @@ def estimate(pipe: L2PPipeline, picture: Picture, batch: int, free_text_encoder:
     with shapes_only(model), Meter() as meter:
         captions = [torch.empty(MAX_TOKENS, layout.config.cap_feat_dim, dtype=dtype) for _ in range(batch)]
         noise = torch.empty(batch, 3, last.height, last.width)
-        velocity, asked = guided_velocity(model, captions, captions, picture.cfg_scale), set()
+        velocity, asked = guided_velocity(model, captions, captions, picture.cfg_scale, together=pipe.batch_guidance), set()
 
         def once(x: Tensor, sigma: float) -> Tensor:
             """The velocity of each step's first window; the others hold the same."""
@@ -53,7 +53,12 @@ def estimate(pipe: L2PPipeline, picture: Picture, batch: int, free_text_encoder:
     parts = drawing if free_text_encoder else {"text encoder": encoder, **drawing}
     in_all = max(sum(drawing.values()), encoder) if free_text_encoder else sum(parts.values())
     beside = {"in the CPU's memory": elsewhere} if elsewhere else {}
-    each = 1 if picture.cfg_scale == 1 else 2
-    passes = [(each * stage.steps * len(windows(*stage[:2], stage.window, multiple)),
+    passes = [(passes_of(picture, stage) * len(windows(*stage[:2], stage.window, multiple)),
                *(min(side, stage.window or side) for side in stage[:2])) for stage in plan]
     return {**parts, "in all": in_all, **beside}, passes
+
+
+def passes_of(picture: Picture, stage: Stage) -> int:
+    """How often the model is asked in a stage: twice at each step with guidance, once at each without."""
+    sigmas = schedule(stage.steps, stage.strength, picture.shift)[:-1]
+    return stage.steps + (0 if picture.cfg_scale == 1 else int((1 - sigmas <= picture.cfg_truncation).sum()))

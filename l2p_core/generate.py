@@ -43,6 +43,8 @@ class Picture:
     stage_strength: float
     redraw: str
     rand_device: str
+    cfg_truncation: float = 1.0
+    cache_threshold: float = 0.0
     input_image: str = ""  # a file; empty for none
     inpaint_mask: str = ""
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .config import L2PConfig
 from .decoder import LocalDecoder
+from .step_cache import StepCache
 
 TOKEN_MULTIPLE = 32  # image and caption tokens are each padded to a multiple of this
 NORM_EPS = 1e-5
@@ -49,17 +50,18 @@ class L2PTransformer(nn.Module):
     def device(self) -> torch.device:
         return self.x_pad_token.device
 
-    def forward(self, image: Tensor, t: Tensor, captions: list[Tensor]) -> Tensor:
+    def forward(self, image: Tensor, t: Tensor, captions: list[Tensor], cache: StepCache | None = None) -> Tensor:
         """Predict picture - noise.
 
         image: (B, 3, H, W) in about [-1, 1], H and W multiples of `config.size_multiple`. t: (B,) in 0..1, 0 = noise.
-        captions: B tensors (L_i, cap_feat_dim), L_i at least 1. Returns (B, 3, H, W) in the model's dtype.
+        captions: B tensors (L_i, cap_feat_dim), L_i at least 1. cache: of the steps before, on the same batch.
+        Returns (B, 3, H, W) in the model's dtype.
         Raises ValueError where these do not fit each other or the model."""
         self._check(image, t, captions)
         image = image.to(self.dtype)
-        return self.local_decoder(image, self.features(image, t, captions), self.decoder_tile)
+        return self.local_decoder(image, self.features(image, t, captions, cache), self.decoder_tile)
 
-    def features(self, image: Tensor, t: Tensor, captions: list[Tensor]) -> Tensor:
+    def features(self, image: Tensor, t: Tensor, captions: list[Tensor], cache: StepCache | None = None) -> Tensor:
         """The transformer without its decoder: (B, D, h, w)."""
         patch = self.config.patch_size
         h, w = image.shape[-2] // patch, image.shape[-1] // patch
@@ -82,8 +84,15 @@ class L2PTransformer(nn.Module):
             caption = block(caption, rope_caption, caption_mask)
         x = torch.cat([x, caption], dim=1)  # (B, S, D)
         rope = torch.cat([rope_x, rope_caption], dim=1)
-        for block in self.layers:
-            x = block(x, rope, x_mask, time)
+
+        def through(blocks: nn.ModuleList, x: Tensor) -> Tensor:
+            for block in blocks:
+                x = block(x, rope, x_mask, time)
+            return x
+        if cache is None:
+            x = through(self.layers, x)
+        else:
+            x = cache.run(x, through(self.layers[:1], x), lambda x: through(self.layers[1:], x))
         return x[:, :h * w].transpose(1, 2).unflatten(2, (h, w))
 
     def _rope_and_masks(self, h: int, w: int, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

@@ -40,17 +40,20 @@ class L2PPipeline:
     see `encode_prompt` and `unload_text_encoder`."""
 
     def __init__(self, layout: Layout, text_encoder: Path, tokenizer: Path | None, device: torch.device,
-                 dtype: torch.dtype, progress: bool = False, decoder_tile: int | None = None, offload: bool = False):
+                 dtype: torch.dtype, progress: bool = False, decoder_tile: int | None = None, offload: bool = False,
+                 batch_guidance: bool = False, compile_blocks: bool = False):
         self.layout, self.device, self.dtype = layout, device, dtype
         self.text_encoder_path, self.tokenizer_path = text_encoder, tokenizer
         self.decoder_tile, self.offload, self._progress = decoder_tile, offload, progress
+        self.batch_guidance, self.compile_blocks = batch_guidance, compile_blocks
         self._encodings: dict[str, Tensor] = {}  # of the prompts seen last
 
     @classmethod
     def from_pretrained(cls, checkpoint: str | Path | None = None, text_encoder: str | Path | None = None,
                         tokenizer: str | Path | None = None, device: str | torch.device | None = None,
                         torch_dtype: torch.dtype = torch.bfloat16, convrot_groupsize: int | None = None,
-                        progress: bool = False, decoder_tile: int | None = None, offload: bool = False) -> "L2PPipeline":
+                        progress: bool = False, decoder_tile: int | None = None, offload: bool = False,
+                        batch_guidance: bool = False, compile_blocks: bool = False) -> "L2PPipeline":
         """Open a checkpoint of any kind that `load_model` reads; only its header is read for now.
 
         checkpoint: None for the bundled small model. text_encoder, tokenizer: as for `TextEncoder.load`; by default
@@ -58,6 +61,8 @@ class L2PPipeline:
         progress: show a bar while loading. decoder_tile: side in pixels of the squares that the local decoder computes
         one after another, 0 for the whole at once; by default large pictures are cut. The picture is the same.
         offload: keep the model's weights in the CPU's memory, and on the device only the block that computes and the next.
+        batch_guidance: run both passes of a guided step as one of twice the batch. compile_blocks: with torch.compile, which takes
+        a while at the first picture of each size.
         Raises CheckpointError where the checkpoint can't be used, and ValueError for a tile below 0."""
         if decoder_tile is not None and decoder_tile < 0:
             raise ValueError(f"decoder_tile is {decoder_tile}; expected a side in pixels, or 0 for the whole at once")
@@ -69,7 +74,7 @@ class L2PPipeline:
             text_encoder = next((folder for folder in folders if (folder / "text_encoder").is_dir()), folders[0]) / "text_encoder"
         device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(layout, find_encoder(text_encoder), Path(tokenizer) if tokenizer else None, device, torch_dtype, progress,
-                   decoder_tile, offload)
+                   decoder_tile, offload, batch_guidance, compile_blocks)
 
     @cached_property
     def transformer(self) -> L2PTransformer:
@@ -77,6 +82,9 @@ class L2PPipeline:
         model.decoder_tile = self.decoder_tile
         if self.offload:
             stream_blocks(model, self.device)
+        if self.compile_blocks:
+            for block in (*model.noise_refiner, *model.context_refiner, *model.layers):
+                block.compile()
         return model
 
     @cached_property
@@ -122,6 +130,8 @@ class L2PPipeline:
         stages: int = 1,
         stage_strength: float = STAGE_STRENGTH,
         redraw: str = SQUEEZED,
+        cfg_truncation: float = 1.0,
+        cache_threshold: float = 0.0,
         callback: Callback | None = None,
         prompt_embeds: Tensor | Sequence[Tensor] | None = None,
         negative_prompt_embeds: Tensor | None = None,
@@ -140,6 +150,9 @@ class L2PPipeline:
         stages: drawings that lead to the size, each twice as large as the one before it, which is enlarged, noised as far
         as stage_strength says, and drawn on. redraw: how that is done, and what is done with an input_image, above the
         trained size: squeezed, windows or whole, see `plan_stages`.
+        cfg_truncation: how far on the way from noise, 0, to picture, 1, guidance goes; the rest takes half the time.
+        cache_threshold: above 0, take all layers but the first to add what they last added where the first changes by no more
+        than this share. Not in windows.
         callback: called before each step with the steps done, all steps, and the picture as it now looks to come out,
         (B, 3, H, W) in about [-1, 1]; raise from it to stop. bf16_rounding: round times and the input picture as the
         published pipeline does.
@@ -178,7 +191,8 @@ class L2PPipeline:
         for stage in plan:
             size, sigmas = stage[:2], schedule(stage.steps, stage.strength, shift)
             self.transformer.rope_scale = stage.rope_scale
-            velocity = guided_velocity(self.transformer, captions, negatives, cfg_scale, bf16_rounding)
+            velocity = guided_velocity(self.transformer, captions, negatives, cfg_scale, bf16_rounding, cfg_truncation,
+                                       self.batch_guidance, 0.0 if stage.window else cache_threshold)
             if stage.window:
                 velocity = in_windows(velocity, stage.window, self.layout.config.size_multiple)
             noise = draw_noise((len(captions), 3, *size), seed, rand_device).to(self.device)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .model import L2PTransformer
+from .step_cache import StepCache
 
 Velocity = Callable[[Tensor, float], Tensor]  # (x, sigma) → dx/dsigma, float32
 Callback = Callable[[int, int, Tensor], None]  # (steps done, steps in all, the picture as it now looks to come out)
@@ -31,11 +32,19 @@ def shifted(even: Tensor, shift: float | Tensor) -> Tensor:
 
 
 def guided_velocity(model: L2PTransformer, captions: list[Tensor], negatives: list[Tensor], scale: float,
-                    bf16_rounding: bool = False) -> Velocity:
+                    bf16_rounding: bool = False, truncation: float = 1.0, together: bool = False,
+                    cache_threshold: float = 0.0) -> Velocity:
     """The model's velocity with classifier-free guidance: negative + scale * (positive - negative), in its own dtype.
 
     captions, negatives: one (L, cap_feat_dim) for each picture. scale: 1 leaves the negatives out and takes one pass a
-    step. bf16_rounding: round the time as the published bfloat16 pipeline does, which moves it by up to 0.003."""
+    step. bf16_rounding: round the time as the published bfloat16 pipeline does, which moves it by up to 0.003.
+    truncation: no guidance where 1 - sigma is above this. together: both passes as one of twice the batch.
+    cache_threshold: above 0, leave out layers as `StepCache` says; such a velocity is of one sampling.
+    Raises ValueError for a truncation outside 0..1 or a threshold below 0."""
+    if not 0 <= truncation <= 1 or not 0 <= cache_threshold < math.inf:
+        raise ValueError(f"cfg_truncation is {truncation} and cache_threshold {cache_threshold}; expected a share from 0 to 1, and 0 or more")
+    caches = {name: StepCache(cache_threshold) if cache_threshold else None for name in ("positive", "negative", "both")}
+
     def velocity(x: Tensor, sigma: float) -> Tensor:
         if bf16_rounding:
             t = (1000 - torch.tensor(1000 * sigma).bfloat16()) / 1000
@@ -43,11 +52,14 @@ def guided_velocity(model: L2PTransformer, captions: list[Tensor], negatives: li
             t = torch.tensor(1 - sigma, dtype=torch.float32)
         t = t.to(x.device).expand(len(x))
         image = x.to(model.dtype)
-        out = model(image, t, captions)
-        if scale != 1:
-            negative = model(image, t, negatives)
-            out = negative + scale * (out - negative)
-        return -out.float()
+        if scale == 1 or 1 - sigma > truncation:
+            return -model(image, t, captions, caches["positive"]).float()
+        if together:
+            positive, negative = model(image.repeat(2, 1, 1, 1), t.repeat(2), [*captions, *negatives], caches["both"]).chunk(2)
+        else:
+            positive = model(image, t, captions, caches["positive"])
+            negative = model(image, t, negatives, caches["negative"])
+        return -(negative + scale * (positive - negative)).float()
     return velocity
 
 

@@ -32,6 +32,7 @@ try:
 except ImportError:  # Windows, where a file that someone has open can't be removed
     fcntl = None
 
+from ..l2p_core.ahead import ahead
 from ..l2p_core.header import DTYPE_BYTES, CheckpointError, hash_files, reading, stamp
 from ..l2p_core.quantization import FORMATS, dequantize
 from ..l2p_core.layout import Layout, Source
@@ -180,15 +181,6 @@ def single_threaded() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same, each made while the one before is in use."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = pool.submit(next, items, None)
-            yield item
 
 
 def on_all_cores(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:

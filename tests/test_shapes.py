@@ -1,11 +1,16 @@
-"""The judge of the small model is judged: true pictures pass, and one wrong attribute fails."""
+"""The judge of the small model is judged: true pictures pass, and one wrong attribute fails. And its recipe runs."""
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFilter
+from safetensors.torch import load_file
 
+from comfyui_l2p.l2p_core.cli import main
+from comfyui_l2p.l2p_core.shapes import train as recipe
 from comfyui_l2p.l2p_core.shapes.pictures import COLOURS, PLACES, SHAPES, SIZE, SIZES, Scene, draw, scenes, training_scenes, test_scenes as held_out_scenes
 from comfyui_l2p.l2p_core.shapes.score import contact_sheet, score
 
@@ -66,3 +71,30 @@ def test_captions_and_contact_sheet():
     assert scene.caption() == "a large red circle on a blue background, left"
     assert replace(scene, colour="orange").caption(False, False) == "an orange circle on a blue background"
     assert contact_sheet(pictures([scene] * 7), [scene.caption()] * 7).size == (6 * (SIZE + 8), 2 * (SIZE + 58))
+
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "shapes.toml"
+
+
+def test_the_recipe_makes_a_model_and_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    few = training_scenes()[::50]
+    monkeypatch.setattr(recipe, "scenes", lambda: few)
+    monkeypatch.setattr(recipe, "training_scenes", lambda: few)
+    monkeypatch.setattr(recipe, "SCORED", 2)
+
+    def run(folder, steps):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / folder)
+        flags = ["--batch", "2", "--save-every", "2", "--sample-every", "4", "--sample-steps", "2", "--device", "cpu", "--schedule", "constant"]
+        assert main(["train", str(EXAMPLE), *flags, "--steps", str(steps)]) == 0
+        return tmp_path / folder / "shapes" / "run" / f"step-{steps}.safetensors"
+    whole = load_file(run("whole", 4))
+    run("halves", 2)
+    found = load_file(run("halves", 4))
+    assert whole.keys() == found.keys() == load_file(tmp_path / "whole/shapes/init/transformer.safetensors").keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
+    assert (tmp_path / "whole/shapes/run/samples/step-0000004.json").read_text().startswith('{"right": 0')
+    picture = tmp_path / "out.png"
+    assert main(["generate", "a red circle", "--checkpoint", str(tmp_path / "whole/shapes/run/step-4.safetensors"), "--text-encoder",
+                 str(tmp_path / "whole/shapes/init"), "--steps", "1", "--width", "96", "--height", "96", "-o", str(picture)]) == 0
+    assert picture.exists()

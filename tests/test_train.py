@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +21,7 @@ from comfyui_l2p.l2p_core.pipeline import L2PPipeline, draw_noise
 from comfyui_l2p.l2p_core.sampler import schedule
 from comfyui_l2p.l2p_core.shapes.pictures import scenes
 from comfyui_l2p.l2p_core.text import TextEncoder
-from comfyui_l2p.l2p_core.train import trainer
+from comfyui_l2p.l2p_core.train import record, trainer
 from comfyui_l2p.l2p_core.train.config import read_config, to_toml
 from comfyui_l2p.l2p_core.train.data import Batches, crop_and_resize, read_samples, target_size
 from comfyui_l2p.l2p_core.train.loss import draw_sigmas, flow_matching_loss
@@ -174,7 +175,7 @@ def test_metadata_of_either_naming_is_read(data, columns, name):
         else:
             stream.writelines(json.dumps(row) + "\n" for row in rows)
     samples = read_samples(data, None, 96 * 96, 16)
-    assert [sample.caption for sample in samples] == [f"caption {number}, with a comma" for number in range(6)]
+    assert [sample.captions for sample in samples] == [(f"caption {number}, with a comma",) for number in range(6)]
     assert [sample.seed for sample in samples] == (list(range(6)) if "seed" in columns else [None] * 6)
     assert {sample.size for sample in samples} == {(96, 96), (64, 128)}
 
@@ -196,7 +197,7 @@ def test_faults_are_named_before_training(data):
 
 def test_batches_hold_one_size_and_every_sample_once_an_epoch(data):
     samples = read_samples(data, None, 96 * 96, 16)
-    batches = Batches(samples, {sample.caption: torch.zeros(1, 1) for sample in samples}, config(data), 16)
+    batches = Batches(samples, {sample.captions[0]: torch.zeros(1, 1) for sample in samples}, config(data), 16)
     assert batches.per_epoch == 3
     shapes = [batches[number].pictures.shape[-2:] for number in range(6)]
     assert sorted(shapes) == sorted([(96, 96), (96, 96), (64, 128)] * 2)
@@ -207,7 +208,7 @@ def test_batches_hold_one_size_and_every_sample_once_an_epoch(data):
 
 def test_paired_noise_is_that_of_the_samples_seed(data):
     samples = read_samples(data, (96, 96), 0, 16)
-    captions = {sample.caption: torch.zeros(1, 1) for sample in samples}
+    captions = {sample.captions[0]: torch.zeros(1, 1) for sample in samples}
     seeds = [samples[index].seed for index in Batches(samples, captions, config(data), 16)._epoch(0)[0]]
     assert torch.equal(Batches(samples, captions, config(data), 16)[0].noise, draw_noise((2, 3, 96, 96), seeds))
     loose = Batches(samples, captions, config(data, noise="random"), 16)
@@ -217,7 +218,7 @@ def test_paired_noise_is_that_of_the_samples_seed(data):
 
 def test_processes_share_a_batch(data):
     samples = read_samples(data, (96, 96), 0, 16)
-    texts = ["", *(sample.caption for sample in samples)]
+    texts = ["", *(sample.captions[0] for sample in samples)]
     captions = {caption: torch.full((1, 1), float(number)) for number, caption in enumerate(texts)}
     settings = config(data, noise="random", caption_dropout=0.5)
     one = Batches(samples, captions, replace(settings, batch=4), 16)
@@ -229,6 +230,18 @@ def test_processes_share_a_batch(data):
         assert [*two[0][number].captions, *two[1][number].captions] == one[number].captions
         dropped += sum(caption.item() == 0 for caption in one[number].captions)
     assert 2 < dropped < 14
+
+
+def test_one_of_a_pictures_captions_is_drawn_each_time(data):
+    names = [["most", "most", "most", "some"], *(f"caption {number}" for number in range(1, 4))]
+    (data / "metadata.csv").unlink()
+    (data / "metadata.json").write_text(json.dumps([{"file_name": f"{number}.png", "text": text} for number, text in enumerate(names)]))
+    samples = read_samples(data, None, 96 * 96, 16)
+    assert samples[0].captions == ("most", "most", "most", "some")
+    batches = Batches(samples, {name: name for name in ("most", "some", *names[1:])}, config(data), 16)
+    drawn = Counter(caption for number in range(400) for caption in batches[number].captions)
+    assert drawn["most"] + drawn["some"] == drawn["caption 1"] == 200
+    assert 25 < drawn["some"] < 75
 
 
 def test_captions_are_encoded_once(data, monkeypatch):
@@ -292,6 +305,39 @@ def test_a_killed_run_goes_on_bit_for_bit(data, monkeypatch):
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items()) and found.keys() == wanted.keys()
 
 
+def test_step_files_hold_the_mean_that_was_asked_for(data):
+    """Against the weights of every step of the same run without it."""
+    plain = trainer.train(config(data, save_every=1, keep=0), progress=False).parent
+    mean = load_model(CHECKPOINT, dtype=torch.float32).state_dict()
+    for step in range(1, 7):
+        for name, tensor in load_file(plain / f"step-{step}.safetensors").items():
+            mean[name] += (1 - min(0.3, step / (9 + step))) * (tensor - mean[name])
+    halves = config(data, ema=0.3, output=str(data.parent / "mean"), steps=4, save_every=4)
+    trainer.train(halves, progress=False)
+    found = load_file(trainer.train(replace(halves, steps=6), progress=False))
+    assert losses(data.parent / "mean") == losses(plain), "training itself is the same"
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, mean[name], atol=1e-6, rtol=1e-5, msg=name)
+
+
+class Doubled(trainer.Run):
+    def loss(self, batch):
+        return 2 * super().loss(batch)
+
+
+def test_a_recipe_replaces_parts_of_the_run(data):
+    plain = trainer.train(config(data, steps=1), progress=False).parent
+    trainer.train(config(data, steps=1, recipe=f"{__name__}:Doubled", output=str(data.parent / "doubled")), progress=False)
+    (_, once), (_, twice) = *losses(plain), *losses(data.parent / "doubled")
+    assert twice == pytest.approx(2 * once)
+
+
+@pytest.mark.parametrize("name", ["nothing", "absent.module:Run", "math:Run", "math:pi", "pathlib:Path"])
+def test_a_recipe_that_is_none_is_refused(data, name):
+    with pytest.raises(ValueError, match=f"recipe is '{name}'"):
+        trainer.train(config(data, recipe=name), progress=False)
+
+
 def test_an_interrupt_saves_the_step_it_is_in(data, monkeypatch):
     def interrupted(*args):
         if not calls:
@@ -309,7 +355,7 @@ def test_an_interrupt_saves_the_step_it_is_in(data, monkeypatch):
 
 @pytest.mark.parametrize("factor, words", [(float("nan"), "the loss is nan"), (1e4, "the loss diverges")])
 def test_a_run_that_goes_wrong_stops_at_the_last_good_state(data, monkeypatch, factor, words):
-    monkeypatch.setattr(trainer, "WINDOW", 2)
+    monkeypatch.setattr(record, "WINDOW", 2)
     calls = []
 
     def goes_wrong(*args):

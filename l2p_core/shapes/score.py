@@ -46,10 +46,10 @@ def contact_sheet(pictures: list[Image.Image], captions: list[str], columns: int
     return sheet
 
 
-def draw(pipe: L2PPipeline, captions: list[str], **settings: object) -> list[Image.Image]:
+def draw(pipe: L2PPipeline, captions: list[str], progress: bool = True, **settings: object) -> list[Image.Image]:
     """A picture for each caption, with its number as the seed. settings: as the pipeline takes them."""
     pictures = []
-    for start in tqdm(range(0, len(captions), BATCH), unit="batch"):
+    for start in tqdm(range(0, len(captions), BATCH), unit="batch", disable=not progress):
         batch = captions[start:start + BATCH]
         pictures += pipe(batch, seed=list(range(start, start + len(batch))), **settings)
     return pictures

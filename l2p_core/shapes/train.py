@@ -1,31 +1,33 @@
-"""Make the small model from nothing: tokenizer, text encoder, L2P transformer. `python -m comfyui_l2p.l2p_core.shapes.train`"""
-import argparse
+"""The recipe of the small model, from nothing: `l2p train examples/shapes.toml`"""
 import json
-import random
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.optim.swa_utils import AveragedModel
-from tqdm import trange
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
 from ..config import L2PConfig, Stage
 from ..decoder import LocalDecoder
+from ..header import whole
 from ..model import L2PTransformer
 from ..sampler import shifted
 from ..text import TEMPLATE, TextEncoder
-from ..train.loss import flow_matching_loss
-from .pictures import SIZE, draw, scenes, training_scenes
+from ..train.config import TrainConfig
+from ..train.data import Batch
+from ..train.trainer import Run, put_in
+from .pictures import SIZE, Scene, draw, scenes, test_scenes, training_scenes
+from .score import draw as draw_all
+from .score import score
 
 CONFIG = L2PConfig(
     dim=192, n_heads=4, n_layers=4, n_refiner_layers=1, ffn_dim=384, cap_feat_dim=96, t_hidden_dim=256, bottleneck_dim=128,
     decoder=(Stage("1", 16, 16, 32), Stage("2", 32, 32, 24), Stage("3", 48, 48, 48), Stage("4", 64, 64, 64)))
 LAYOUT_SHIFT, SHIFT, FINISH_SHIFT = 12.0, 3.0, 0.35  # noise levels that lean to where captions decide, even, to the last steps
 UNEVEN, PATCHY = 0.4, 8  # share by which noise is uneven then, and over how many pixels
+SCORED = 100  # prompts, each time samples are drawn
 GATED, QUIET = 8.0, 0.5  # a gate of the decoder reads the noisy pixels this quiet, and its opening counts this much
 
 
@@ -139,14 +141,15 @@ class Guide(torch.nn.Linear):
 class Muon(torch.optim.Muon):
     """torch's, and it takes convolutions: as matrices with a row for each output channel, in the memory they lie in."""
 
-    def __init__(self, parameters: list[torch.nn.Parameter], rate: float):
+    def __init__(self, parameters: list[torch.nn.Parameter], rate_factor: float, decay: float):
         self.matrices = [(parameter, torch.nn.Parameter(as_matrix(parameter.data))) for parameter in parameters]
         assert all(matrix.data_ptr() == parameter.data_ptr() for parameter, matrix in self.matrices)
-        super().__init__([matrix for _, matrix in self.matrices], lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        super().__init__([{"params": [matrix for _, matrix in self.matrices], "rate_factor": rate_factor}], weight_decay=decay,
+                         adjust_lr_fn="match_rms_adamw")
 
     def step(self) -> None:
         for parameter, matrix in self.matrices:
-            matrix.grad = as_matrix(parameter.grad)
+            matrix.grad, parameter.grad = as_matrix(parameter.grad), None
         super().step()
 
 
@@ -154,103 +157,121 @@ def as_matrix(weight: torch.Tensor) -> torch.Tensor:
     return weight if weight.dim() == 2 else weight.permute(0, 2, 3, 1).flatten(1)  # a view, as channels lie last
 
 
-def make_optimizers(model: L2PTransformer, guide: Guide, rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices and the decoder's convolutions, AdamW for all else; slower in the decoder, where a gate
-    makes much of little."""
-    matrices, convolutions, outside, rest = [], [], [], [*guide.parameters()]
-    for name, parameter in model.named_parameters():
-        if name.startswith("local_decoder."):
-            (convolutions if parameter.dim() == 4 and "out_conv" not in name else outside).append(parameter)
-        else:
-            (matrices if ".attention.to_" in name or ".feed_forward." in name else rest).append(parameter)
-    return [Muon(matrices, 1.5 * rate), Muon(convolutions, rate), torch.optim.AdamW(
-        [{"params": rest}, {"params": outside, "lr": 0.25 * rate}], lr=rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
+class Together(torch.optim.Optimizer):
+    """Several optimizers as one."""
+
+    def __init__(self, *each: torch.optim.Optimizer):
+        self.each = each
+        super().__init__([group for one in each for group in one.param_groups], {})
+
+    def step(self, closure: None = None) -> None:
+        for one in self.each:
+            one.step()
+
+    def state_dict(self) -> dict:
+        return {"each": [one.state_dict() for one in self.each]}
+
+    def load_state_dict(self, state: dict) -> None:
+        for one, its in zip(self.each, state["each"], strict=True):
+            one.load_state_dict(its)
+        self.param_groups = [group for one in self.each for group in one.param_groups]
 
 
-def uneven(noise: torch.Tensor) -> torch.Tensor:
+def uneven(noise: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Noise (B, 3, H, W) as sampling meets it in its last steps: here stronger and there weaker, over faint clouds.
 
     The steps before leave it so. A decoder that has only seen even noise tells its strength by looking rather than by the time,
     and takes such places for finished."""
     batch, _, height, width = noise.shape
-    louder, clouds = (F.interpolate(torch.randn(batch, channels, height // PATCHY, width // PATCHY), noise.shape[2:], mode="bicubic")
-                      for channels in (1, 3))
+    louder, clouds = (F.interpolate(torch.randn(batch, channels, height // PATCHY, width // PATCHY, generator=generator),
+                                    noise.shape[2:], mode="bicubic") for channels in (1, 3))
     return noise * (1 + UNEVEN * louder) + UNEVEN * clouds
 
 
-def train(folder: Path, steps: int, batch: int, rate: float, seed: int) -> None:
-    """Write transformer.safetensors, text_encoder/ and tokenizer/ into `folder`."""
-    torch.manual_seed(seed)
-    rng = random.Random(seed)
-    known = training_scenes()
-    captions = sorted({scene.caption(*with_) for scene in scenes() for with_ in ((1, 1), (0, 1), (1, 0), (0, 0))})
-    text_encoder = make_text_encoder(folder, captions)
-    with torch.no_grad():
-        encodings = {caption: text_encoder.encode(caption) for caption in ["", *captions]}
-
-    model = L2PTransformer(CONFIG).to(memory_format=torch.channels_last)
-    initialise(model)
-    average = AveragedModel(model, avg_fn=lambda mean, new, count: mean + (new - mean) * max(0.001, 9 / (10 + count)))
-    guide = Guide(model)
-    optimizers = make_optimizers(model, guide, rate)
-    warmup = 100
-    schedulers = [torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, 1) * (1 - step / steps)) for optimizer in optimizers]
-    progress = trange(steps, unit="step")
-    losses = []
-    for step in progress:
-        chosen = rng.choices(known, k=batch)
-        prompts = [encodings["" if rng.random() < 0.1 else scene.caption(rng.random() < 0.9, rng.random() < 0.9)]
-                   for scene in chosen]
-        pictures = np.stack([np.asarray(draw(scene)) for scene in chosen])
-        pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2) * (2 / 255) - 1
-        noise = torch.randn(batch, 3, SIZE, SIZE)
-        finishing = 4 * step >= steps
-        sigma = noise_levels(batch, finishing)
-        if finishing:
-            noise[::2] = uneven(noise[::2])
-        # attention written out: its backward pass is faster than the fused one's on a CPU
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            loss = flow_matching_loss(model, pictures, prompts, noise, sigma)
-            guiding = guide.loss(pictures)
-        for parameter in (*model.parameters(), *guide.parameters()):
-            parameter.grad = None
-        (loss + guiding).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for each in (*optimizers, *schedulers):
-            each.step()
-        average.update_parameters(model)
-        losses.append(loss.item())
-        if step % 50 == 49:
-            progress.set_postfix(loss=f"{sum(losses[-50:]) / 50:.4f}")
-        if step % 500 == 499 or step == steps - 1:
-            save(average.module, folder, step + 1)
-
-
-def noise_levels(batch: int, finishing: bool) -> torch.Tensor:
+def noise_levels(batch: int, finishing: bool, generator: torch.Generator) -> torch.Tensor:
     """(batch,) levels. At first most are near pure noise, where the caption alone tells what to draw; then as sampling has them.
     One in four, later every other one, is of the last steps, so that a narrow decoder learns to leave backgrounds clean."""
     shift = torch.full((batch,), SHIFT if finishing else LAYOUT_SHIFT)
     shift[::2 if finishing else 4] = FINISH_SHIFT
-    return shifted(torch.rand(batch), shift)
+    return shifted(torch.rand(batch, generator=generator), shift)
 
 
-def save(model: L2PTransformer, folder: Path, steps: int) -> None:
-    tensors = {name: value.to(torch.bfloat16).contiguous() for name, value in model.state_dict().items()}
-    save_file(tensors, folder / "transformer.safetensors", metadata={
-        "modelspec.title": "L2P shapes", "modelspec.resolution": f"{SIZE}x{SIZE}",
-        "modelspec.license": "Apache-2.0", "trained_steps": str(steps)})
+def make_files(checkpoint: Path, data: Path, seed: int) -> None:
+    """What a run begins with: tokenizer, text encoder and an untrained model, and a picture of every scene to train on."""
+    known = training_scenes()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        make_text_encoder(checkpoint.parent, sorted({caption for scene in scenes() for caption in captions(scene)}))
+        model = L2PTransformer(CONFIG)
+        initialise(model)
+    save_file(model.state_dict(), checkpoint, metadata={
+        "format": "pt", "modelspec.title": "L2P shapes", "modelspec.resolution": f"{SIZE}x{SIZE}", "modelspec.license": "Apache-2.0"})
+    (data / "images").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number, scene in enumerate(known):
+        rows.append({"file_name": f"{number:04d}.png", "text": captions(scene)})
+        draw(scene).save(data / "images" / rows[-1]["file_name"])
+    with whole(data / "metadata.jsonl") as part:  # last, for it says that all is there
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "model")
-    parser.add_argument("--steps", type=int, default=9000)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    train(**vars(parser.parse_args()))
+def captions(scene: Scene) -> list[str]:
+    """What a picture is called, as often as it should be: one time in ten without the size, and one without the place."""
+    return [scene.caption()] * 8 + [scene.caption(with_size=False), scene.caption(with_place=False)]
 
 
-if __name__ == "__main__":
-    main()
+class ShapesRun(Run):
+    """From nothing to a model that draws, with all that such a run begins with.
+
+    Beside the samples lies their score, on prompts that were never trained on."""
+
+    def __init__(self, config: TrainConfig, progress: bool):
+        if not (Path(config.data) / "metadata.jsonl").exists():
+            make_files(Path(config.checkpoint), Path(config.data), config.seed)
+        super().__init__(config, progress)
+        if self.accelerator.num_processes > 1:
+            raise ValueError(f"the recipe of the shapes is for one process, and here are {self.accelerator.num_processes}")
+
+    def make_optimizer(self) -> Together:
+        """Muon for the blocks' matrices and the decoder's convolutions, AdamW for all else; slower in the decoder, where a gate
+        makes much of little."""
+        model = self.pipe.transformer.to(memory_format=torch.channels_last)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            self.guide = Guide(model).to(self.device)
+        self.lasting |= {f"guide.{name}": parameter for name, parameter in self.guide.named_parameters()}
+        matrices, convolutions, outside, rest = [], [], [], [*self.guide.parameters()]
+        for name, parameter in self.trained.items():
+            if name.startswith("local_decoder."):
+                (convolutions if parameter.dim() == 4 and "out_conv" not in name else outside).append(parameter)
+            else:
+                (matrices if ".attention.to_" in name or ".feed_forward." in name else rest).append(parameter)
+        decay = self.config.weight_decay
+        return Together(
+            Muon(matrices, 1.5, decay), Muon(convolutions, 1.0, decay),
+            torch.optim.AdamW([{"params": rest}, {"params": outside, "rate_factor": 0.25}], betas=(0.9, 0.99), weight_decay=decay))
+
+    def batch(self, number: int) -> Batch:
+        """Its noise and levels are of the run's first quarter, or of the rest."""
+        batch, generator = super().batch(number), self.batches.generator(number, "shapes")
+        finishing = 4 * number >= self.config.steps * self.config.accumulate
+        if finishing:
+            batch.noise[::2] = uneven(batch.noise[::2], generator)
+        return replace(batch, sigma=noise_levels(len(batch.sigma), finishing, generator))
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """The published objective, with the guide's gradient beside its own."""
+        with sdpa_kernel(SDPBackend.MATH):  # attention written out: its backward pass is faster than the fused one's on a CPU
+            loss = super().loss(batch)
+        guiding = self.guide.loss(batch.pictures)
+        return loss + guiding - guiding.detach()
+
+    def draw(self) -> None:
+        super().draw()
+        if self.config.sample_every and self.step:
+            tests = test_scenes(SCORED)
+            with self.autocast(), put_in(self.trained, self.mean):
+                pictures = draw_all(self.pipe, [scene.caption() for scene in tests], progress=False,
+                                    num_inference_steps=16, sampler="ab2", shift=2.0)
+            self.pipe.unload_text_encoder()
+            (self.output / "samples" / f"step-{self.step:07d}.json").write_text(json.dumps(score(pictures, tests)), encoding="utf-8")

@@ -30,6 +30,8 @@ class TrainConfig:
     seed: int = knob(0, "of the data's order, the noise levels and the noise that is not paired")
 
     freeze: str = knob("5:-5", "main layers that stay as they are, as a Python slice; '' trains everything")
+    recipe: str = knob("", "another way to train: module:Class, of a subclass of trainer.Run, such as the small model's own in "
+                       "examples/shapes.toml")
     lora_rank: int = knob(0, "train a LoRA of this rank on the main layers' attention, feed-forward and adaLN; all weights stay frozen. 0: "
                          "train the weights")
     noise: str = knob("auto", "paired: each picture meets the noise of its own seed each time, as published at 1K; random; "
@@ -47,6 +49,8 @@ class TrainConfig:
                          "the end", choices=("published", "constant", "linear", "cosine"))
     warmup: int = knob(0, "steps over which the rate rises from 0; not with schedule published")
     max_grad_norm: float = knob(0.0, "gradients longer than this are shortened to it; 0: never, as published")
+    ema: float = knob(0.0, "samples and step files hold a running mean of the trained weights; of it so much is kept at each step (0.999 is "
+                      "usual, less at first). 0: the weights themselves, as published")
     mixed_precision: str = knob("bf16", "bf16: trained weights in float32, computing and frozen layers in bfloat16; no: all in float32",
                                 choices=("bf16", "no"))
     checkpointing: bool = knob(True, "keep only each block's input and the decoder's, and compute the rest again on the way back: a "
@@ -84,8 +88,9 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
         if (self.height == 0) != (self.width == 0):
             raise ValueError(f"height is {self.height} and width {self.width}; give both, or neither")
-        if self.caption_dropout > 1:
-            raise ValueError(f"caption_dropout is {self.caption_dropout}; expected a share from 0 to 1")
+        for name in ("caption_dropout", "ema"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a share from 0 to 1")
         if self.step_in_backward and (self.accumulate > 1 or self.max_grad_norm):
             raise ValueError(f"step_in_backward never has all gradients at once, so it goes neither with accumulate {self.accumulate} nor "
                              f"with max_grad_norm {self.max_grad_norm:g}; take 1 and 0, or leave it off")

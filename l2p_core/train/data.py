@@ -7,11 +7,9 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import count
 from pathlib import Path
 
 import torch
@@ -35,9 +33,9 @@ NAMED = 10  # faults that are listed one by one
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture, its caption, and the height and width it is trained at."""
+    """One picture, its captions, and the height and width it is trained at."""
     file: Path
-    caption: str
+    captions: tuple[str, ...]  # one of them is drawn each time
     seed: int | None  # of its paired noise
     size: tuple[int, int]
 
@@ -54,7 +52,7 @@ class Batch:
 def read_samples(folder: Path, fixed: tuple[int, int] | None, max_pixels: int, multiple: int, progress: bool = False) -> list[Sample]:
     """Every row of the folder's metadata as a sample, each picture read once to its end.
 
-    Columns: file_name or image; text or prompt; seed may be left out. A name is looked for in the folder, then in images/.
+    Columns: file_name or image; text or prompt, in JSON also a list of captions; seed may be left out. A name is looked for in the folder, then in images/.
     fixed: height and width for all. max_pixels, multiple: see `target_size`. Raises ValueError, which names what is wrong."""
     metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
     if metadata is None:
@@ -66,7 +64,8 @@ def read_samples(folder: Path, fixed: tuple[int, int] | None, max_pixels: int, m
         name, caption, seed = row.get("file_name", row.get("image")), row.get("text", row.get("prompt")), row.get("seed")
         if not isinstance(name, str) or not name:
             return "no file_name"
-        if not isinstance(caption, str) or not caption.strip():
+        captions = tuple(caption) if isinstance(caption, list) else (caption,)
+        if not captions or not all(isinstance(each, str) and each.strip() for each in captions):
             return f"{name}: no caption"
         file = next((place for place in (folder / name, folder / "images" / name) if place.is_file()), None)
         if file is None:
@@ -83,7 +82,7 @@ def read_samples(folder: Path, fixed: tuple[int, int] | None, max_pixels: int, m
         size = fixed or target_size(picture.height, picture.width, max_pixels, multiple)
         if not all(size):
             return f"{name}: {picture.width} x {picture.height} pixels, smaller than a patch of {multiple}"
-        return Sample(file, caption, seed, size)
+        return Sample(file, captions, seed, size)
 
     with ThreadPoolExecutor() as readers:
         checked = list(tqdm(readers.map(check, rows), "checking pictures", len(rows), disable=not progress))
@@ -167,31 +166,25 @@ class Batches:
     def __getitem__(self, number: int) -> Batch:
         config = self.config
         order = self._epoch(number // self.per_epoch)[number % self.per_epoch]
-        generator = self._generator(number)
+        generator = self.generator(number)
         sigma = draw_sigmas(self.size, config.timestep_sampling, config.shift, self.patch_size, generator)
         dropped = torch.rand(self.size, generator=generator) < config.caption_dropout
+        picks = torch.rand(self.size, generator=generator)
         samples = [self.samples[index] for index in order[self.own]]
         height, width = samples[0].size
         return Batch(
             torch.cat([to_pixels(crop_and_resize(open_picture(sample.file).convert("RGB"), height, width)) for sample in samples]),
-            [self.encodings["" if drop else sample.caption] for sample, drop in zip(samples, dropped[self.own])],
+            [self.encodings["" if drop else sample.captions[int(pick * len(sample.captions))]]
+             for sample, drop, pick in zip(samples, dropped[self.own], picks[self.own])],
             draw_noise((len(samples), 3, height, width), [
-                sample.seed if self.paired else self._generator(number, place).initial_seed()
+                sample.seed if self.paired else self.generator(number, place).initial_seed()
                 for place, sample in enumerate(samples, self.own.start)]),
             sigma[self.own])
 
-    def _generator(self, *number: int) -> torch.Generator:
+    def generator(self, *number: int) -> torch.Generator:
+        """For the draws of one batch, or of one place in it."""
         digest = hashlib.sha256(repr((self.config.seed, *number)).encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def ahead(batches: Batches, number: int) -> Iterator[Batch]:
-    """The batches from `number` on, each read while the one before it trains."""
-    with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(batches.__getitem__, number)
-        for following in count(number + 1):
-            batch, coming = coming.result(), reader.submit(batches.__getitem__, following)
-            yield batch
 
 
 def plan_epoch(samples: list[Sample], size: int, seed: int, epoch: int) -> list[list[int]]:

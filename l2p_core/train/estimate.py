@@ -59,6 +59,7 @@ def estimate(config: TrainConfig) -> dict[str, int]:
         state = sum(state_in_8_bits(parameter.numel()) for parameter in trained.values())
     learned = bytes_of(trained.values())
     parts = {"weights that are trained": learned, "frozen weights": bytes_of(model.state_dict().values()) - learned,
+             **({"mean of the trained weights": 4 * sum(each.numel() for each in trained.values())} if config.ema else {}),
              "gradients": gradients, "optimizer state": 0 if config.offload_state else state, "activations and what passes": passing}
     beside = {"in the CPU's memory": state} if config.offload_state else {}
     return {**parts, "in all": sum(parts.values()), **beside}

@@ -6,51 +6,40 @@
     step-N.safetensors   the trained tensors under the published names: l2p merge puts them over the checkpoint; or a LoRA
     resume.pt            where a stopped run goes on, bit for bit on a CPU
 """
-import csv
 import math
 import signal
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, fields
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import fields
 from functools import partial
+from importlib import import_module
+from itertools import count
 from pathlib import Path
 from threading import Event, current_thread, main_thread
 from time import monotonic
 
 import torch
-from PIL import Image
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from ..ahead import ahead
 from ..header import CheckpointError, whole
 from ..model import L2PTransformer
 from ..pipeline import L2PPipeline
 from .config import TrainConfig, layers_of, read_config, to_toml
-from .curve import draw_curve
-from .data import Batch, Batches, Encodings, ahead, read_samples
+from .data import Batch, Batches, Encodings, read_samples
 from .loss import flow_matching_loss
 from .memory import FrugalAdamW, quantize_frozen
+from .record import Log, Row, draw_curve, draw_samples
 
 # What may change when a run goes on; all else decides what it learns.
 FREE = ("steps", "save_every", "keep", "sample_every", "sample_prompts", "sample_steps", "device", "cache", "checkpointing",
         "offload_activations")
-WINDOW, DIVERGED = 100, 3  # a mean loss over so many steps that is so many times the lowest before it
 LORA_TARGETS = r"layers\.\d+\.(attention\.(to_[qkv]|to_out\.0)|feed_forward\.w[123]|adaLN_modulation\.0)"
-SHEET_ROWS, SHEET_SIDE = 12, 256  # of samples.png
-
-
-@dataclass
-class Row:
-    """One line of the log."""
-    step: int
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    seconds: float
 
 
 def train(config: TrainConfig, progress: bool = True) -> Path:
@@ -58,11 +47,28 @@ def train(config: TrainConfig, progress: bool = True) -> Path:
 
     An interrupt is answered at the end of the step, when all is saved. Raises ValueError for settings and data that do not
     fit, before anything is trained, and where the loss diverges; CheckpointError for files."""
-    return Run(config, progress).train()
+    return find_recipe(config.recipe)(config, progress).train()
+
+
+def find_recipe(name: str) -> type["Run"]:
+    """The class that "module:Class" names, and `Run` by itself for "". Raises ValueError."""
+    if not name:
+        return Run
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"recipe is {name!r}, which can't be had ({error}); expected module:Class") from None
+    if not (isinstance(found, type) and issubclass(found, Run)):
+        raise ValueError(f"recipe is {name!r}, which is no subclass of {__name__}.Run")
+    return found
 
 
 class Run:
-    """A run set up: model, data, optimizer and folder, at the step where it goes on."""
+    """A run set up: model, data, optimizer and folder, at the step where it goes on.
+
+    A recipe is a subclass. It may make its files before anything is read (`__init__`), and replace what a step learns from
+    (`batch`), by (`loss`) and with (`make_optimizer`), and what is drawn on the way (`draw`); see shapes/train.py."""
 
     def __init__(self, config: TrainConfig, progress: bool):
         try:
@@ -86,28 +92,42 @@ class Run:
         samples = read_samples(Path(config.data), config.height and (config.height, config.width) or None,
                                config.max_pixels or math.prod(layout.trained_size), layout.config.size_multiple, self.progress)
         self.sample_size = Counter(sample.size for sample in samples).most_common(1)[0][0]
-        self.prompts = config.sample_prompts or tuple(dict.fromkeys(sample.caption for sample in samples))[:4]
+        self.prompts = config.sample_prompts or tuple(dict.fromkeys(sample.captions[0] for sample in samples))[:4]
         with self.accelerator.main_process_first():
             self.encodings = Encodings(Path(config.cache or Path(config.data) / "encodings"), self.pipe)
-            self.encodings.add(["", *self.prompts, *(sample.caption for sample in samples)], self.progress)
+            self.encodings.add(["", *self.prompts, *(caption for sample in samples for caption in sample.captions)], self.progress)
         self.batches = Batches(samples, self.encodings, config, layout.config.patch_size, self.accelerator.num_processes,
                                self.accelerator.process_index)
 
         self.trained = prepare(self.pipe.transformer, config)
-        optimizer = make_optimizer(self.trained, config)
+        self.mean = {name: parameter.detach().float().clone() for name, parameter in self.trained.items()} if config.ema else {}
+        self.lasting = self.trained | {f"mean.{name}": tensor for name, tensor in self.mean.items()}
+        optimizer = self.make_optimizer()
         resume = self.output / "resume.pt"
-        self.step = self.saved = load(resume, self.trained, optimizer) if resume.exists() else 0
+        self.step = self.saved = load(resume, self.lasting, optimizer) if resume.exists() else 0
         self.model, self.optimizer = self.accelerator.prepare(self.pipe.transformer, optimizer, device_placement=[True, False])
         self.log = Log(self.output, self.step, self.main)
         if self.main:
             (self.output / "config.toml").write_text(to_toml(config), encoding="utf-8")
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """For `trained`, and for what else the loss trains: that goes into `lasting`, by name, to be there when a run goes on."""
+        return make_optimizer(self.trained, self.config)
+
+    def batch(self, number: int) -> Batch:
+        """Called in a thread of its own, while the batch before is trained on. It must follow from the number alone."""
+        return self.batches[number]
+
+    def loss(self, batch: Batch) -> Tensor:
+        """What the gradient is taken of."""
+        return flow_matching_loss(self.model, batch.pictures, batch.captions, batch.noise, batch.sigma)
 
     def train(self) -> Path:
         """Step after step to the end, with samples and saves on the way."""
         config = self.config
         if self.step == 0:
             self.draw()
-        with (closing(ahead(self.batches, self.step * config.accumulate)) as batches, self.log, interrupts() as interrupted,
+        with (closing(ahead(map(self.batch, count(self.step * config.accumulate)))) as batches, self.log, interrupts() as interrupted,
               tqdm(total=config.steps, initial=self.step, unit="step", disable=not self.progress) as bar):
             while self.step < config.steps:
                 asked = self.learn(batches, interrupted)
@@ -129,13 +149,13 @@ class Run:
         began, config = monotonic(), self.config
         rate = config.learning_rate * rate_at(self.step, config)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("rate_factor", 1)
         loss = torch.zeros((), device=self.device)
         for part in range(config.accumulate):
             batch = on_device(next(batches), self.device)
             with self.accelerator.no_sync(self.model) if part < config.accumulate - 1 else nullcontext():
                 with self.autocast(), save_on_cpu(self.device.type == "cuda") if config.offload_activations else nullcontext():
-                    part_loss = flow_matching_loss(self.model, batch.pictures, batch.captions, batch.noise, batch.sigma)
+                    part_loss = self.loss(batch)
                 self.accelerator.backward(part_loss / config.accumulate)
             loss += part_loss.detach() / config.accumulate
         if config.step_in_backward:
@@ -151,24 +171,26 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
+        for name, mean in self.mean.items():
+            mean.lerp_(self.trained[name].detach().float(), 1 - min(config.ema, self.step / (9 + self.step)))
         return asked > 0
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.mixed_precision == "bf16")
 
     def save(self) -> None:
         """The step file, and the state to go on from."""
         if self.main:
-            save_step(self.output, self.step, self.trained, self.dtype, self.config)
+            save_step(self.output, self.step, self.mean or self.trained, self.dtype, self.config)
             with whole(self.output / "resume.pt") as part:
-                torch.save({"step": self.step, "trained": self.trained, "optimizer": self.optimizer.state_dict()}, part)
+                torch.save({"step": self.step, "tensors": self.lasting, "optimizer": self.optimizer.state_dict()}, part)
             draw_curve([(row.step, row.loss) for row in self.log.rows], self.output / "loss.png")
         self.saved = self.step
 
     def draw(self) -> None:
         """A row of samples."""
         if self.main and self.config.sample_every:
-            with self.autocast():
+            with self.autocast(), put_in(self.trained, self.mean):
                 draw_samples(self.pipe, self.encodings, self.prompts, self.sample_size, self.config.sample_steps, self.output, self.step)
 
 
@@ -265,107 +287,30 @@ def save_step(output: Path, step: int, trained: dict[str, nn.Parameter], dtype: 
         step_file(output, number).unlink()
 
 
-def load(file: Path, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+def load(file: Path, tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
     """Put a saved state back and return its step. Raises CheckpointError where it can't be read."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         step = state["step"]
-        for name, parameter in trained.items():
-            parameter.data.copy_(state["trained"][name])
+        for name, tensor in tensors.items():
+            tensor.data.copy_(state["tensors"][name])
         optimizer.load_state_dict(state["optimizer"])
     except Exception as error:  # whatever torch makes of a damaged file
         raise CheckpointError(f"{file} can't be read ({str(error).splitlines()[0]}). Take it away to start anew") from None
     return step
 
 
-def draw_samples(pipe: L2PPipeline, encodings: Encodings, prompts: tuple[str, ...], size: tuple[int, int], steps: int, output: Path,
-                 step: int) -> None:
-    """Draw each prompt with its number as the seed, as one row, and all rows so far below one another."""
-    drawn = [pipe(prompt_embeds=encodings[prompt], negative_prompt_embeds=encodings[""], height=size[0], width=size[1], seed=seed,
-                  num_inference_steps=steps or None) for seed, prompt in enumerate(prompts)]
-    folder = output / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
-    with whole(folder / f"step-{step:07d}.png") as part:
-        grid([drawn]).save(part, "PNG")
-    files = sorted(folder.glob("step-*.png"))
-    rows = []
-    for number in sorted({round(place * (len(files) - 1) / (SHEET_ROWS - 1)) for place in range(SHEET_ROWS)}):
-        with Image.open(files[number]) as row:
-            row.thumbnail((len(prompts) * SHEET_SIDE, SHEET_SIDE))
-            rows.append([row.copy()])
-    with whole(output / "samples.png") as part:
-        grid(rows).save(part, "PNG")
-
-
-def grid(rows: list[list[Image.Image]]) -> Image.Image:
-    """Pictures side by side, and rows of them below one another."""
-    width = max(sum(picture.width for picture in row) for row in rows)
-    sheet = Image.new("RGB", (width, sum(row[0].height for row in rows)))
-    top = 0
-    for row in rows:
-        left = 0
-        for picture in row:
-            sheet.paste(picture, (left, top))
-            left += picture.width
-        top += row[0].height
-    return sheet
-
-
-class Log:
-    """log.csv, a row for each step, and the same for TensorBoard where that is installed; written by one process alone."""
-
-    def __init__(self, folder: Path, step: int, writes: bool):
-        """step: where the run goes on; what was logged after it is forgotten."""
-        self.file, self.writes, self.rows, self.lowest, self.board = folder / "log.csv", writes, [], math.inf, None
-        rows = []
-        if writes and self.file.exists():
-            with self.file.open(newline="", encoding="utf-8") as stream:
-                rows = [Row(**{each.name: each.type(row[each.name]) for each in fields(Row)}) for row in csv.DictReader(stream)]
-        if writes:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.file.unlink(missing_ok=True)
-        for row in rows:
-            if row.step <= step:
-                self.add(row)
-        if writes:
-            with suppress(ImportError):
-                from torch.utils.tensorboard import SummaryWriter
-                self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
-
-    def __enter__(self) -> "Log":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.board:
-            self.board.close()
-
-    def add(self, row: Row) -> None:
-        self.rows.append(row)
-        if len(self.rows) > WINDOW:
-            self.lowest = min(self.lowest, self.mean())
-        if not self.writes:
-            return
-        with self.file.open("a", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream)
-            if stream.tell() == 0:
-                writer.writerow(each.name for each in fields(Row))
-            writer.writerow(getattr(row, each.name) for each in fields(Row))
-        if self.board:
-            for name in ("loss", "learning_rate", "grad_norm"):
-                self.board.add_scalar(name, getattr(row, name), row.step)
-
-    def mean(self) -> float:
-        recent = self.rows[-WINDOW:]
-        return sum(row.loss for row in recent) / len(recent)
-
-    def trouble(self) -> str | None:
-        """Why training should stop; None where all is well."""
-        row = self.rows[-1]
-        if not (math.isfinite(row.loss) and math.isfinite(row.grad_norm)):
-            return f"the loss is {row.loss} and its gradient {row.grad_norm} long"
-        if self.mean() > DIVERGED * self.lowest:
-            return f"the loss diverges: {self.mean():.3g} over the last {WINDOW} steps, and was {self.lowest:.3g}"
-        return None
+@contextmanager
+def put_in(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> Iterator[None]:
+    """Within it the parameters have these values, as far as there are some."""
+    before = {name: parameters[name].data for name in values}
+    try:
+        for name, value in values.items():
+            parameters[name].data = value.to(parameters[name].dtype)
+        yield
+    finally:
+        for name, value in before.items():
+            parameters[name].data = value
 
 
 @contextmanager

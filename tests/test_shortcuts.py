@@ -1,0 +1,95 @@
+"""Options that draw with less work: the same numbers where they promise those, the known shortcut where they take one."""
+import numpy as np
+import pytest
+import torch
+
+from comfyui_l2p.l2p_core import L2PPipeline
+from comfyui_l2p.l2p_core.sampler import guided_velocity, schedule
+from comfyui_l2p.l2p_core.step_cache import StepCache
+
+PROMPT, SETTINGS = "a large red circle on a blue background, left", {"num_inference_steps": 4, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return L2PPipeline.from_pretrained(device="cpu", torch_dtype=torch.float32)
+
+
+@pytest.fixture
+def passes(pipe):
+    """How many runs each main layer has had, as a list that grows: of the first, of the second."""
+    counts, hooks = [0, 0], []
+    for place in (0, 1):
+        def count(*_, place=place):
+            counts[place] += 1
+        hooks.append(pipe.transformer.layers[place].register_forward_hook(count))
+    yield counts
+    for hook in hooks:
+        hook.remove()
+
+
+def apart(one, other) -> int:
+    return int(np.abs(np.asarray(one).astype(int) - np.asarray(other)).max())
+
+
+def test_both_passes_at_once_give_the_same_picture(pipe, passes):
+    wanted = pipe([PROMPT, "a square"], negative_prompt="green, and more words than the others have", **SETTINGS)
+    assert passes[0] == 8
+    pipe.batch_guidance = True
+    try:
+        found = pipe([PROMPT, "a square"], negative_prompt="green, and more words than the others have", **SETTINGS)
+    finally:
+        pipe.batch_guidance = False
+    assert passes[0] == 12
+    assert max(apart(*pair) for pair in zip(found, wanted)) <= 1
+
+
+@pytest.mark.parametrize("truncation, guided", [(1.0, 4), (0.3, 3), (0.2, 2), (0.0, 1)])
+def test_guidance_ends_where_it_is_cut(pipe, passes, truncation, guided):
+    """Against a loop by hand: times of four steps at shift 3 are 0, 0.1, 0.25 and 0.5."""
+    captions, sigmas = [pipe.encode_prompt(PROMPT)], schedule(4)
+    torch.testing.assert_close(1 - sigmas, torch.tensor([0, 0.1, 0.25, 0.5, 1]))
+    positive, full = (guided_velocity(pipe.transformer, captions, [pipe.encode_prompt("")], scale) for scale in (1.0, 2.0))
+    x = torch.randn((1, 3, 96, 96), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for step in range(4):
+            x = x + (full if step < guided else positive)(x, sigmas[step].item()) * (sigmas[step + 1] - sigmas[step])
+    wanted = ((x[0].permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255)
+    passes[0] = 0
+    assert apart(pipe(PROMPT, cfg_truncation=truncation, **SETTINGS), wanted) <= 1
+    assert passes[0] == 4 + guided
+
+
+def test_a_small_threshold_leaves_nothing_out(pipe, passes):
+    wanted = pipe(PROMPT, **SETTINGS)
+    assert apart(pipe(PROMPT, cache_threshold=1e-9, **SETTINGS), wanted) == 0
+    assert passes == [16, 16]
+
+
+def test_a_large_threshold_runs_the_first_layer_alone_after_the_first_step(pipe, passes):
+    before = pipe(PROMPT, **SETTINGS)
+    passes[:] = [0, 0]
+    after = pipe(PROMPT, cache_threshold=1e9, **SETTINGS)
+    assert passes == [8, 2], "both passes of the first step ran all layers, the six after it one"
+    assert apart(before, after) > 1
+
+
+def test_a_step_left_out_adds_what_was_added_last():
+    cache, x = StepCache(0.1), torch.ones(1, 4, 2)
+    assert torch.equal(cache.run(x, x + 1, lambda x: x * 10), x * 20)
+    assert torch.equal(cache.run(2 * x, 2 * x + 1.05, lambda x: x * 0), 2 * x + 1.05 + 18), "1.05 is within a tenth of 1"
+    assert torch.equal(cache.run(2 * x, 2 * x + 1.2, lambda x: x * 10), (2 * x + 1.2) * 10)
+    assert (cache.ran, cache.skipped) == (2, 1)
+
+
+def test_in_windows_nothing_is_cached(pipe, passes):
+    pipe(PROMPT, height=192, width=96, stages=2, redraw="windows", cache_threshold=1e9, **SETTINGS)
+    first_stage, windows = 8, 2 * 3  # one step of the second stage, in three windows
+    assert passes == [first_stage + windows, 2 + windows]
+
+
+@pytest.mark.parametrize("settings", [{"cfg_truncation": 1.1}, {"cfg_truncation": -0.1}, {"cache_threshold": -1.0},
+                                      {"cache_threshold": float("nan")}])
+def test_shares_that_are_none_are_refused(pipe, settings):
+    with pytest.raises(ValueError, match="expected a share from 0 to 1"):
+        pipe(PROMPT, **settings, **SETTINGS)
