@@ -68,7 +68,7 @@ class L2PTransformer(nn.Module):
         time = self.t_embedder(t)  # (B, t_dim)
 
         x = F.pixel_unshuffle(image, patch)  # (B, 3 * p * p, h, w), channel slowest
-        x = x.unflatten(1, (3, -1)).permute(0, 3, 4, 2, 1).flatten(3).flatten(1, 2)  # (B, h * w, p * p * 3)
+        x = x.unflatten(1, (image.shape[1], -1)).permute(0, 3, 4, 2, 1).flatten(3).flatten(1, 2)  # (B, h * w, p * p * 3)
         x = pad_tokens(self.all_x_embedder[f"{patch}-1"](x), self.x_pad_token)  # (B, N, D)
 
         lengths = torch.tensor([len(caption) for caption in captions], device=x.device)

@@ -89,7 +89,8 @@ class L2PKSampler(io.ComfyNode):
         if image is not None and mask is None and denoise == 1:
             logging.warning("denoise is 1 and there is no mask, so nothing of the image will be left; set denoise below 1 to keep some")
         plan = plan_stages(height, width, steps, denoise, stages, stage_denoise, redraw, trained, multiple)
-        if warning := misfit(plan[0], trained):
+        have = comfy.model_management.get_total_memory(model.load_device)
+        for warning in filter(None, (misfit(plan[0], trained), shortage(model, plan, batch_size, have))):
             logging.warning(warning)
         samples, progress = None, comfy.utils.ProgressBar(sum(stage.steps for stage in plan))
         for stage in plan:
@@ -223,6 +224,19 @@ def sizes_of(model) -> tuple[int, int | None, tuple[int, int]]:
         patch = getattr(network, "patch_size", 16)
         return patch, None, (64 * patch, 64 * patch)
     raise ValueError(f"the model is a {type(model.model).__name__}, which is no L2P model. Load one with Load L2P Checkpoint")
+
+
+def shortage(model, plan: list[Stage], batch_size: int, have: int) -> str | None:
+    """What is wrong, and what to do, where a device of so many bytes can't hold the largest pass; None where it can."""
+    def need(stage: Stage) -> int:
+        return model.memory_required([batch_size, 3, *(min(side, stage.window or side) for side in stage[:2])])
+    largest = max(plan, key=need)
+    if need(largest) <= have:
+        return None
+    advice = [*["a smaller batch_size"] * (batch_size > 1),
+              "redraw in windows" if largest.strength < 1 and not largest.window else "a smaller size, or more stages with redraw in windows"]
+    return (f"drawing {batch_size} x {largest.width} x {largest.height} holds about {need(largest) / 1e9:.1f} GB beside the model, and the "
+            f"device has {have / 1e9:.1f} GB: it will run out of memory, or be very slow. Take {', or '.join(advice)}")
 
 
 def check_conditioning(conditioning: list, cap_feat_dim: int | None) -> None:

@@ -194,6 +194,15 @@ def memory(config: dict, size: int, dtype: str, batch: int = 1) -> list[int]:
     return [int(model.memory_required([batch, 3, size, size])), counted]
 
 
+def shortage(path: str, have: int, batch_size: int, **plan) -> str | None:
+    """What the sampler says of that drawing on a device of so many bytes."""
+    sampler = next(module for name, module in sys.modules.items() if name.endswith("nodes.sample"))
+    model = load(path, "diffusion")[0]
+    _, _, trained = sampler.sizes_of(model)
+    return sampler.shortage(model, sampler.plan_stages(steps=4, strength=1.0, stage_strength=0.2, trained=trained, multiple=16, **plan),
+                            batch_size, have)
+
+
 def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)

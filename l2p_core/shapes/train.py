@@ -58,11 +58,15 @@ def initialise(model: L2PTransformer) -> None:
     embedder, = model.all_x_embedder.values()
     torch.nn.init.normal_(embedder.weight, std=0.002)
     torch.nn.init.normal_(embedder.bias, std=0.5)
+    open_gates(model)
+    initialise_decoder(model.local_decoder)
+
+
+def open_gates(model: L2PTransformer) -> None:
     for block in (*model.noise_refiner, *model.layers):
         _, gate_a, _, gate_f = block.adaLN_modulation[0].bias.data.chunk(4)
         gate_a.fill_(1)
         gate_f.fill_(1)
-    initialise_decoder(model.local_decoder)
 
 
 @torch.no_grad()
@@ -220,10 +224,22 @@ def captions(scene: Scene) -> list[str]:
     return [scene.caption()] * 8 + [scene.caption(with_size=False), scene.caption(with_place=False)]
 
 
-class ShapesRun(Run):
-    """From nothing to a model that draws, with all that such a run begins with.
+class ScoredRun(Run):
+    """A run whose samples come with a score, on prompts that were never trained on."""
 
-    Beside the samples lies their score, on prompts that were never trained on."""
+    def draw(self) -> None:
+        super().draw()
+        if self.main and self.config.sample_every and self.step:
+            tests = test_scenes(SCORED)
+            with self.autocast(), put_in(self.trained, self.mean):
+                pictures = draw_all(self.pipe, [scene.caption() for scene in tests], progress=False,
+                                    height=SIZE, width=SIZE, num_inference_steps=16, sampler="ab2", shift=2.0)
+            self.pipe.unload_text_encoder()
+            (self.output / "samples" / f"step-{self.step:07d}.json").write_text(json.dumps(score(pictures, tests)), encoding="utf-8")
+
+
+class ShapesRun(ScoredRun):
+    """From nothing to a model that draws, with all that such a run begins with."""
 
     def __init__(self, config: TrainConfig, progress: bool):
         if not (Path(config.data) / "metadata.jsonl").exists():
@@ -265,13 +281,3 @@ class ShapesRun(Run):
             loss = super().loss(batch)
         guiding = self.guide.loss(batch.pictures)
         return loss + guiding - guiding.detach()
-
-    def draw(self) -> None:
-        super().draw()
-        if self.config.sample_every and self.step:
-            tests = test_scenes(SCORED)
-            with self.autocast(), put_in(self.trained, self.mean):
-                pictures = draw_all(self.pipe, [scene.caption() for scene in tests], progress=False,
-                                    num_inference_steps=16, sampler="ab2", shift=2.0)
-            self.pipe.unload_text_encoder()
-            (self.output / "samples" / f"step-{self.step:07d}.json").write_text(json.dumps(score(pictures, tests)), encoding="utf-8")

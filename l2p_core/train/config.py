@@ -64,6 +64,8 @@ class TrainConfig:
                                      "likelier")
     step_in_backward: bool = knob(False, "update each tensor as soon as its gradient is there, and forget the gradient; one process, "
                                   "accumulate 1, no max_grad_norm")
+    shard: str = knob("", "over several processes: state splits gradients and the optimizer's state between them (ZeRO-2), all the weights "
+                      "as well (ZeRO-3); '': each holds everything", choices=("", "state", "all"))
     device: str = knob("", "default: the GPU where there is one; cpu otherwise")
 
     save_every: int = knob(500, "steps between two step-N.safetensors")
@@ -96,6 +98,12 @@ class TrainConfig:
                              f"with max_grad_norm {self.max_grad_norm:g}; take 1 and 0, or leave it off")
         if self.stochastic_rounding and self.mixed_precision != "bf16":
             raise ValueError("stochastic_rounding keeps weights in bfloat16, mixed_precision 'no' all in float32; choose one")
+        if self.shard:
+            for name in ("lora_rank", "quantize_frozen", "offload_state", "stochastic_rounding", "step_in_backward"):
+                if getattr(self, name):
+                    raise ValueError(f"shard goes with plain AdamW on the model's own weights, and {name} is {getattr(self, name)!r}; choose one")
+            if self.optimizer != "adamw":
+                raise ValueError(f"shard goes with plain AdamW, and optimizer is {self.optimizer!r}; choose one")
         layers_of(self.freeze)
 
 

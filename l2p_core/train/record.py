@@ -8,8 +8,6 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from ..header import whole
-from ..pipeline import L2PPipeline
-from .data import Encodings
 
 WINDOW, DIVERGED = 100, 3  # a mean loss over so many steps that is so many times the lowest before it
 SHEET_ROWS, SHEET_SIDE = 12, 256  # of samples.png
@@ -104,11 +102,8 @@ def draw_curve(points: list[tuple[int, float]], file: Path) -> None:
         picture.save(part, "PNG")
 
 
-def draw_samples(pipe: L2PPipeline, encodings: Encodings, prompts: tuple[str, ...], size: tuple[int, int], steps: int, output: Path,
-                 step: int) -> None:
-    """Draw each prompt with its number as the seed, as one row, and all rows so far below one another."""
-    drawn = [pipe(prompt_embeds=encodings[prompt], negative_prompt_embeds=encodings[""], height=size[0], width=size[1], seed=seed,
-                  num_inference_steps=steps or None) for seed, prompt in enumerate(prompts)]
+def show_samples(drawn: list[Image.Image], output: Path, step: int) -> None:
+    """Write pictures as one row, and all rows so far below one another."""
     folder = output / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     with whole(folder / f"step-{step:07d}.png") as part:
@@ -117,7 +112,7 @@ def draw_samples(pipe: L2PPipeline, encodings: Encodings, prompts: tuple[str, ..
     rows = []
     for number in sorted({round(place * (len(files) - 1) / (SHEET_ROWS - 1)) for place in range(SHEET_ROWS)}):
         with Image.open(files[number]) as row:
-            row.thumbnail((len(prompts) * SHEET_SIDE, SHEET_SIDE))
+            row.thumbnail((len(drawn) * SHEET_SIDE, SHEET_SIDE))
             rows.append([row.copy()])
     with whole(output / "samples.png") as part:
         grid(rows).save(part, "PNG")

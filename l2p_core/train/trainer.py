@@ -34,11 +34,12 @@ from .config import TrainConfig, layers_of, read_config, to_toml
 from .data import Batch, Batches, Encodings, read_samples
 from .loss import flow_matching_loss
 from .memory import FrugalAdamW, quantize_frozen
-from .record import Log, Row, draw_curve, draw_samples
+from .record import Log, Row, draw_curve, show_samples
+from .shard import as_split_as, gather, shard
 
 # What may change when a run goes on; all else decides what it learns.
 FREE = ("steps", "save_every", "keep", "sample_every", "sample_prompts", "sample_steps", "device", "cache", "checkpointing",
-        "offload_activations")
+        "offload_activations", "shard")
 LORA_TARGETS = r"layers\.\d+\.(attention\.(to_[qkv]|to_out\.0)|feed_forward\.w[123]|adaLN_modulation\.0)"
 
 
@@ -80,6 +81,8 @@ class Run:
         self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
         if config.step_in_backward and self.accelerator.num_processes > 1:
             raise ValueError(f"step_in_backward is for one process, and here are {self.accelerator.num_processes}; leave it off")
+        if config.shard and self.accelerator.num_processes == 1:
+            raise ValueError(f"shard is {config.shard}, and there is one process; start several by accelerate launch, or leave it off")
         self.progress = progress and self.main
         check_run(self.output, config)
         self.pipe = L2PPipeline.from_pretrained(config.checkpoint, config.text_encoder or None, config.tokenizer or None,
@@ -89,6 +92,7 @@ class Run:
             raise CheckpointError(f"{layout.path.name} is quantized ({layout.quantization}); train the BF16 or FP32 model")
         if config.height:
             self.pipe.check_size(config.height, config.width)
+            layout.metadata["modelspec.resolution"] = f"{config.width}x{config.height}"  # what it draws best from now on
         samples = read_samples(Path(config.data), config.height and (config.height, config.width) or None,
                                config.max_pixels or math.prod(layout.trained_size), layout.config.size_multiple, self.progress)
         self.sample_size = Counter(sample.size for sample in samples).most_common(1)[0][0]
@@ -100,12 +104,17 @@ class Run:
                                self.accelerator.process_index)
 
         self.trained = prepare(self.pipe.transformer, config)
+        if config.shard:
+            shard(self.pipe.transformer, self.device, weights=config.shard == "all")
+            self.trained = trained_of(self.pipe.transformer)
         self.mean = {name: parameter.detach().float().clone() for name, parameter in self.trained.items()} if config.ema else {}
         self.lasting = self.trained | {f"mean.{name}": tensor for name, tensor in self.mean.items()}
         optimizer = self.make_optimizer()
         resume = self.output / "resume.pt"
         self.step = self.saved = load(resume, self.lasting, optimizer) if resume.exists() else 0
-        self.model, self.optimizer = self.accelerator.prepare(self.pipe.transformer, optimizer, device_placement=[True, False])
+        self.model, self.optimizer = self.pipe.transformer, self.accelerator.prepare(optimizer, device_placement=[False])
+        if not config.shard:
+            self.model = self.accelerator.prepare(self.model)
         self.log = Log(self.output, self.step, self.main)
         if self.main:
             (self.output / "config.toml").write_text(to_toml(config), encoding="utf-8")
@@ -153,7 +162,10 @@ class Run:
         loss = torch.zeros((), device=self.device)
         for part in range(config.accumulate):
             batch = on_device(next(batches), self.device)
-            with self.accelerator.no_sync(self.model) if part < config.accumulate - 1 else nullcontext():
+            last = part == config.accumulate - 1
+            if config.shard:
+                self.model.set_requires_gradient_sync(last)
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
                 with self.autocast(), save_on_cpu(self.device.type == "cuda") if config.offload_activations else nullcontext():
                     part_loss = self.loss(batch)
                 self.accelerator.backward(part_loss / config.accumulate)
@@ -163,7 +175,7 @@ class Run:
         else:
             norm = self.accelerator.clip_grad_norm_(self.trained.values(), config.max_grad_norm or math.inf)
         asked, loss = self.accelerator.reduce(torch.stack([loss.new_tensor(float(interrupted.is_set())), loss]), "mean").tolist()
-        self.log.add(Row(self.step + 1, loss, rate, float(norm), monotonic() - began))
+        self.log.add(Row(self.step + 1, loss, rate, float(gather(norm, True)), monotonic() - began))
         if why := self.log.trouble():
             raise ValueError(f"{why} at step {self.step + 1}, so training stopped. The last good state is step {self.saved}, in "
                              f"{self.output}; take a lower learning_rate than {config.learning_rate:g}, or look at the data of the "
@@ -180,18 +192,25 @@ class Run:
 
     def save(self) -> None:
         """The step file, and the state to go on from."""
+        state = {"step": self.step, "tensors": gather(self.lasting, self.main), "optimizer": gather(self.optimizer.state_dict(), self.main)}
         if self.main:
-            save_step(self.output, self.step, self.mean or self.trained, self.dtype, self.config)
+            learned = {name: state["tensors"][f"mean.{name}" if self.mean else name] for name in self.trained}
+            save_step(self.output, self.step, learned, self.dtype, self.config)
             with whole(self.output / "resume.pt") as part:
-                torch.save({"step": self.step, "tensors": self.lasting, "optimizer": self.optimizer.state_dict()}, part)
+                torch.save(state, part)
             draw_curve([(row.step, row.loss) for row in self.log.rows], self.output / "loss.png")
         self.saved = self.step
 
     def draw(self) -> None:
-        """A row of samples."""
-        if self.main and self.config.sample_every:
-            with self.autocast(), put_in(self.trained, self.mean):
-                draw_samples(self.pipe, self.encodings, self.prompts, self.sample_size, self.config.sample_steps, self.output, self.step)
+        """A row of samples: each prompt with its number as the seed."""
+        if not self.config.sample_every or not (self.main or self.config.shard):  # a split model draws in all processes
+            return
+        height, width = self.sample_size
+        with self.autocast(), put_in(self.trained, self.mean):
+            drawn = [self.pipe(prompt_embeds=self.encodings[prompt], negative_prompt_embeds=self.encodings[""], height=height, width=width,
+                               seed=seed, num_inference_steps=self.config.sample_steps or None) for seed, prompt in enumerate(self.prompts)]
+        if self.main:
+            show_samples(drawn, self.output, self.step)
 
 
 def compute_dtype(config: TrainConfig) -> torch.dtype:
@@ -220,7 +239,7 @@ def prepare(model: L2PTransformer, config: TrainConfig) -> dict[str, nn.Paramete
         quantize_frozen(frozen, config.quantize_frozen)
     if config.lora_rank:
         add_lora(model, config)
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = trained_of(model)
     for parameter in trained.values():
         dtype = torch.bfloat16 if config.stochastic_rounding else torch.float32
         parameter.data = parameter.data.to(dtype, copy=True)  # the file it is mapped from is not written to
@@ -228,6 +247,10 @@ def prepare(model: L2PTransformer, config: TrainConfig) -> dict[str, nn.Paramete
         for part in (*model.noise_refiner, *model.context_refiner, *model.layers, model.local_decoder):
             part.forward = partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)
     return trained
+
+
+def trained_of(model: L2PTransformer) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def add_lora(model: L2PTransformer, config: TrainConfig) -> None:
@@ -293,8 +316,10 @@ def load(file: Path, tensors: dict[str, Tensor], optimizer: torch.optim.Optimize
         state = torch.load(file, map_location="cpu", weights_only=True)
         step = state["step"]
         for name, tensor in tensors.items():
-            tensor.data.copy_(state["tensors"][name])
+            tensor.data.copy_(as_split_as(tensor, state["tensors"][name]))
         optimizer.load_state_dict(state["optimizer"])
+        for parameter, its in optimizer.state.items():
+            its.update({name: as_split_as(parameter, value) for name, value in its.items() if isinstance(value, Tensor)})
     except Exception as error:  # whatever torch makes of a damaged file
         raise CheckpointError(f"{file} can't be read ({str(error).splitlines()[0]}). Take it away to start anew") from None
     return step
@@ -303,14 +328,14 @@ def load(file: Path, tensors: dict[str, Tensor], optimizer: torch.optim.Optimize
 @contextmanager
 def put_in(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> Iterator[None]:
     """Within it the parameters have these values, as far as there are some."""
-    before = {name: parameters[name].data for name in values}
+    before = {name: parameters[name].detach().clone() for name in values}
     try:
         for name, value in values.items():
-            parameters[name].data = value.to(parameters[name].dtype)
+            parameters[name].data.copy_(value)
         yield
     finally:
         for name, value in before.items():
-            parameters[name].data = value
+            parameters[name].data.copy_(value)
 
 
 @contextmanager
