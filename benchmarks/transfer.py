@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import trange
 
 from comfyui_l2p.l2p_core import L2PTransformer
@@ -91,13 +92,13 @@ def learn_latents(folder: Path, encodings: dict[str, Tensor], steps: int) -> Non
     optimizer = recipe.Together(recipe.Muon(matrices, 1.5, 0.01), torch.optim.AdamW([{"params": rest}], betas=(0.9, 0.99)))
     encoded, generator = latents.encode(pictures), torch.Generator().manual_seed(0)
     for step in trange(steps):
-        chosen = torch.randint(len(scenes), (4 * BATCH,), generator=generator).tolist()
+        chosen = torch.randint(len(scenes), (2 * BATCH,), generator=generator).tolist()
         captions = [encodings[("" if torch.rand((), generator=generator) < 0.1 else scenes[place].caption())] for place in chosen]
         sigma = recipe.noise_levels(len(chosen), 4 * step >= steps, generator)
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min((step + 1) / 100, 1 - step / steps) * group.get("rate_factor", 1)
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             loss = flow_matching_loss(model, encoded[chosen], captions, torch.randn(encoded[chosen].shape, generator=generator), sigma)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -124,7 +125,7 @@ def save(model: nn.Module, file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--latent-steps", type=int, default=5000)
+    parser.add_argument("--latent-steps", type=int, default=4000)
     parser.add_argument("--steps", type=int, default=1200, help="of each pixel model (default 1200)")
     parser.add_argument("--runs", nargs="+", default=["transferred", "from-nothing"], choices=["transferred", "from-nothing"])
     args = parser.parse_args()

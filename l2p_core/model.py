@@ -84,15 +84,15 @@ class L2PTransformer(nn.Module):
             caption = block(caption, rope_caption, caption_mask)
         x = torch.cat([x, caption], dim=1)  # (B, S, D)
         rope = torch.cat([rope_x, rope_caption], dim=1)
-
-        def through(blocks: nn.ModuleList, x: Tensor) -> Tensor:
-            for block in blocks:
-                x = block(x, rope, x_mask, time)
-            return x
-        if cache is None:
-            x = through(self.layers, x)
+        before = x if cache else None
+        for block in self.layers:
+            x = block(x, rope, x_mask, time)
+            if cache and block is self.layers[0] and (known := cache.recall(before, x)) is not None:
+                x = known
+                break
         else:
-            x = cache.run(x, through(self.layers[:1], x), lambda x: through(self.layers[1:], x))
+            if cache:
+                cache.note(x)
         return x[:, :h * w].transpose(1, 2).unflatten(2, (h, w))
 
     def _rope_and_masks(self, h: int, w: int, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

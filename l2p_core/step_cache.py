@@ -1,6 +1,4 @@
 """Leaving out most of the transformer at steps that change little."""
-from collections.abc import Callable
-
 from torch import Tensor
 
 
@@ -13,15 +11,18 @@ class StepCache:
     def __init__(self, threshold: float):
         """threshold: mean difference of what the first layer adds, as a share of its mean size, up to which it is "nearly"."""
         self.threshold, self.ran, self.skipped = threshold, 0, 0
-        self.first: Tensor | None = None
-        self.others: Tensor | None = None
+        self.first: Tensor | None = None  # what the first layer added
+        self.others: Tensor | None = None  # what went into the second; once all have run, what they added
 
-    def run(self, x: Tensor, after_first: Tensor, others: Callable[[Tensor], Tensor]) -> Tensor:
-        """What comes out of all layers. x: what went into the first; others: all after it."""
-        first = after_first - x
+    def recall(self, before: Tensor, after: Tensor) -> Tensor | None:
+        """What comes out of all layers, by what went into the first and came out; None where the others must run."""
+        first = after - before
         if self.first is not None and (first - self.first).abs().mean() <= self.threshold * self.first.abs().mean():
             self.skipped += 1
-            return after_first + self.others
-        out = others(after_first)
-        self.first, self.others, self.ran = first, out - after_first, self.ran + 1
-        return out
+            return after + self.others
+        self.first, self.others, self.ran = first, after, self.ran + 1
+        return None
+
+    def note(self, out: Tensor) -> None:
+        """What came out of all layers, which have run."""
+        self.others = out - self.others

@@ -76,10 +76,13 @@ def test_a_large_threshold_runs_the_first_layer_alone_after_the_first_step(pipe,
 
 def test_a_step_left_out_adds_what_was_added_last():
     cache, x = StepCache(0.1), torch.ones(1, 4, 2)
-    assert torch.equal(cache.run(x, x + 1, lambda x: x * 10), x * 20)
-    assert torch.equal(cache.run(2 * x, 2 * x + 1.05, lambda x: x * 0), 2 * x + 1.05 + 18), "1.05 is within a tenth of 1"
-    assert torch.equal(cache.run(2 * x, 2 * x + 1.2, lambda x: x * 10), (2 * x + 1.2) * 10)
-    assert (cache.ran, cache.skipped) == (2, 1)
+    assert cache.recall(x, x + 1) is None
+    cache.note(20 * x)
+    assert torch.equal(cache.recall(2 * x, 2 * x + 1.05), 2 * x + 1.05 + 18), "1.05 is within a tenth of 1"
+    assert cache.recall(2 * x, 2 * x + 1.2) is None
+    cache.note(30 * x)
+    torch.testing.assert_close(cache.recall(x, x + 1.2), x + 1.2 + 26.8)
+    assert (cache.ran, cache.skipped) == (2, 2)
 
 
 def test_in_windows_nothing_is_cached(pipe, passes):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -382,17 +383,47 @@ def test_a_damaged_run_is_refused_in_words(data, file, words):
         trainer.train(config(data, steps=2), progress=False)
 
 
-def test_two_processes_train_as_one_with_the_doubled_batch(data):
-    toml = data.parent / "two.toml"
-    toml.write_text(to_toml(config(data, steps=3, output=str(data.parent / "two"))))
-    trainer.train(config(data, steps=3, batch=4), progress=False)
+def in_two_processes(settings):
+    """Train in two processes on the CPU."""
+    toml = Path(settings.output).with_suffix(".toml")
+    toml.write_text(to_toml(settings))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "comfyui_l2p.l2p_core.cli", "train", str(toml)]
-    done = subprocess.run(command, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"})
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_two_processes_train_as_one_with_the_doubled_batch(data):
+    trainer.train(config(data, steps=3, batch=4), progress=False)
+    in_two_processes(config(data, steps=3, output=str(data.parent / "two")))
     one, two = (losses(data.parent / name) for name in ("run", "two"))
     assert [step for step, _ in two] == [1, 2, 3]
     assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["state", "all"])
+def test_a_split_model_trains_saves_and_goes_on_as_a_whole_one(data, kind):
+    """Two processes that hold half of everything, stopped after two steps, against one that was not."""
+    common = {"accumulate": 2, "max_grad_norm": 0.5, "ema": 0.5, "save_every": 2}
+    whole = trainer.train(config(data, batch=4, steps=4, **common), progress=False)
+    split = config(data, output=str(data.parent / "split"), shard=kind, sample_every=2, sample_steps=1, sample_prompts=("a star",), **common)
+    in_two_processes(replace(split, steps=2))
+    in_two_processes(replace(split, steps=4))
+    one, two = (losses(data.parent / name) for name in ("run", "split"))
+    assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=1e-4) and len(two) == 4
+    wanted, found, before = load_file(whole), load_file(data.parent / "split" / "step-4.safetensors"), load_file(CHECKPOINT)
+    assert wanted.keys() == found.keys()
+    for name, tensor in wanted.items():
+        if name.endswith(".weight") and tensor.dim() > 1:  # of a bias whose gradient is nothing, AdamW's step is of any size
+            assert rms(found[name] - tensor, tensor - before[name].float()) < 0.02, name
+    assert Image.open(data.parent / "split" / "samples.png").size == (96, 3 * 96)
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"shard": "all"}, "there is one process"), ({"shard": "all", "lora_rank": 4}, "lora_rank is 4"),
+    ({"shard": "state", "optimizer": "adamw8bit"}, "optimizer is 'adamw8bit'"), ({"shard": "half"}, "expected one of")])
+def test_what_cannot_be_split_is_refused(data, changes, words):
+    with pytest.raises(ValueError, match=words):
+        trainer.train(config(data, **changes), progress=False)
 
 
 # Settings
