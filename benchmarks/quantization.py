@@ -28,8 +28,8 @@ def psnr(pictures: list[Image.Image], wanted: list[Image.Image]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--count", type=int, default=60)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=60, help="pictures (default 60)")
     scenes = test_scenes(parser.parse_args().count)
     captions = [scene.caption() for scene in scenes]
     wanted = draw(L2PPipeline.from_pretrained(), captions)

@@ -56,7 +56,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=16, help="pictures (default 16)")
     parser.add_argument("--stages", type=int, default=2, help="default 2")
-    parser.add_argument("--strengths", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4])
+    parser.add_argument("--strengths", type=float, nargs="*", default=[0.1, 0.2, 0.3, 0.4])
+    parser.add_argument("--shifts", type=float, nargs="*", default=[], help="of the schedule: draw without stages as well, with each")
     args = parser.parse_args()
     pipe = L2PPipeline.from_pretrained(torch_dtype=torch.float32)
     scenes = test_scenes(args.count)
@@ -68,7 +69,7 @@ def main() -> None:
         drawn = []
         for first in range(0, args.count, BATCH):
             batch = scenes[first:first + BATCH]
-            drawn += pipe([scene.caption() for scene in batch], seed=list(range(first, first + len(batch))), **FAST, **settings)
+            drawn += pipe([scene.caption() for scene in batch], seed=list(range(first, first + len(batch))), **{**FAST, **settings})
         return torch.cat([to_pixels(picture) for picture in drawn])
 
     def right(pixels: Tensor) -> float:
@@ -86,6 +87,8 @@ def main() -> None:
 
     print(f"{args.count} pictures, {trained} to {side} pixels\n\n| | right | patch seam | window seam | sharp |\n|---|---|---|---|---|")
     row(f"as drawn at {trained}, enlarged", start)
+    for shift in args.shifts:
+        row(f"drawn at {side} at once, shift {shift:g}", draw(height=side, width=side, shift=shift))
     for redraw in REDRAWS:
         for strength in args.strengths:
             row(f"{redraw}, strength {strength:g}", draw(stages=args.stages, height=side, width=side, stage_strength=strength, redraw=redraw))

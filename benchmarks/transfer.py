@@ -45,17 +45,17 @@ class Latents:
 
     def __init__(self, pictures: Tensor):
         blocks = F.pixel_unshuffle(pictures, BLOCK).movedim(1, -1).flatten(0, 2)
-        self.mean = blocks.mean(0)
-        _, _, components = torch.linalg.svd((blocks - self.mean)[::7], full_matrices=False)
+        self.ema = blocks.mean(0)
+        _, _, components = torch.linalg.svd((blocks - self.ema)[::7], full_matrices=False)
         self.components = components[:CHANNELS]
-        self.scale = ((blocks - self.mean) @ self.components.T).std(0)
+        self.scale = ((blocks - self.ema) @ self.components.T).std(0)
 
     def encode(self, pictures: Tensor) -> Tensor:
         blocks = F.pixel_unshuffle(pictures, BLOCK).movedim(1, -1)
-        return ((blocks - self.mean) @ self.components.T / self.scale).movedim(-1, 1)
+        return ((blocks - self.ema) @ self.components.T / self.scale).movedim(-1, 1)
 
     def decode(self, latents: Tensor) -> Tensor:
-        blocks = latents.movedim(1, -1) * self.scale @ self.components + self.mean
+        blocks = latents.movedim(1, -1) * self.scale @ self.components + self.ema
         return F.pixel_shuffle(blocks.movedim(-1, 1), BLOCK)
 
 
@@ -85,11 +85,11 @@ def learn_latents(folder: Path, encodings: dict[str, Tensor], steps: int) -> Non
     pictures = torch.cat([to_pixels(draw(scene)) for scene in scenes])
     latents = Latents(pictures)
     model = LatentTransformer(CONFIG)
-    save(model, folder / "untrained.safetensors")
     recipe.open_gates(model)
+    save(model, folder / "untrained.safetensors")
     matrices = [weight for name, weight in model.named_parameters() if ".attention.to_" in name or ".feed_forward." in name]
     rest = [weight for weight in model.parameters() if all(weight is not matrix for matrix in matrices)]
-    optimizer = recipe.Together(recipe.Muon(matrices, 1.5, 0.01), torch.optim.AdamW([{"params": rest}], betas=(0.9, 0.99)))
+    optimizer = recipe.CombinedOptimizer(recipe.Muon(matrices, 1.5, 0.01), torch.optim.AdamW([{"params": rest}], betas=(0.9, 0.99)))
     encoded, generator = latents.encode(pictures), torch.Generator().manual_seed(0)
     for step in trange(steps):
         chosen = torch.randint(len(scenes), (2 * BATCH,), generator=generator).tolist()

@@ -89,8 +89,8 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     picture.add_argument("--cfg-truncation", type=float, default=1.0, metavar="0..1",
                          help="guidance up to here on the way from noise to picture; the steps after it take half the time (default 1)")
     picture.add_argument("--cache-threshold", type=float, default=0.0, metavar="SHARE",
-                         help="leave out most layers at steps where the first changes by no more than this share (default 0: never; 0.05 "
-                              "changes little)")
+                         help="leave out most layers at steps where the first changes by no more than this share, in the mean over a "
+                              "batch (default 0: never)")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--batch", type=int, default=1, help="pictures drawn at a time (default 1)")
     machine.add_argument("--device", help="default: the GPU where there is one")
@@ -106,8 +106,8 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     machine.add_argument("--offload", action="store_true",
                          help="keep the model in the CPU's memory, and on the GPU only the block that computes and the next")
     machine.add_argument("--batch-guidance", action="store_true", help="both passes of a guided step as one of twice the batch")
-    machine.add_argument("--compile", action="store_true", dest="compile_blocks",
-                         help="compile the model's blocks, which takes a while at the first picture of each size")
+    machine.add_argument("--compile-blocks", action="store_true",
+                         help="compile the model's blocks, which takes a while at the first pictures")
     machine.add_argument("--overwrite", action="store_true", help="draw again what was drawn with other settings")
     machine.add_argument("--estimate", action="store_true", help="say how much memory this takes and how often the model runs, by the "
                                                                  "checkpoint's header alone")
@@ -349,6 +349,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
             from .train.estimate import estimate
             print(table(estimate(read_config(args.config, {"data": "none", "output": "none", **flags}))))
         else:
+            sys.path.insert(0, "")  # a recipe may lie in the folder the program runs in
             print(train(read_config(args.config, flags)))
     parser.set_defaults(run=run, when_stopped="All is saved; the same command goes on where this one ended")
 

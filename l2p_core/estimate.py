@@ -8,9 +8,9 @@ from torch import Tensor
 from .generate import Picture
 from .header import read_header
 from .meter import Meter, shapes_only
-from .model import L2PTransformer
+from .model import L2PTransformer, padded
 from .pipeline import L2PPipeline
-from .sampler import guided_velocity, schedule, solver
+from .sampler import guided_velocity, is_guided, schedule, solver
 from .stages import Stage, in_windows, windows
 from .text import MAX_TOKENS, encoder_files
 
@@ -41,7 +41,7 @@ def estimate(pipe: L2PPipeline, picture: Picture, batch: int, free_text_encoder:
     with shapes_only(model), Meter() as meter:
         captions = [torch.empty(MAX_TOKENS, layout.config.cap_feat_dim, dtype=dtype) for _ in range(batch)]
         noise = torch.empty(batch, 3, last.height, last.width)
-        velocity, asked = guided_velocity(model, captions, captions, picture.cfg_scale, together=pipe.batch_guidance), set()
+        velocity, asked = guided_velocity(model, captions, captions, picture.cfg_scale, batch_guidance=pipe.batch_guidance), set()
 
         def once(x: Tensor, sigma: float) -> Tensor:
             """The velocity of each step's first window; the others hold the same."""
@@ -49,7 +49,11 @@ def estimate(pipe: L2PPipeline, picture: Picture, batch: int, free_text_encoder:
             asked.add(sigma)
             return torch.empty_like(x) if known else velocity(x, sigma)
         solver(picture.sampler)(in_windows(once, last.window, multiple) if last.window else velocity, noise, sigmas)
-    drawing = {"model": weights, "pictures and what passes": meter.peak()}
+    kept = 0
+    if picture.cache_threshold and not last.window:  # a StepCache for each pass holds two tensors of all tokens
+        tokens = padded(last.height // layout.config.patch_size * (last.width // layout.config.patch_size)) + padded(MAX_TOKENS)
+        kept = (1 if picture.cfg_scale == 1 else 2) * 2 * batch * tokens * layout.config.dim * dtype.itemsize
+    drawing = {"model": weights, "pictures and what passes": meter.peak() + kept}
     parts = drawing if free_text_encoder else {"text encoder": encoder, **drawing}
     in_all = max(sum(drawing.values()), encoder) if free_text_encoder else sum(parts.values())
     beside = {"in the CPU's memory": elsewhere} if elsewhere else {}
@@ -59,6 +63,6 @@ def estimate(pipe: L2PPipeline, picture: Picture, batch: int, free_text_encoder:
 
 
 def passes_of(picture: Picture, stage: Stage) -> int:
-    """How often the model is asked in a stage: twice at each step with guidance, once at each without."""
-    sigmas = schedule(stage.steps, stage.strength, picture.shift)[:-1]
-    return stage.steps + (0 if picture.cfg_scale == 1 else int((1 - sigmas <= picture.cfg_truncation).sum()))
+    """Of the model in a stage: two for each step with guidance, be they batched or not, one for each without."""
+    sigmas = schedule(stage.steps, stage.strength, picture.shift)[:-1].tolist()
+    return sum(1 + is_guided(sigma, picture.cfg_scale, picture.cfg_truncation) for sigma in sigmas)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import Field, asdict, dataclass, fields
+from dataclasses import MISSING, Field, asdict, dataclass, fields
 from functools import cache
 from itertools import groupby, islice
 from pathlib import Path
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .header import hash_files, whole
 from .pipeline import L2PPipeline, usable_device
-from .sampler import schedule, solver
+from .sampler import check_shortcuts, schedule, solver
 from .stages import Stage
 from .text import encoder_files
 
@@ -82,6 +82,7 @@ def plan(rows: list[dict], settings: dict, count: int, output: Path, pipe: L2PPi
             pipe.check_size(values["height"], values["width"])
             schedule(values["num_inference_steps"], values["denoising_strength"], values["shift"])
             solver(values["sampler"])
+            check_shortcuts(*(values.get(name, getattr(Picture, name)) for name in ("cfg_truncation", "cache_threshold")))
             usable_device(values["rand_device"])
             if not 0 <= values["seed"] <= 2**64 - count:
                 raise ValueError(f"seed is {values['seed']}; expected a whole number from 0 to 2^64 - 1")
@@ -236,10 +237,12 @@ def is_drawn(output: Path, wanted: dict) -> bool:
             settings = dict(json.loads(there.info[PNG_KEY]))
     except (OSError, KeyError, ValueError, TypeError):
         raise ValueError(f"{output} exists and was not drawn by l2p; give another --output, or --overwrite") from None
+    lacking = {each.name: each.default for each in fields(Picture) if each.default is not MISSING}  # in files of before they were settings
     for name in {**wanted, **settings}:
-        if wanted.get(name) != settings.get(name):
-            raise ValueError(f"{output} exists, drawn with other settings ({name} {settings.get(name)!r}, now "
-                             f"{wanted.get(name)!r}); give another --output, or --overwrite")
+        was, now = (each.get(name, lacking.get(name)) for each in (settings, wanted))
+        if was != now:
+            raise ValueError(f"{output} exists, drawn with other settings ({name} {was!r}, now {now!r}); give another --output, or "
+                             "--overwrite")
     return True
 
 

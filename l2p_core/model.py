@@ -87,9 +87,11 @@ class L2PTransformer(nn.Module):
         before = x if cache else None
         for block in self.layers:
             x = block(x, rope, x_mask, time)
-            if cache and block is self.layers[0] and (known := cache.recall(before, x)) is not None:
-                x = known
-                break
+            if cache and block is self.layers[0]:
+                known, before = cache.recall(before, x), None
+                if known is not None:
+                    x = known
+                    break
         else:
             if cache:
                 cache.note(x)

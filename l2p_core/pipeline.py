@@ -14,7 +14,7 @@ from .checkpoint import check, load_model
 from .image import check_size, to_mask, to_pictures, to_pixels
 from .layout import Layout, read_layout
 from .model import L2PTransformer
-from .sampler import Callback, guided_velocity, keeping, schedule, solver
+from .sampler import Callback, check_shortcuts, guided_velocity, keeping, schedule, solver
 from .stages import SQUEEZED, STAGE_STRENGTH, Stage, enlarge, in_windows, misfit, plan_stages
 from .text import TextEncoder, find_encoder
 
@@ -62,7 +62,7 @@ class L2PPipeline:
         one after another, 0 for the whole at once; by default large pictures are cut. The picture is the same.
         offload: keep the model's weights in the CPU's memory, and on the device only the block that computes and the next.
         batch_guidance: run both passes of a guided step as one of twice the batch. compile_blocks: with torch.compile, which takes
-        a while at the first picture of each size.
+        a while at the first pictures.
         Raises CheckpointError where the checkpoint can't be used, and ValueError for a tile below 0."""
         if decoder_tile is not None and decoder_tile < 0:
             raise ValueError(f"decoder_tile is {decoder_tile}; expected a side in pixels, or 0 for the whole at once")
@@ -152,12 +152,13 @@ class L2PPipeline:
         trained size: squeezed, windows or whole, see `plan_stages`.
         cfg_truncation: how far on the way from noise, 0, to picture, 1, guidance goes; the rest takes half the time.
         cache_threshold: above 0, take all layers but the first to add what they last added where the first changes by no more
-        than this share. Not in windows.
+        than this share, in the mean over the batch. Not in windows.
         callback: called before each step with the steps done, all steps, and the picture as it now looks to come out,
         (B, 3, H, W) in about [-1, 1]; raise from it to stop. bf16_rounding: round times and the input picture as the
         published pipeline does.
         Raises ValueError for sizes, counts and options that do not fit."""
         solve = solver(sampler)
+        check_shortcuts(cfg_truncation, cache_threshold)
         if inpaint_mask is not None and input_image is None:
             raise ValueError("an inpaint_mask came without an input_image; give the picture whose pixels are to be kept")
         if (prompt is None) == (prompt_embeds is None):

@@ -32,17 +32,14 @@ def shifted(even: Tensor, shift: float | Tensor) -> Tensor:
 
 
 def guided_velocity(model: L2PTransformer, captions: list[Tensor], negatives: list[Tensor], scale: float,
-                    bf16_rounding: bool = False, truncation: float = 1.0, together: bool = False,
+                    bf16_rounding: bool = False, cfg_truncation: float = 1.0, batch_guidance: bool = False,
                     cache_threshold: float = 0.0) -> Velocity:
     """The model's velocity with classifier-free guidance: negative + scale * (positive - negative), in its own dtype.
 
     captions, negatives: one (L, cap_feat_dim) for each picture. scale: 1 leaves the negatives out and takes one pass a
     step. bf16_rounding: round the time as the published bfloat16 pipeline does, which moves it by up to 0.003.
-    truncation: no guidance where 1 - sigma is above this. together: both passes as one of twice the batch.
-    cache_threshold: above 0, leave out layers as `StepCache` says; such a velocity is of one sampling.
-    Raises ValueError for a truncation outside 0..1 or a threshold below 0."""
-    if not 0 <= truncation <= 1 or not 0 <= cache_threshold < math.inf:
-        raise ValueError(f"cfg_truncation is {truncation} and cache_threshold {cache_threshold}; expected a share from 0 to 1, and 0 or more")
+    cfg_truncation: see `is_guided`. batch_guidance: both passes as one of twice the batch.
+    cache_threshold: above 0, leave out layers as `StepCache` says; such a velocity is of one sampling."""
     caches = {name: StepCache(cache_threshold) if cache_threshold else None for name in ("positive", "negative", "both")}
 
     def velocity(x: Tensor, sigma: float) -> Tensor:
@@ -52,15 +49,26 @@ def guided_velocity(model: L2PTransformer, captions: list[Tensor], negatives: li
             t = torch.tensor(1 - sigma, dtype=torch.float32)
         t = t.to(x.device).expand(len(x))
         image = x.to(model.dtype)
-        if scale == 1 or 1 - sigma > truncation:
+        if not is_guided(sigma, scale, cfg_truncation):
             return -model(image, t, captions, caches["positive"]).float()
-        if together:
+        if batch_guidance:
             positive, negative = model(image.repeat(2, 1, 1, 1), t.repeat(2), [*captions, *negatives], caches["both"]).chunk(2)
         else:
             positive = model(image, t, captions, caches["positive"])
             negative = model(image, t, negatives, caches["negative"])
         return -(negative + scale * (positive - negative)).float()
     return velocity
+
+
+def is_guided(sigma: float, scale: float, truncation: float) -> bool:
+    """Whether a step has guidance: not at scale 1, nor where 1 - sigma is above the truncation."""
+    return scale != 1 and 1 - sigma <= truncation
+
+
+def check_shortcuts(cfg_truncation: float, cache_threshold: float) -> None:
+    """Raise ValueError for a truncation outside 0..1 or a threshold below 0."""
+    if not 0 <= cfg_truncation <= 1 or not 0 <= cache_threshold < math.inf:
+        raise ValueError(f"cfg_truncation is {cfg_truncation} and cache_threshold {cache_threshold}; expected a share from 0 to 1, and 0 or more")
 
 
 def keeping(velocity: Velocity, mask: Tensor, picture: Tensor, noise: Tensor) -> Velocity:

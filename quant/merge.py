@@ -26,7 +26,7 @@ def merge(trained: Path | list[Path], base: Path | list[Path], output: Path, dty
     tensors = whole.tensors | fitting(part, whole, skip or [])
     note_left_out(whole)
     write(output, arrange(tensors, whole.naming, whole.prefix, dtype and DTYPES[dtype]), [part, whole], "l2p merge",
-          {"dtype": dtype, "skip": skip or []}, modelspec(whole), progress)  # what the part lacks, such as the model's size
+          {"dtype": dtype, "skip": skip or []}, modelspec(whole) | modelspec(part), progress)
 
 
 def fitting(part: Layout, whole: Layout, skip: list[str]) -> dict[str, Source]:

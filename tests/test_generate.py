@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from comfyui_l2p.l2p_core import generate as generate_module
 from comfyui_l2p.l2p_core.cli import main
-from comfyui_l2p.l2p_core.generate import hash_files, open_picture, read_rows
+from comfyui_l2p.l2p_core.generate import hash_files, open_picture, read_rows, save
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL, L2PPipeline
 
 FEW = ["--steps", "2", "--height", "32", "--width", "32", "--device", "cpu"]
@@ -133,6 +133,17 @@ def test_pictures_of_other_settings_are_not_taken_for_these(tmp_path, capsys):
     assert "was not drawn by l2p" in capsys.readouterr().err
 
 
+def test_pictures_of_before_a_setting_was_one_are_taken_for_these(tmp_path, capsys):
+    out = tmp_path / "out.png"
+    assert main(["generate", "a circle", "-o", str(out), *FEW]) == 0
+    older = {name: value for name, value in settings(out).items() if name not in ("cfg_truncation", "cache_threshold")}
+    assert len(older) == len(settings(out)) - 2
+    save(Image.open(out).copy(), out, older)
+    assert main(["generate", "a circle", "-o", str(out), *FEW]) == 0
+    assert main(["generate", "a circle", "-o", str(out), "--cfg-truncation", "0.5", *FEW]) == 1
+    assert "drawn with other settings (cfg_truncation 1.0, now 0.5)" in capsys.readouterr().err
+
+
 def test_a_failing_write_leaves_nothing(tmp_path, monkeypatch, capsys):
     def full(self, path, *_, **__):
         path.write_bytes(b"half")
@@ -221,7 +232,8 @@ def test_prompt_files_that_can_not_be_read_are_named(tmp_path, name, content, sa
 @pytest.mark.parametrize("content, said", [
     ("prompt,file_name\na,../x\n", "leads out of"), ("prompt,file_name\na,x\nb,x.png\n", "the same file_name"),
     ("prompt,seed\na,many\n", "seed is 'many'; expected a whole number"), ("prompt,height\na,50\n", "height is 50"),
-    ("prompt,seed\na,1.5\n", "seed is '1.5'"),
+    ("prompt,seed\na,1.5\n", "seed is '1.5'"), ("prompt,cfg_truncation\na,1\nb,1.5\n", "prompt 2: cfg_truncation is 1.5"),
+    ("prompt,cache_threshold\na,-1\n", "cache_threshold -1.0"),
 ])
 def test_rows_that_make_no_sense_are_refused_before_drawing(tmp_path, capsys, content, said):
     (tmp_path / "p.csv").write_text(content)

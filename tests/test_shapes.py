@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file
+from torch.utils._pytree import tree_leaves
 
 from comfyui_l2p.l2p_core.cli import main
 from comfyui_l2p.l2p_core.shapes import train as recipe
@@ -73,7 +74,7 @@ def test_captions_and_contact_sheet():
     assert contact_sheet(pictures([scene] * 7), [scene.caption()] * 7).size == (6 * (SIZE + 8), 2 * (SIZE + 58))
 
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "shapes.toml"
+SETTINGS = Path(recipe.__file__).with_name("shapes.toml")
 
 
 def test_the_recipe_makes_a_model_and_goes_on_bit_for_bit(tmp_path, monkeypatch):
@@ -86,15 +87,26 @@ def test_the_recipe_makes_a_model_and_goes_on_bit_for_bit(tmp_path, monkeypatch)
         (tmp_path / folder).mkdir(exist_ok=True)
         monkeypatch.chdir(tmp_path / folder)
         flags = ["--batch", "2", "--save-every", "2", "--sample-every", "4", "--sample-steps", "2", "--device", "cpu", "--schedule", "constant"]
-        assert main(["train", str(EXAMPLE), *flags, "--steps", str(steps)]) == 0
+        assert main(["train", str(SETTINGS), *flags, "--steps", str(steps)]) == 0
         return tmp_path / folder / "shapes" / "run" / f"step-{steps}.safetensors"
     whole = load_file(run("whole", 4))
     run("halves", 2)
     found = load_file(run("halves", 4))
     assert whole.keys() == found.keys() == load_file(tmp_path / "whole/shapes/init/transformer.safetensors").keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
+    one, other = (tree_leaves(torch.load(tmp_path / folder / "shapes/run/resume.pt")) for folder in ("whole", "halves"))
+    assert len(one) == len(other) > 500, "the optimizers' state and the guide are there too"
+    assert all(torch.equal(*pair) if isinstance(pair[0], torch.Tensor) else pair[0] == pair[1] for pair in zip(one, other))
     assert (tmp_path / "whole/shapes/run/samples/step-0000004.json").read_text().startswith('{"right": 0')
     picture = tmp_path / "out.png"
     assert main(["generate", "a red circle", "--checkpoint", str(tmp_path / "whole/shapes/run/step-4.safetensors"), "--text-encoder",
-                 str(tmp_path / "whole/shapes/init"), "--steps", "1", "--width", "96", "--height", "96", "-o", str(picture)]) == 0
-    assert picture.exists()
+                 str(tmp_path / "whole/shapes/init"), "--steps", "1", "-o", str(picture)]) == 0
+    assert Image.open(picture).size == (SIZE, SIZE), "step files say what size they draw"
+
+
+def test_the_recipe_overwrites_nothing_of_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.safetensors").write_bytes(b"precious")
+    assert main(["train", str(SETTINGS), "--checkpoint", "mine.safetensors"]) == 1
+    assert "mine.safetensors is there and shapes/pictures is not" in capsys.readouterr().err
+    assert (tmp_path / "mine.safetensors").read_bytes() == b"precious" and len(list(tmp_path.iterdir())) == 1

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from comfyui_l2p.l2p_core import L2PPipeline
+from comfyui_l2p.l2p_core.model import Block
 from comfyui_l2p.l2p_core.sampler import guided_velocity, schedule
 from comfyui_l2p.l2p_core.step_cache import StepCache
 
@@ -89,6 +90,18 @@ def test_in_windows_nothing_is_cached(pipe, passes):
     pipe(PROMPT, height=192, width=96, stages=2, redraw="windows", cache_threshold=1e9, **SETTINGS)
     first_stage, windows = 8, 2 * 3  # one step of the second stage, in three windows
     assert passes == [first_stage + windows, 2 + windows]
+
+
+def test_compiled_blocks_draw_the_same(pipe, monkeypatch):
+    """Traced by torch's compiler, without the machine code, which takes a C++ compiler and minutes."""
+    compiled = []
+
+    def trace(block):
+        compiled.append(block)
+        torch.nn.Module.compile(block, backend="aot_eager")
+    monkeypatch.setattr(Block, "compile", trace, raising=False)
+    found = L2PPipeline.from_pretrained(device="cpu", torch_dtype=torch.float32, compile_blocks=True)(PROMPT, **SETTINGS)
+    assert len(compiled) == 6 and apart(found, pipe(PROMPT, **SETTINGS)) <= 1
 
 
 @pytest.mark.parametrize("settings", [{"cfg_truncation": 1.1}, {"cfg_truncation": -0.1}, {"cache_threshold": -1.0},

@@ -45,12 +45,12 @@ def synthesize(latent, tmp_path, *more):
 def test_a_folder_to_train_on(latent, tmp_path):
     assert synthesize(latent, tmp_path, "--batch", "3") == 0
     samples = read_samples(tmp_path / "data", None, 64 * 64, 16)
-    assert [(sample.file.name, sample.caption, sample.seed) for sample in samples] == [
+    assert [(sample.file.name, sample.captions[0], sample.seed) for sample in samples] == [
         ("000000-0.png", "a red circle", 7), ("000000-1.png", "a red circle", 8),
         ("000001-0.png", "a blue star, small", 9), ("000001-1.png", "a blue star, small", 10)]
     pipe = diffusers.ZImagePipeline.from_pretrained(latent, torch_dtype=torch.bfloat16)
     for sample in samples:
-        wanted = pipe(sample.caption, height=64, width=64, num_inference_steps=2, guidance_scale=0.0,
+        wanted = pipe(sample.captions[0], height=64, width=64, num_inference_steps=2, guidance_scale=0.0,
                       generator=torch.Generator().manual_seed(sample.seed)).images[0]
         difference = np.abs(np.asarray(Image.open(sample.file), dtype=int) - np.asarray(wanted, dtype=int))
         assert difference.mean() < 2, "alone and in a batch differ by bfloat16's rounding"

@@ -1,5 +1,6 @@
-"""The recipe of the small model, from nothing: `l2p train examples/shapes.toml`"""
+"""The recipe of the small model, from nothing: `l2p train l2p_core/shapes/shapes.toml`"""
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from ..sampler import shifted
 from ..text import TEMPLATE, TextEncoder
 from ..train.config import TrainConfig
 from ..train.data import Batch
-from ..train.trainer import Run, put_in
+from ..train.trainer import Run, swapped_weights
 from .pictures import SIZE, Scene, draw, scenes, test_scenes, training_scenes
 from .score import draw as draw_all
 from .score import score
@@ -161,7 +162,7 @@ def as_matrix(weight: torch.Tensor) -> torch.Tensor:
     return weight if weight.dim() == 2 else weight.permute(0, 2, 3, 1).flatten(1)  # a view, as channels lie last
 
 
-class Together(torch.optim.Optimizer):
+class CombinedOptimizer(torch.optim.Optimizer):
     """Several optimizers as one."""
 
     def __init__(self, *each: torch.optim.Optimizer):
@@ -205,21 +206,23 @@ def make_files(checkpoint: Path, data: Path, seed: int) -> None:
     known = training_scenes()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        make_text_encoder(checkpoint.parent, sorted({caption for scene in scenes() for caption in captions(scene)}))
+        make_text_encoder(checkpoint.parent, sorted({caption for scene in scenes() for caption in captions_of(scene)}))
         model = L2PTransformer(CONFIG)
         initialise(model)
-    save_file(model.state_dict(), checkpoint, metadata={
-        "format": "pt", "modelspec.title": "L2P shapes", "modelspec.resolution": f"{SIZE}x{SIZE}", "modelspec.license": "Apache-2.0"})
-    (data / "images").mkdir(parents=True, exist_ok=True)
+    unfinished = data.with_name(f"{data.name}.part")
+    (unfinished / "images").mkdir(parents=True, exist_ok=True)
     rows = []
     for number, scene in enumerate(known):
-        rows.append({"file_name": f"{number:04d}.png", "text": captions(scene)})
-        draw(scene).save(data / "images" / rows[-1]["file_name"])
-    with whole(data / "metadata.jsonl") as part:  # last, for it says that all is there
-        part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        rows.append({"file_name": f"{number:04d}.png", "text": captions_of(scene)})
+        draw(scene).save(unfinished / "images" / rows[-1]["file_name"])
+    (unfinished / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with whole(checkpoint) as part:
+        save_file(model.state_dict(), part, metadata={
+            "format": "pt", "modelspec.title": "L2P shapes", "modelspec.resolution": f"{SIZE}x{SIZE}", "modelspec.license": "Apache-2.0"})
+    unfinished.rename(data)
 
 
-def captions(scene: Scene) -> list[str]:
+def captions_of(scene: Scene) -> list[str]:
     """What a picture is called, as often as it should be: one time in ten without the size, and one without the place."""
     return [scene.caption()] * 8 + [scene.caption(with_size=False), scene.caption(with_place=False)]
 
@@ -231,7 +234,7 @@ class ScoredRun(Run):
         super().draw()
         if self.main and self.config.sample_every and self.step:
             tests = test_scenes(SCORED)
-            with self.autocast(), put_in(self.trained, self.mean):
+            with self.autocast(), swapped_weights(self.trained, self.ema):
                 pictures = draw_all(self.pipe, [scene.caption() for scene in tests], progress=False,
                                     height=SIZE, width=SIZE, num_inference_steps=16, sampler="ab2", shift=2.0)
             self.pipe.unload_text_encoder()
@@ -242,20 +245,24 @@ class ShapesRun(ScoredRun):
     """From nothing to a model that draws, with all that such a run begins with."""
 
     def __init__(self, config: TrainConfig, progress: bool):
-        if not (Path(config.data) / "metadata.jsonl").exists():
-            make_files(Path(config.checkpoint), Path(config.data), config.seed)
+        checkpoint, data = Path(config.checkpoint), Path(config.data)
+        if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+            raise ValueError(f"the recipe of the shapes is for one process, and here are {processes}")
+        if checkpoint.exists() != data.exists():
+            there, missing = (checkpoint, data) if checkpoint.exists() else (data, checkpoint)
+            raise ValueError(f"{there} is there and {missing} is not; the recipe makes both or neither. Take it away, or give others")
+        if not data.exists():
+            make_files(checkpoint, data, config.seed)
         super().__init__(config, progress)
-        if self.accelerator.num_processes > 1:
-            raise ValueError(f"the recipe of the shapes is for one process, and here are {self.accelerator.num_processes}")
 
-    def make_optimizer(self) -> Together:
+    def make_optimizer(self) -> CombinedOptimizer:
         """Muon for the blocks' matrices and the decoder's convolutions, AdamW for all else; slower in the decoder, where a gate
         makes much of little."""
         model = self.pipe.transformer.to(memory_format=torch.channels_last)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             self.guide = Guide(model).to(self.device)
-        self.lasting |= {f"guide.{name}": parameter for name, parameter in self.guide.named_parameters()}
+        self.saved_tensors |= {f"guide.{name}": parameter for name, parameter in self.guide.named_parameters()}
         matrices, convolutions, outside, rest = [], [], [], [*self.guide.parameters()]
         for name, parameter in self.trained.items():
             if name.startswith("local_decoder."):
@@ -263,7 +270,7 @@ class ShapesRun(ScoredRun):
             else:
                 (matrices if ".attention.to_" in name or ".feed_forward." in name else rest).append(parameter)
         decay = self.config.weight_decay
-        return Together(
+        return CombinedOptimizer(
             Muon(matrices, 1.5, decay), Muon(convolutions, 1.0, decay),
             torch.optim.AdamW([{"params": rest}, {"params": outside, "rate_factor": 0.25}], betas=(0.9, 0.99), weight_decay=decay))
 

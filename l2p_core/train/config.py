@@ -31,7 +31,7 @@ class TrainConfig:
 
     freeze: str = knob("5:-5", "main layers that stay as they are, as a Python slice; '' trains everything")
     recipe: str = knob("", "another way to train: module:Class, of a subclass of trainer.Run, such as the small model's own in "
-                       "examples/shapes.toml")
+                       "l2p_core/shapes/shapes.toml")
     lora_rank: int = knob(0, "train a LoRA of this rank on the main layers' attention, feed-forward and adaLN; all weights stay frozen. 0: "
                          "train the weights")
     noise: str = knob("auto", "paired: each picture meets the noise of its own seed each time, as published at 1K; random; "

@@ -14,7 +14,7 @@ from ..model import L2PTransformer
 from ..text import MAX_TOKENS
 from .config import TrainConfig
 from .loss import flow_matching_loss
-from .trainer import compute_dtype, make_optimizer, prepare
+from .trainer import compute_dtype, make_optimizer, prepare, trained_of
 
 HOST = "meta"  # stands for the memory beside the device's
 
@@ -24,7 +24,9 @@ def estimate(config: TrainConfig) -> dict[str, int]:
     in the CPU's memory, where a GPU's is meant by the rest.
 
     Reads the checkpoint's header alone, and neither the data nor the text encoder: pictures are of `height` x `width`, or of the
-    checkpoint's trained size; captions of 512 tokens. Raises CheckpointError."""
+    checkpoint's trained size; captions of 512 tokens. Raises CheckpointError, and ValueError where `shard` is set."""
+    if config.shard:
+        raise ValueError(f"shard is {config.shard}, and what is counted is a process that holds everything; leave shard out")
     layout = read_layout(Path(config.checkpoint))
     check(layout)
     height, width = (config.height, config.width) if config.height else layout.trained_size
@@ -33,7 +35,7 @@ def estimate(config: TrainConfig) -> dict[str, int]:
         model = L2PTransformer(layout.config).to(dtype)
     prepare(model, config)
     with shapes_only(model), Meter(elsewhere=HOST) as meter:
-        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        trained = trained_of(model)
         optimizer = make_optimizer(trained, replace(config, optimizer="adamw"), HOST)  # bitsandbytes' looks at numbers
         picture = torch.empty(config.batch, 3, height, width)
         captions = [torch.empty(MAX_TOKENS, layout.config.cap_feat_dim, dtype=dtype) for _ in range(config.batch)]
@@ -59,7 +61,7 @@ def estimate(config: TrainConfig) -> dict[str, int]:
         state = sum(state_in_8_bits(parameter.numel()) for parameter in trained.values())
     learned = bytes_of(trained.values())
     parts = {"weights that are trained": learned, "frozen weights": bytes_of(model.state_dict().values()) - learned,
-             **({"mean of the trained weights": 4 * sum(each.numel() for each in trained.values())} if config.ema else {}),
+             **({"ema of the trained weights": 4 * sum(each.numel() for each in trained.values())} if config.ema else {}),
              "gradients": gradients, "optimizer state": 0 if config.offload_state else state, "activations and what passes": passing}
     beside = {"in the CPU's memory": state} if config.offload_state else {}
     return {**parts, "in all": sum(parts.values()), **beside}

@@ -22,6 +22,13 @@ def shard(model: L2PTransformer, device: torch.device, weights: bool) -> None:
         fully_shard(part, mesh=mesh, reshard_after_forward=weights)
 
 
+def reshard(model: torch.nn.Module) -> None:
+    """Let go of the whole weights that a pass without a backward one has left; nothing where the model is not split."""
+    for part in model.modules():
+        if hasattr(part, "reshard"):
+            part.reshard()
+
+
 def is_split(value: object) -> bool:
     return hasattr(value, "full_tensor")
 
@@ -37,9 +44,9 @@ def gather(tree: object, keep: bool) -> object:
     return tree_map(whole, tree)
 
 
-def as_split_as(like: Tensor, value: Tensor) -> Tensor:
-    """A whole tensor in the way that another of its shape is split, or as it is."""
-    if not is_split(like) or value.shape != like.shape:
+def as_split_as(like: Tensor, value: object) -> object:
+    """A whole tensor in the way that another of its shape is split; anything else as it is."""
+    if not is_split(like) or not isinstance(value, Tensor) or value.shape != like.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(value.to(like.device, like.dtype), like.device_mesh, like.placements)

@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from ..ahead import ahead
+from ..checkpoint import load_model
 from ..header import CheckpointError, whole
 from ..model import L2PTransformer
 from ..pipeline import L2PPipeline
@@ -35,7 +36,7 @@ from .data import Batch, Batches, Encodings, read_samples
 from .loss import flow_matching_loss
 from .memory import FrugalAdamW, quantize_frozen
 from .record import Log, Row, draw_curve, show_samples
-from .shard import as_split_as, gather, shard
+from .shard import as_split_as, gather, is_split, reshard, shard
 
 # What may change when a run goes on; all else decides what it learns.
 FREE = ("steps", "save_every", "keep", "sample_every", "sample_prompts", "sample_steps", "device", "cache", "checkpointing",
@@ -83,6 +84,9 @@ class Run:
             raise ValueError(f"step_in_backward is for one process, and here are {self.accelerator.num_processes}; leave it off")
         if config.shard and self.accelerator.num_processes == 1:
             raise ValueError(f"shard is {config.shard}, and there is one process; start several by accelerate launch, or leave it off")
+        if self.accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
+            raise ValueError(f"accelerate is set up for {self.accelerator.distributed_type.value}; set it up for several processes alone, "
+                             "and split the model by shard")
         self.progress = progress and self.main
         check_run(self.output, config)
         self.pipe = L2PPipeline.from_pretrained(config.checkpoint, config.text_encoder or None, config.tokenizer or None,
@@ -103,15 +107,19 @@ class Run:
         self.batches = Batches(samples, self.encodings, config, layout.config.patch_size, self.accelerator.num_processes,
                                self.accelerator.process_index)
 
+        if config.shard:
+            self.pipe.transformer = load_model(layout, "cpu", self.dtype)  # the device gets its part of each block
         self.trained = prepare(self.pipe.transformer, config)
         if config.shard:
             shard(self.pipe.transformer, self.device, weights=config.shard == "all")
             self.trained = trained_of(self.pipe.transformer)
-        self.mean = {name: parameter.detach().float().clone() for name, parameter in self.trained.items()} if config.ema else {}
-        self.lasting = self.trained | {f"mean.{name}": tensor for name, tensor in self.mean.items()}
+        self.ema = {name: parameter.detach().float().clone() for name, parameter in self.trained.items()} if config.ema else {}
+        self.saved_tensors = self.trained | {f"ema.{name}": tensor for name, tensor in self.ema.items()}
         optimizer = self.make_optimizer()
         resume = self.output / "resume.pt"
-        self.step = self.saved = load(resume, self.lasting, optimizer) if resume.exists() else 0
+        self.step = self.saved = load(resume, self.saved_tensors, optimizer) if resume.exists() else 0
+        if len(set(self.accelerator.gather(torch.tensor([self.step], device=self.device)).tolist())) > 1:
+            raise ValueError(f"not all processes find the run in {self.output}, or not the same; give a folder that all machines share")
         self.model, self.optimizer = self.pipe.transformer, self.accelerator.prepare(optimizer, device_placement=[False])
         if not config.shard:
             self.model = self.accelerator.prepare(self.model)
@@ -120,7 +128,7 @@ class Run:
             (self.output / "config.toml").write_text(to_toml(config), encoding="utf-8")
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """For `trained`, and for what else the loss trains: that goes into `lasting`, by name, to be there when a run goes on."""
+        """For `trained`, and for what else the loss trains: that goes into `saved_tensors`, by name, to be there when a run goes on."""
         return make_optimizer(self.trained, self.config)
 
     def batch(self, number: int) -> Batch:
@@ -183,7 +191,7 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        for name, mean in self.mean.items():
+        for name, mean in self.ema.items():
             mean.lerp_(self.trained[name].detach().float(), 1 - min(config.ema, self.step / (9 + self.step)))
         return asked > 0
 
@@ -192,10 +200,10 @@ class Run:
 
     def save(self) -> None:
         """The step file, and the state to go on from."""
-        state = {"step": self.step, "tensors": gather(self.lasting, self.main), "optimizer": gather(self.optimizer.state_dict(), self.main)}
+        state = {"step": self.step, "tensors": gather(self.saved_tensors, self.main), "optimizer": gather(self.optimizer.state_dict(), self.main)}
         if self.main:
-            learned = {name: state["tensors"][f"mean.{name}" if self.mean else name] for name in self.trained}
-            save_step(self.output, self.step, learned, self.dtype, self.config)
+            learned = {name: state["tensors"][f"ema.{name}" if self.ema else name] for name in self.trained}
+            save_step(self.output, self.step, learned, self.dtype, self.config, self.pipe.layout.trained_size)
             with whole(self.output / "resume.pt") as part:
                 torch.save(state, part)
             draw_curve([(row.step, row.loss) for row in self.log.rows], self.output / "loss.png")
@@ -206,9 +214,10 @@ class Run:
         if not self.config.sample_every or not (self.main or self.config.shard):  # a split model draws in all processes
             return
         height, width = self.sample_size
-        with self.autocast(), put_in(self.trained, self.mean):
+        with self.autocast(), swapped_weights(self.trained, self.ema):
             drawn = [self.pipe(prompt_embeds=self.encodings[prompt], negative_prompt_embeds=self.encodings[""], height=height, width=width,
                                seed=seed, num_inference_steps=self.config.sample_steps or None) for seed, prompt in enumerate(self.prompts)]
+            reshard(self.model)
         if self.main:
             show_samples(drawn, self.output, self.step)
 
@@ -300,11 +309,13 @@ def step_file(output: Path, step: int) -> Path:
     return output / f"step-{step}.safetensors"
 
 
-def save_step(output: Path, step: int, trained: dict[str, nn.Parameter], dtype: torch.dtype, config: TrainConfig) -> None:
+def save_step(output: Path, step: int, trained: dict[str, nn.Parameter], dtype: torch.dtype, config: TrainConfig,
+              size: tuple[int, int]) -> None:
     """Write step-N.safetensors and take away those that are more than `config.keep` behind."""
     with whole(step_file(output, step)) as part:
         save_file({saved_name(name): parameter.detach().to("cpu", dtype).contiguous() for name, parameter in trained.items()}, part,
-                  metadata={"format": "pt", "l2p.step": str(step), "l2p.config": to_toml(config)})
+                  metadata={"format": "pt", "l2p.step": str(step), "l2p.config": to_toml(config),
+                            "modelspec.resolution": f"{size[1]}x{size[0]}"})
     numbers = sorted(int(file.stem[5:]) for file in output.glob("step-*.safetensors") if file.stem[5:].isdigit())
     for number in numbers[:-config.keep] if config.keep else []:
         step_file(output, number).unlink()
@@ -313,29 +324,35 @@ def save_step(output: Path, step: int, trained: dict[str, nn.Parameter], dtype: 
 def load(file: Path, tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
     """Put a saved state back and return its step. Raises CheckpointError where it can't be read."""
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=any(map(is_split, tensors.values())))
         step = state["step"]
         for name, tensor in tensors.items():
             tensor.data.copy_(as_split_as(tensor, state["tensors"][name]))
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for number, its in state["optimizer"].get("state", {}).items():  # split before the optimizer takes them to the device
+            its.update({name: as_split_as(parameters[number], value) for name, value in its.items()})
         optimizer.load_state_dict(state["optimizer"])
-        for parameter, its in optimizer.state.items():
-            its.update({name: as_split_as(parameter, value) for name, value in its.items() if isinstance(value, Tensor)})
     except Exception as error:  # whatever torch makes of a damaged file
         raise CheckpointError(f"{file} can't be read ({str(error).splitlines()[0]}). Take it away to start anew") from None
     return step
 
 
 @contextmanager
-def put_in(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> Iterator[None]:
+def swapped_weights(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> Iterator[None]:
     """Within it the parameters have these values, as far as there are some."""
-    before = {name: parameters[name].detach().clone() for name in values}
+    def put(parameter: nn.Parameter, value: Tensor) -> None:
+        if is_split(parameter):  # the place is known elsewhere
+            parameter.data.copy_(value)
+        else:
+            parameter.data = value.to(parameter.dtype)
+    before = {name: parameters[name].data.clone() if is_split(parameters[name]) else parameters[name].data for name in values}
     try:
         for name, value in values.items():
-            parameters[name].data.copy_(value)
+            put(parameters[name], value)
         yield
     finally:
         for name, value in before.items():
-            parameters[name].data.copy_(value)
+            put(parameters[name], value)
 
 
 @contextmanager
