@@ -2,7 +2,9 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -55,6 +57,12 @@ def regular_hadamard(size: int) -> torch.Tensor:
     while len(out) < size:
         out = torch.kron(out, four)
     return out / size**0.5
+
+
+def apart(one: Image.Image | np.ndarray, other: Image.Image | np.ndarray) -> int:
+    """The largest difference of two pictures, in levels. The same program run twice may differ by one: where a tensor happens to lie in
+    memory decides in which order some kernels add."""
+    return int(np.abs(np.asarray(one).astype(int) - np.asarray(other)).max())
 
 
 def rms(difference: torch.Tensor, reference: torch.Tensor) -> float:

@@ -13,6 +13,8 @@ from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
 from comfyui_l2p.l2p_core.sampler import euler, guided_velocity, schedule
 from comfyui_l2p.l2p_core.text import TextEncoder
 
+from helpers import apart
+
 PROMPT = "a large red circle on a blue background, left"
 FEW = {"num_inference_steps": 3, "height": 64, "width": 48}
 
@@ -40,7 +42,7 @@ def test_a_picture_is_what_the_parts_give_by_hand(pipe):
     noise = torch.randn((1, 3, 64, 48), generator=torch.Generator().manual_seed(7))
     by_hand = to_pictures(euler(velocity, noise, schedule(3)))[0]
     assert isinstance(drawn, Image.Image) and drawn.size == (48, 64)
-    assert drawn.tobytes() == by_hand.tobytes()
+    assert apart(drawn, by_hand) <= 1
 
 
 def test_defaults_are_the_checkpoints(pipe):
@@ -73,7 +75,7 @@ def test_num_images_draws_one_batch_from_one_seed(pipe):
     noise = torch.randn((2, 3, 64, 48), generator=torch.Generator().manual_seed(5))
     velocity = guided_velocity(pipe.transformer, [pipe.encode_prompt(PROMPT)] * 2, [pipe.encode_prompt("")] * 2, 2.0)
     by_hand = to_pictures(euler(velocity, noise, schedule(3)))
-    assert [picture.tobytes() for picture in pictures] == [picture.tobytes() for picture in by_hand]
+    assert max(apart(*pair) for pair in zip(pictures, by_hand, strict=True)) <= 1
     assert isinstance(pipe(PROMPT, num_images=1, seed=5, **FEW), list)
 
 
@@ -86,8 +88,8 @@ def test_encodings_serve_many_pictures_without_the_encoder(pipe):
     features, negative = pipe.encode_prompt(PROMPT), pipe.encode_prompt("")
     pipe.unload_text_encoder()
     reused = pipe(prompt_embeds=features, negative_prompt_embeds=negative, seed=3, **FEW)
-    assert reused.tobytes() == expected.tobytes() and "text_encoder" not in vars(pipe)
-    assert pipe(PROMPT, seed=3, **FEW).tobytes() == expected.tobytes() and "text_encoder" not in vars(pipe)
+    assert apart(reused, expected) <= 1 and "text_encoder" not in vars(pipe)
+    assert apart(pipe(PROMPT, seed=3, **FEW), expected) <= 1 and "text_encoder" not in vars(pipe)
     pipe("a prompt not seen before", seed=3, **FEW)
     assert "text_encoder" in vars(pipe)
 
@@ -102,7 +104,7 @@ def test_a_start_picture_shows_more_the_less_it_is_noised(pipe, photo):
     distances = [abs(levels(pipe(PROMPT, seed=1, input_image=photo, denoising_strength=strength, num_inference_steps=3))
                      - levels(photo)).mean() for strength in (0.02, 0.3, 1.0)]
     assert distances[0] < distances[1] < distances[2]
-    assert (pipe(PROMPT, seed=1, input_image=photo, **FEW).tobytes() == pipe(PROMPT, seed=1, **FEW).tobytes()), "at strength 1 none is left"
+    assert apart(pipe(PROMPT, seed=1, input_image=photo, **FEW), pipe(PROMPT, seed=1, **FEW)) <= 1, "at strength 1 none is left"
 
 
 @pytest.mark.parametrize("strength", [0.5, 1.0])
@@ -185,5 +187,5 @@ def test_a_checkpoint_that_can_not_be_used_is_refused_at_once(tiny_weights, writ
 
 def test_blocks_that_are_streamed_draw_the_same(pipe):
     streamed = L2PPipeline.from_pretrained(torch_dtype=torch.float32, offload=True, device="cpu")
-    assert streamed(PROMPT, seed=7, **FEW).tobytes() == pipe(PROMPT, seed=7, **FEW).tobytes()
+    assert apart(streamed(PROMPT, seed=7, **FEW), pipe(PROMPT, seed=7, **FEW)) <= 1
     assert all(hasattr(block, "_diffusers_hook") for block in streamed.transformer.layers)
