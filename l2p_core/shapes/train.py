@@ -18,7 +18,7 @@ from ..sampler import shifted
 from ..text import TEMPLATE, TextEncoder
 from ..train.config import TrainConfig
 from ..train.data import Batch
-from ..train.trainer import Run, swapped_weights
+from ..train.trainer import Run
 from .pictures import SIZE, Scene, draw, scenes, test_scenes, training_scenes
 from .score import draw as draw_all
 from .score import score
@@ -234,7 +234,7 @@ class ScoredRun(Run):
         super().draw()
         if self.main and self.config.sample_every and self.step:
             tests = test_scenes(SCORED)
-            with self.autocast(), swapped_weights(self.trained, self.ema):
+            with self.drawing():
                 pictures = draw_all(self.pipe, [scene.caption() for scene in tests], progress=False,
                                     height=SIZE, width=SIZE, num_inference_steps=16, sampler="ab2", shift=2.0)
             self.pipe.unload_text_encoder()

@@ -52,7 +52,8 @@ class Batch:
 def read_samples(folder: Path, fixed: tuple[int, int] | None, max_pixels: int, multiple: int, progress: bool = False) -> list[Sample]:
     """Every row of the folder's metadata as a sample, each picture read once to its end.
 
-    Columns: file_name or image; text or prompt, in JSON also a list of captions; seed may be left out. A name is looked for in the folder, then in images/.
+    Columns: file_name or image; text or prompt, in JSON also a list of captions; seed may be left out. A name is looked for in
+    the folder, then in images/.
     fixed: height and width for all. max_pixels, multiple: see `target_size`. Raises ValueError, which names what is wrong."""
     metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
     if metadata is None:

@@ -198,6 +198,13 @@ class Run:
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.mixed_precision == "bf16")
 
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Within it the pipeline draws as step files would."""
+        with self.autocast(), swapped_weights(self.trained, self.ema):
+            yield
+            reshard(self.model)
+
     def save(self) -> None:
         """The step file, and the state to go on from."""
         state = {"step": self.step, "tensors": gather(self.saved_tensors, self.main), "optimizer": gather(self.optimizer.state_dict(), self.main)}
@@ -214,10 +221,9 @@ class Run:
         if not self.config.sample_every or not (self.main or self.config.shard):  # a split model draws in all processes
             return
         height, width = self.sample_size
-        with self.autocast(), swapped_weights(self.trained, self.ema):
+        with self.drawing():
             drawn = [self.pipe(prompt_embeds=self.encodings[prompt], negative_prompt_embeds=self.encodings[""], height=height, width=width,
                                seed=seed, num_inference_steps=self.config.sample_steps or None) for seed, prompt in enumerate(self.prompts)]
-            reshard(self.model)
         if self.main:
             show_samples(drawn, self.output, self.step)
 
