@@ -45,17 +45,17 @@ class Latents:
 
     def __init__(self, pictures: Tensor):
         blocks = F.pixel_unshuffle(pictures, BLOCK).movedim(1, -1).flatten(0, 2)
-        self.ema = blocks.mean(0)
-        _, _, components = torch.linalg.svd((blocks - self.ema)[::7], full_matrices=False)
+        self.mean = blocks.mean(0)
+        _, _, components = torch.linalg.svd((blocks - self.mean)[::7], full_matrices=False)
         self.components = components[:CHANNELS]
-        self.scale = ((blocks - self.ema) @ self.components.T).std(0)
+        self.scale = ((blocks - self.mean) @ self.components.T).std(0)
 
     def encode(self, pictures: Tensor) -> Tensor:
         blocks = F.pixel_unshuffle(pictures, BLOCK).movedim(1, -1)
-        return ((blocks - self.ema) @ self.components.T / self.scale).movedim(-1, 1)
+        return ((blocks - self.mean) @ self.components.T / self.scale).movedim(-1, 1)
 
     def decode(self, latents: Tensor) -> Tensor:
-        blocks = latents.movedim(1, -1) * self.scale @ self.components + self.ema
+        blocks = latents.movedim(1, -1) * self.scale @ self.components + self.mean
         return F.pixel_shuffle(blocks.movedim(-1, 1), BLOCK)
 
 
