@@ -18,6 +18,7 @@ from .stages import REDRAWS, STAGE_STRENGTH
 def main(arguments: list[str] | None = None) -> int:
     """Run `l2p` with these arguments. Returns the exit status: 0 done, 1 refused with a message, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="l2p", description="Pictures from L2P checkpoints, straight to pixels.")
+    parser.set_defaults(when_full="Try --free-text-encoder, a smaller --batch or size, or the INT8 checkpoint")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_generate(commands)
     add_queue(commands)
@@ -37,8 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"l2p: {error}", file=sys.stderr)
         return 1
     except torch.OutOfMemoryError:
-        print("l2p: out of GPU memory. Try --free-text-encoder, a smaller --batch or size, or the INT8 checkpoint",
-              file=sys.stderr)
+        print(f"l2p: out of GPU memory. {args.when_full}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"l2p: stopped. {args.when_stopped}", file=sys.stderr)
@@ -351,7 +351,8 @@ def add_train(commands: argparse._SubParsersAction) -> None:
         else:
             sys.path.insert(0, "")  # a recipe may lie in the folder the program runs in
             print(train(read_config(args.config, flags)))
-    parser.set_defaults(run=run, when_stopped="All is saved; the same command goes on where this one ended")
+    parser.set_defaults(run=run, when_stopped="The same command goes on from the last save",
+                        when_full="docs/training.md, Memory, says which settings take less; --estimate counts them")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from comfyui_l2p.l2p_core.cli import main
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
 from comfyui_l2p.l2p_core.text import TextEncoder
-from comfyui_l2p.l2p_core.train.data import read_samples
+from comfyui_l2p.l2p_core.train.data import read_examples
 
 diffusers = pytest.importorskip("diffusers", minversion="0.36")
 
@@ -44,17 +44,17 @@ def synthesize(latent, tmp_path, *more):
 
 def test_a_folder_to_train_on(latent, tmp_path):
     assert synthesize(latent, tmp_path, "--batch", "3") == 0
-    samples = read_samples(tmp_path / "data", None, 64 * 64, 16)
-    assert [(sample.file.name, sample.captions[0], sample.seed) for sample in samples] == [
+    examples = read_examples(tmp_path / "data", None, 64 * 64, 16)
+    assert [(example.file.name, example.captions[0], example.seed) for example in examples] == [
         ("000000-0.png", "a red circle", 7), ("000000-1.png", "a red circle", 8),
         ("000001-0.png", "a blue star, small", 9), ("000001-1.png", "a blue star, small", 10)]
     pipe = diffusers.ZImagePipeline.from_pretrained(latent, torch_dtype=torch.bfloat16)
-    for sample in samples:
-        wanted = pipe(sample.captions[0], height=64, width=64, num_inference_steps=2, guidance_scale=0.0,
-                      generator=torch.Generator().manual_seed(sample.seed)).images[0]
-        difference = np.abs(np.asarray(Image.open(sample.file), dtype=int) - np.asarray(wanted, dtype=int))
+    for example in examples:
+        wanted = pipe(example.captions[0], height=64, width=64, num_inference_steps=2, guidance_scale=0.0,
+                      generator=torch.Generator().manual_seed(example.seed)).images[0]
+        difference = np.abs(np.asarray(Image.open(example.file), dtype=int) - np.asarray(wanted, dtype=int))
         assert difference.mean() < 2, "alone and in a batch differ by bfloat16's rounding"
-    assert len({Image.open(sample.file).tobytes() for sample in samples}) == 4
+    assert len({Image.open(example.file).tobytes() for example in examples}) == 4
 
 
 def test_a_stopped_run_goes_on(latent, tmp_path):

@@ -24,7 +24,7 @@ from comfyui_l2p.l2p_core.shapes.pictures import scenes
 from comfyui_l2p.l2p_core.text import TextEncoder
 from comfyui_l2p.l2p_core.train import record, trainer
 from comfyui_l2p.l2p_core.train.config import read_config, to_toml
-from comfyui_l2p.l2p_core.train.data import Batches, crop_and_resize, read_samples, target_size
+from comfyui_l2p.l2p_core.train.data import Batches, Example, crop_and_resize, plan_epoch, read_examples, target_size
 from comfyui_l2p.l2p_core.train.loss import draw_sigmas, flow_matching_loss
 from comfyui_l2p.quant.merge import merge
 
@@ -108,7 +108,7 @@ def test_a_lora_is_what_its_file_says(data):
     settings = config(data, lora_rank=4)
     model = load_model(CHECKPOINT, dtype=torch.float32)
     trained = trainer.prepare(model, settings)
-    trainer.load(data.parent / "run" / "resume.pt", trained, trainer.make_optimizer(trained, settings))
+    trainer.load(data.parent / "run" / "resume.pt", trained, trainer.make_optimizer(trained, settings), settings.batch)
     changed = load_model(CHECKPOINT, dtype=torch.float32)
     for target in targets:
         weight = changed.get_parameter(target.removeprefix("diffusion_model.") + ".weight")
@@ -175,10 +175,10 @@ def test_metadata_of_either_naming_is_read(data, columns, name):
             writer.writerows(rows)
         else:
             stream.writelines(json.dumps(row) + "\n" for row in rows)
-    samples = read_samples(data, None, 96 * 96, 16)
-    assert [sample.captions for sample in samples] == [(f"caption {number}, with a comma",) for number in range(6)]
-    assert [sample.seed for sample in samples] == (list(range(6)) if "seed" in columns else [None] * 6)
-    assert {sample.size for sample in samples} == {(96, 96), (64, 128)}
+    examples = read_examples(data, None, 96 * 96, 16)
+    assert [example.captions for example in examples] == [(f"caption {number}, with a comma",) for number in range(6)]
+    assert [example.seed for example in examples] == (list(range(6)) if "seed" in columns else [None] * 6)
+    assert {example.size for example in examples} == {(96, 96), (64, 128)}
 
 
 def test_faults_are_named_before_training(data):
@@ -197,8 +197,8 @@ def test_faults_are_named_before_training(data):
 
 
 def test_batches_hold_one_size_and_every_sample_once_an_epoch(data):
-    samples = read_samples(data, None, 96 * 96, 16)
-    batches = Batches(samples, {sample.captions[0]: torch.zeros(1, 1) for sample in samples}, config(data), 16)
+    examples = read_examples(data, None, 96 * 96, 16)
+    batches = Batches(examples, {example.captions[0]: torch.zeros(1, 1) for example in examples}, config(data), 16)
     assert batches.per_epoch == 3
     shapes = [batches[number].pictures.shape[-2:] for number in range(6)]
     assert sorted(shapes) == sorted([(96, 96), (96, 96), (64, 128)] * 2)
@@ -207,25 +207,46 @@ def test_batches_hold_one_size_and_every_sample_once_an_epoch(data):
     assert batches._epoch(0) != batches._epoch(3)
 
 
+@pytest.mark.parametrize("batch, processes, rows", [(1, 1, 8), (1, 4, 2), (2, 2, 3), (4, 1, 3)])
+def test_pictures_of_rare_sizes_share_a_step(batch, processes, rows):
+    """Five of one size and three of another: over four processes none is taken twice to fill a row."""
+    examples = [Example(Path(str(number)), ("",), None, (64, 64) if number < 5 else (64, 80)) for number in range(8)]
+    planned = plan_epoch(examples, batch, processes, seed=0, epoch=0)
+    assert len(planned) == rows and set(sum(planned, [])) == set(range(8))
+    for row in planned:
+        assert len(row) == batch * processes
+        for start in range(0, len(row), batch):
+            assert len({examples[index].size for index in row[start:start + batch]}) == 1
+
+
+def test_a_coarser_grid_makes_fewer_sizes(data):
+    for number in range(6):
+        Image.new("RGB", (96 + 3 * number, 96)).resize((96 + 16 * (number % 3), 96)).save(data / "images" / f"{number}.png")
+    assert {example.size for example in read_examples(data, None, 128 * 128, 16)} == {(96, 96), (96, 112), (96, 128)}
+    assert {example.size for example in read_examples(data, None, 128 * 128, 32)} == {(96, 96), (96, 128)}
+    with pytest.raises(ValueError, match="size_step is 24.*multiples of 16"):
+        trainer.train(config(data, size_step=24), progress=False)
+
+
 def test_paired_noise_is_that_of_the_samples_seed(data):
-    samples = read_samples(data, (96, 96), 0, 16)
-    captions = {sample.captions[0]: torch.zeros(1, 1) for sample in samples}
-    seeds = [samples[index].seed for index in Batches(samples, captions, config(data), 16)._epoch(0)[0]]
-    assert torch.equal(Batches(samples, captions, config(data), 16)[0].noise, draw_noise((2, 3, 96, 96), seeds))
-    loose = Batches(samples, captions, config(data, noise="random"), 16)
+    examples = read_examples(data, (96, 96), 0, 16)
+    captions = {example.captions[0]: torch.zeros(1, 1) for example in examples}
+    seeds = [examples[index].seed for index in Batches(examples, captions, config(data), 16)._epoch(0)[0]]
+    assert torch.equal(Batches(examples, captions, config(data), 16)[0].noise, draw_noise((2, 3, 96, 96), seeds))
+    loose = Batches(examples, captions, config(data, noise="random"), 16)
     assert not torch.equal(loose[0].noise, draw_noise((2, 3, 96, 96), seeds))
     assert torch.equal(loose[0].noise, loose[0].noise) and not torch.equal(loose[0].noise, loose[1].noise)
 
 
 def test_processes_share_a_batch(data):
-    samples = read_samples(data, (96, 96), 0, 16)
-    texts = ["", *(sample.captions[0] for sample in samples)]
+    examples = read_examples(data, (96, 96), 0, 16)
+    texts = ["", *(example.captions[0] for example in examples)]
     captions = {caption: torch.full((1, 1), float(number)) for number, caption in enumerate(texts)}
-    settings = config(data, noise="random", caption_dropout=0.5)
-    one = Batches(samples, captions, replace(settings, batch=4), 16)
-    two = [Batches(samples, captions, settings, 16, processes=2, rank=rank) for rank in range(2)]
+    settings = config(data, noise="random", caption_dropout=0.5, batch=1)
+    one = Batches(examples, captions, replace(settings, batch=2), 16)
+    two = [Batches(examples, captions, settings, 16, processes=2, rank=rank) for rank in range(2)]
     dropped = 0
-    for number in range(4):
+    for number in range(8):
         for name in ("pictures", "noise", "sigma"):
             assert torch.equal(torch.cat([getattr(each[number], name) for each in two]), getattr(one[number], name)), name
         assert [*two[0][number].captions, *two[1][number].captions] == one[number].captions
@@ -237,9 +258,9 @@ def test_one_of_a_pictures_captions_is_drawn_each_time(data):
     names = [["most", "most", "most", "some"], *(f"caption {number}" for number in range(1, 4))]
     (data / "metadata.csv").unlink()
     (data / "metadata.json").write_text(json.dumps([{"file_name": f"{number}.png", "text": text} for number, text in enumerate(names)]))
-    samples = read_samples(data, None, 96 * 96, 16)
-    assert samples[0].captions == ("most", "most", "most", "some")
-    batches = Batches(samples, {name: name for name in ("most", "some", *names[1:])}, config(data), 16)
+    examples = read_examples(data, None, 96 * 96, 16)
+    assert examples[0].captions == ("most", "most", "most", "some")
+    batches = Batches(examples, {name: name for name in ("most", "some", *names[1:])}, config(data), 16)
     drawn = Counter(caption for number in range(400) for caption in batches[number].captions)
     assert drawn["most"] + drawn["some"] == drawn["caption 1"] == 200
     assert 25 < drawn["some"] < 75
@@ -371,8 +392,38 @@ def test_a_run_that_goes_wrong_stops_at_the_last_good_state(data, monkeypatch, f
 
 def test_a_run_with_other_settings_is_not_gone_on_with(data):
     trainer.train(config(data, steps=1), progress=False)
-    with pytest.raises(ValueError, match="learning_rate 0.001, now 0.1"):
-        trainer.train(config(data, learning_rate=0.1), progress=False)
+    with pytest.raises(ValueError, match="weight_decay 0.01, now 0.1"):
+        trainer.train(config(data, weight_decay=0.1), progress=False)
+    with pytest.raises(ValueError, match="takes 2 pictures at once, now 4"):
+        trainer.train(config(data, batch=4), progress=False)
+    trainer.train(config(data, steps=2, learning_rate=1e-4), progress=False)
+    with (data.parent / "run" / "log.csv").open() as stream:
+        assert [float(row["learning_rate"]) for row in csv.DictReader(stream)] == pytest.approx([1e-3 / 3, 1e-4 / 3])
+
+
+def test_what_another_run_left_is_not_taken_away(data):
+    run = data.parent / "run"
+    run.mkdir()
+    (run / "step-9000.safetensors").write_text("of before")
+    trainer.train(config(data, keep=1), progress=False)
+    assert {file.name for file in run.glob("step-*")} == {"step-6.safetensors", "step-9000.safetensors"}
+
+
+def test_half_a_line_of_the_log_is_forgotten(data):
+    trainer.train(config(data, steps=3), progress=False)
+    with (data.parent / "run" / "log.csv").open("a") as stream:
+        stream.write("4,0.1")
+    trainer.train(config(data, steps=6), progress=False)
+    assert [step for step, _ in losses(data.parent / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_launchers_stop_after_the_keyboards_does_not_abort_the_save():
+    with trainer.interrupts() as asked:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert asked.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.parametrize("file, words", [("resume.pt", "can't be read"), ("config.toml", "is no TOML")])
@@ -441,7 +492,8 @@ def test_settings_come_from_the_file_and_flags_say_otherwise(data, capsys):
     ("stepz = 5", "did you mean steps?"), ("steps = 'five'", "expected a whole number"), ("steps = 0", "expected more than 0"),
     ("steps = true", "expected a whole number"), ("noise = 'loud'", "expected one of auto, paired, random"), ("steps = ", "is no TOML"),
     ("freeze = 'all'", "expected a slice"), ("height = 96", "give both, or neither"), ("learning_rate = nan", "expected 0 or more"),
-    ("caption_dropout = 2", "a share from 0 to 1"), ("sample_prompts = 'one'", "expected a list of texts"), ("", "checkpoint is not given")])
+    ("caption_dropout = 2", "a share from 0 to 1"), ("warmup = 5", "schedule published has its own"),
+    ("quantize_frozen = 'int8'\nfreeze = ''", "leaves nothing frozen"), ("device = 'cuda:1'", "expected one of"), ("sample_prompts = 'one'", "expected a list of texts"), ("", "checkpoint is not given")])
 def test_settings_that_make_no_sense_are_named(tmp_path, capsys, text, words):
     (tmp_path / "run.toml").write_text(text)
     flags = ["--checkpoint", "c", "--data", "d", "--output", str(tmp_path / "run")] if text else []

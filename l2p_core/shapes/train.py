@@ -232,12 +232,14 @@ class ScoredRun(Run):
 
     def draw(self) -> None:
         super().draw()
-        if self.main and self.config.sample_every and self.step:
-            tests = test_scenes(SCORED)
-            with self.drawing():
-                pictures = draw_all(self.pipe, [scene.caption() for scene in tests], progress=False,
-                                    height=SIZE, width=SIZE, num_inference_steps=16, sampler="ab2", shift=2.0)
-            self.pipe.unload_text_encoder()
+        if self.step == 0:
+            return
+        tests = test_scenes(SCORED)
+        with self.drawing():
+            pictures = draw_all(self.pipe, [scene.caption() for scene in tests], progress=False,
+                                height=SIZE, width=SIZE, num_inference_steps=16, sampler="ab2", shift=2.0)
+        self.pipe.unload_text_encoder()
+        if self.main:
             (self.output / "samples" / f"step-{self.step:07d}.json").write_text(json.dumps(score(pictures, tests)), encoding="utf-8")
 
 

@@ -17,7 +17,7 @@ class TrainConfig:
     checkpoint: str = knob("", "the pixel initialisation (l2p convert), or any whole L2P model, to train from")
     data: str = knob("", "folder with metadata.csv or metadata.jsonl and the pictures it names")
     output: str = knob("", "the run's folder: configuration, log, samples, step-N.safetensors, resume.pt")
-    text_encoder: str = knob("", "as for l2p generate; read only for captions that are not in the cache yet")
+    text_encoder: str = knob("", "as for l2p generate; encodes captions that are not in the cache yet, and is out of memory then")
     tokenizer: str = knob("", "as for l2p generate")
     cache: str = knob("", "folder for encoded captions (default: encodings/ in the data folder)")
 
@@ -27,6 +27,8 @@ class TrainConfig:
     height: int = knob(0, "pixels; with width, pictures are resized and cropped to this size. 0: each keeps its shape")
     width: int = knob(0, "pixels")
     max_pixels: int = knob(0, "pictures above are shrunk to this (default: the checkpoint's trained size)")
+    size_step: int = knob(0, "sides of pictures that keep their shape are multiples of this; 64 makes few sizes of many, so that "
+                          "batches fill (default: the patch, as published)")
     seed: int = knob(0, "of the data's order, the noise levels and the noise that is not paired")
 
     freeze: str = knob("5:-5", "main layers that stay as they are, as a Python slice; '' trains everything")
@@ -66,7 +68,8 @@ class TrainConfig:
                                   "accumulate 1, no max_grad_norm")
     shard: str = knob("", "over several processes: state splits gradients and the optimizer's state between them (ZeRO-2), all the weights "
                       "as well (ZeRO-3); '': each holds everything", choices=("", "state", "all"))
-    device: str = knob("", "default: the GPU where there is one; cpu otherwise")
+    device: str = knob("", "default: the GPU where there is one, of several that of CUDA_VISIBLE_DEVICES; cpu: not that",
+                       choices=("", "cpu"))
 
     save_every: int = knob(500, "steps between two step-N.safetensors")
     keep: int = knob(3, "newest step files to keep; 0 for all")
@@ -90,6 +93,10 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
         if (self.height == 0) != (self.width == 0):
             raise ValueError(f"height is {self.height} and width {self.width}; give both, or neither")
+        if self.warmup and self.schedule == "published":
+            raise ValueError(f"warmup is {self.warmup}, and schedule published has its own; take constant, linear or cosine, or leave it off")
+        if self.quantize_frozen and not (self.freeze or self.lora_rank):
+            raise ValueError(f"quantize_frozen is {self.quantize_frozen}, and freeze '' leaves nothing frozen; leave it off")
         for name in ("caption_dropout", "ema"):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a share from 0 to 1")

@@ -1,6 +1,6 @@
 """A folder of pictures with captions → batches: what is wrong is found, by name, before training starts.
 
-Which samples make batch number n, and every draw in it, follow from the seed and n alone, so a run goes on anywhere.
+Which examples make batch number n, and every draw in it, follow from the seed and n alone, so a run goes on anywhere.
 """
 import hashlib
 import json
@@ -10,6 +10,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ NAMED = 10  # faults that are listed one by one
 
 
 @dataclass(frozen=True)
-class Sample:
+class Example:
     """One picture, its captions, and the height and width it is trained at."""
     file: Path
     captions: tuple[str, ...]  # one of them is drawn each time
@@ -49,8 +50,8 @@ class Batch:
     sigma: Tensor  # (B,)
 
 
-def read_samples(folder: Path, fixed: tuple[int, int] | None, max_pixels: int, multiple: int, progress: bool = False) -> list[Sample]:
-    """Every row of the folder's metadata as a sample, each picture read once to its end.
+def read_examples(folder: Path, fixed: tuple[int, int] | None, max_pixels: int, multiple: int, progress: bool = False) -> list[Example]:
+    """Every row of the folder's metadata as an example, each picture read once to its end.
 
     Columns: file_name or image; text or prompt, in JSON also a list of captions; seed may be left out. A name is looked for in
     the folder, then in images/.
@@ -61,7 +62,7 @@ def read_samples(folder: Path, fixed: tuple[int, int] | None, max_pixels: int, m
                          "noise, seed")
     rows = read_rows(metadata, any_column=True)
 
-    def check(row: dict) -> Sample | str:
+    def check(row: dict) -> Example | str:
         name, caption, seed = row.get("file_name", row.get("image")), row.get("text", row.get("prompt")), row.get("seed")
         if not isinstance(name, str) or not name:
             return "no file_name"
@@ -83,19 +84,19 @@ def read_samples(folder: Path, fixed: tuple[int, int] | None, max_pixels: int, m
         size = fixed or target_size(picture.height, picture.width, max_pixels, multiple)
         if not all(size):
             return f"{name}: {picture.width} x {picture.height} pixels, smaller than a patch of {multiple}"
-        return Sample(file, captions, seed, size)
+        return Example(file, captions, seed, size)
 
     with ThreadPoolExecutor() as readers:
         checked = list(tqdm(readers.map(check, rows), "checking pictures", len(rows), disable=not progress))
     faults = [f"row {number}: {fault}" for number, fault in enumerate(checked, 1) if isinstance(fault, str)]
-    samples = [sample for sample in checked if isinstance(sample, Sample)]
-    faults += [f"{file.name} is named {count} times" for file, count in Counter(sample.file for sample in samples).items() if count > 1]
-    if seeds := sum(sample.seed is not None for sample in samples):
-        faults += [f"{sample.file.name}: no seed, but {seeds} others have one" for sample in samples if sample.seed is None]
+    examples = [example for example in checked if isinstance(example, Example)]
+    faults += [f"{file.name} is named {count} times" for file, count in Counter(example.file for example in examples).items() if count > 1]
+    if seeds := sum(example.seed is not None for example in examples):
+        faults += [f"{example.file.name}: no seed, but {seeds} others have one" for example in examples if example.seed is None]
     if faults:
         more = f"\n... and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
         raise ValueError(f"{metadata} has {len(faults)} faults; mend them or take the rows out:\n" + "\n".join(faults[:NAMED]) + more)
-    return samples
+    return examples
 
 
 def target_size(height: int, width: int, max_pixels: int, multiple: int) -> tuple[int, int]:
@@ -152,16 +153,16 @@ class Encodings:
 class Batches:
     """The endless row of batches of a run; batch n is the same whenever it is asked for.
 
-    processes, rank: a batch of `config.batch` for each process, cut from one that is as large as all together."""
+    processes, rank: a batch of `config.batch` for each process, cut from one of `size`, as large as all together."""
 
-    def __init__(self, samples: list[Sample], encodings: Encodings, config: TrainConfig, patch_size: int, processes: int = 1,
+    def __init__(self, examples: list[Example], encodings: Encodings, config: TrainConfig, patch_size: int, processes: int = 1,
                  rank: int = 0):
-        paired = config.noise == "paired" or config.noise == "auto" and samples[0].seed is not None
-        if paired and samples[0].seed is None:
+        paired = config.noise == "paired" or config.noise == "auto" and examples[0].seed is not None
+        if paired and examples[0].seed is None:
             raise ValueError(f"noise is paired, but the pictures in {config.data} have no seeds. Add a column seed, or take random noise")
-        self.samples, self.encodings, self.config, self.patch_size, self.paired = samples, encodings, config, patch_size, paired
+        self.examples, self.encodings, self.config, self.patch_size, self.paired = examples, encodings, config, patch_size, paired
         self.size, self.own = processes * config.batch, slice(rank * config.batch, (rank + 1) * config.batch)
-        self._epoch = lru_cache(maxsize=2)(partial(plan_epoch, samples, self.size, config.seed))
+        self._epoch = lru_cache(maxsize=2)(partial(plan_epoch, examples, config.batch, processes, config.seed))
         self.per_epoch = len(self._epoch(0))
 
     def __getitem__(self, number: int) -> Batch:
@@ -171,15 +172,15 @@ class Batches:
         sigma = draw_sigmas(self.size, config.timestep_sampling, config.shift, self.patch_size, generator)
         dropped = torch.rand(self.size, generator=generator) < config.caption_dropout
         picks = torch.rand(self.size, generator=generator)
-        samples = [self.samples[index] for index in order[self.own]]
-        height, width = samples[0].size
+        examples = [self.examples[index] for index in order[self.own]]
+        height, width = examples[0].size
         return Batch(
-            torch.cat([to_pixels(crop_and_resize(open_picture(sample.file).convert("RGB"), height, width)) for sample in samples]),
-            [self.encodings["" if drop else sample.captions[int(pick * len(sample.captions))]]
-             for sample, drop, pick in zip(samples, dropped[self.own], picks[self.own])],
-            draw_noise((len(samples), 3, height, width), [
-                sample.seed if self.paired else self.generator(number, place).initial_seed()
-                for place, sample in enumerate(samples, self.own.start)]),
+            torch.cat([to_pixels(crop_and_resize(open_picture(example.file).convert("RGB"), height, width)) for example in examples]),
+            [self.encodings["" if drop else example.captions[int(pick * len(example.captions))]]
+             for example, drop, pick in zip(examples, dropped[self.own], picks[self.own])],
+            draw_noise((len(examples), 3, height, width), [
+                example.seed if self.paired else self.generator(number, place).initial_seed()
+                for place, example in enumerate(examples, self.own.start)]),
             sigma[self.own])
 
     def generator(self, *number: int) -> torch.Generator:
@@ -188,17 +189,30 @@ class Batches:
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def plan_epoch(samples: list[Sample], size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Every sample once, in batches of one picture size; a size's last batch is filled up from its first."""
+def plan_epoch(examples: list[Example], batch: int, processes: int, seed: int, epoch: int) -> list[list[int]]:
+    """Every example once, in rows of a batch for each process, and each batch of one picture size.
+
+    What is left of a size after whole rows is cut into batches, the last filled up from the size's first; and such batches, of any
+    sizes, make rows, the last filled up from theirs."""
     rng = random.Random(f"{seed} {epoch}")
     buckets: dict[tuple[int, int], list[int]] = {}
-    for index, sample in enumerate(samples):
-        buckets.setdefault(sample.size, []).append(index)
-    batches = []
+    for index, example in enumerate(examples):
+        buckets.setdefault(example.size, []).append(index)
+    rows, left = [], []
     for bucket in buckets.values():
         rng.shuffle(bucket)
-        short = -len(bucket) % size
-        bucket += (bucket * -(-short // len(bucket)))[:short]
-        batches += [bucket[start:start + size] for start in range(0, len(bucket), size)]
-    rng.shuffle(batches)
-    return batches
+        whole = len(bucket) // (batch * processes) * batch * processes
+        rows += cut(bucket[:whole], batch * processes)
+        left += cut(filled(bucket[whole:], batch, bucket), batch)
+    rows += [sum(row, []) for row in cut(filled(left, processes, left), processes)]
+    rng.shuffle(rows)
+    return rows
+
+
+def cut(items: list, size: int) -> list[list]:
+    return [items[start:start + size] for start in range(0, len(items), size)]
+
+
+def filled(items: list, size: int, more: list) -> list:
+    """The items, and as many of `more`, from its first on and around, as make a multiple of `size`."""
+    return items + list(islice(cycle(more), -len(items) % size))

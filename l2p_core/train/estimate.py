@@ -1,4 +1,5 @@
 """What a training step will hold in memory, without a byte of weights: the step runs on tensors that have only a shape."""
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,9 @@ from ..meter import Meter, bytes_of, shapes_only
 from ..model import L2PTransformer
 from ..text import MAX_TOKENS
 from .config import TrainConfig
+from .data import target_size
 from .loss import flow_matching_loss
-from .trainer import compute_dtype, make_optimizer, prepare, trained_of
+from .trainer import compute_dtype, make_optimizer, prepare, refuse_quantized, trained_of
 
 HOST = "meta"  # stands for the memory beside the device's
 
@@ -24,12 +26,14 @@ def estimate(config: TrainConfig) -> dict[str, int]:
     in the CPU's memory, where a GPU's is meant by the rest.
 
     Reads the checkpoint's header alone, and neither the data nor the text encoder: pictures are of `height` x `width`, or of the
-    checkpoint's trained size; captions of 512 tokens. Raises CheckpointError, and ValueError where `shard` is set."""
+    checkpoint's trained size shrunk to `max_pixels`; captions of 512 tokens. Raises CheckpointError, and ValueError where `shard` is set."""
     if config.shard:
         raise ValueError(f"shard is {config.shard}, and what is counted is a process that holds everything; leave shard out")
     layout = read_layout(Path(config.checkpoint))
     check(layout)
-    height, width = (config.height, config.width) if config.height else layout.trained_size
+    refuse_quantized(layout)
+    height, width = (config.height, config.width) if config.height else target_size(
+        *layout.trained_size, config.max_pixels or math.prod(layout.trained_size), layout.config.size_multiple)
     dtype = compute_dtype(config)
     with torch.device("meta"):
         model = L2PTransformer(layout.config).to(dtype)
@@ -61,7 +65,7 @@ def estimate(config: TrainConfig) -> dict[str, int]:
         state = sum(state_in_8_bits(parameter.numel()) for parameter in trained.values())
     learned = bytes_of(trained.values())
     parts = {"weights that are trained": learned, "frozen weights": bytes_of(model.state_dict().values()) - learned,
-             **({"ema of the trained weights": 4 * sum(each.numel() for each in trained.values())} if config.ema else {}),
+             **({"running mean of the weights": 4 * sum(each.numel() for each in trained.values())} if config.ema else {}),
              "gradients": gradients, "optimizer state": 0 if config.offload_state else state, "activations and what passes": passing}
     beside = {"in the CPU's memory": state} if config.offload_state else {}
     return {**parts, "in all": sum(parts.values()), **beside}

@@ -2,7 +2,7 @@
 import csv
 import math
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -30,17 +30,14 @@ class Log:
     def __init__(self, folder: Path, step: int, writes: bool):
         """step: where the run goes on; what was logged after it is forgotten."""
         self.file, self.writes, self.rows, self.lowest, self.board = folder / "log.csv", writes, [], math.inf, None
-        rows = []
-        if writes and self.file.exists():
-            with self.file.open(newline="", encoding="utf-8") as stream:
-                rows = [Row(**{each.name: each.type(row[each.name]) for each in fields(Row)}) for row in csv.DictReader(stream)]
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
-            self.file.unlink(missing_ok=True)
-        for row in rows:
-            if row.step <= step:
-                self.add(row)
-        if writes:
+            before = read_log(self.file) if self.file.exists() else []
+            for row in before:
+                if row.step <= step:
+                    self.note(row)
+            with whole(self.file) as part, part.open("w", newline="", encoding="utf-8") as stream:
+                csv.writer(stream).writerows([[each.name for each in fields(Row)], *map(astuple, self.rows)])
             with suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
                 self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
@@ -52,17 +49,16 @@ class Log:
         if self.board:
             self.board.close()
 
-    def add(self, row: Row) -> None:
+    def note(self, row: Row) -> None:
         self.rows.append(row)
         if len(self.rows) > WINDOW:
             self.lowest = min(self.lowest, self.mean())
-        if not self.writes:
-            return
-        with self.file.open("a", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream)
-            if stream.tell() == 0:
-                writer.writerow(each.name for each in fields(Row))
-            writer.writerow(getattr(row, each.name) for each in fields(Row))
+
+    def add(self, row: Row) -> None:
+        self.note(row)
+        if self.writes:
+            with self.file.open("a", newline="", encoding="utf-8") as stream:
+                csv.writer(stream).writerow(astuple(row))
         if self.board:
             for name in ("loss", "learning_rate", "grad_norm"):
                 self.board.add_scalar(name, getattr(row, name), row.step)
@@ -79,6 +75,13 @@ class Log:
         if self.mean() > DIVERGED * self.lowest:
             return f"the loss diverges: {self.mean():.3g} over the last {WINDOW} steps, and was {self.lowest:.3g}"
         return None
+
+
+def read_log(file: Path) -> list[Row]:
+    """Its whole lines; the last one of a killed run may be half written."""
+    with file.open(newline="", encoding="utf-8") as stream:
+        rows = [row for row in csv.DictReader(stream) if all(row.values()) and len(row) == len(fields(Row))]
+    return [Row(**{each.name: each.type(row[each.name]) for each in fields(Row)}) for row in rows]
 
 
 def draw_curve(points: list[tuple[int, float]], file: Path) -> None:

@@ -7,6 +7,7 @@
     resume.pt            where a stopped run goes on, bit for bit on a CPU
 """
 import math
+import pickle
 import signal
 from collections import Counter
 from collections.abc import Iterator
@@ -29,18 +30,19 @@ from tqdm import tqdm
 from ..ahead import ahead
 from ..checkpoint import load_model
 from ..header import CheckpointError, whole
+from ..layout import Layout
 from ..model import L2PTransformer
 from ..pipeline import L2PPipeline
 from .config import TrainConfig, layers_of, read_config, to_toml
-from .data import Batch, Batches, Encodings, read_samples
+from .data import Batch, Batches, Encodings, read_examples
 from .loss import flow_matching_loss
 from .memory import FrugalAdamW, quantize_frozen
 from .record import Log, Row, draw_curve, show_samples
 from .shard import as_split_as, gather, is_split, reshard, shard
 
-# What may change when a run goes on; all else decides what it learns.
-FREE = ("steps", "save_every", "keep", "sample_every", "sample_prompts", "sample_steps", "device", "cache", "checkpointing",
-        "offload_activations", "shard")
+# What may change when a run goes on: a loss that diverged may need other steps, and the rest is not learned from.
+FREE = ("steps", "learning_rate", "max_grad_norm", "batch", "save_every", "keep", "sample_every", "sample_prompts", "sample_steps",
+        "device", "cache", "checkpointing", "offload_activations", "shard")  # of `batch`, `load` looks at what all processes take
 LORA_TARGETS = r"layers\.\d+\.(attention\.(to_[qkv]|to_out\.0)|feed_forward\.w[123]|adaLN_modulation\.0)"
 
 
@@ -74,11 +76,12 @@ class Run:
 
     def __init__(self, config: TrainConfig, progress: bool):
         try:
-            from accelerate import Accelerator
+            from accelerate import Accelerator, DistributedDataParallelKwargs
         except ImportError:
             raise ImportError("training needs accelerate: pip install 'comfyui-l2p[train]'") from None
         self.config, self.output, self.dtype = config, Path(config.output), compute_dtype(config)
-        self.accelerator = Accelerator(mixed_precision="no", cpu=config.device == "cpu")  # `autocast` sees to it
+        self.accelerator = Accelerator(mixed_precision="no", cpu=config.device == "cpu",  # `autocast` sees to the former
+                                       kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)])
         self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
         if config.step_in_backward and self.accelerator.num_processes > 1:
             raise ValueError(f"step_in_backward is for one process, and here are {self.accelerator.num_processes}; leave it off")
@@ -92,20 +95,22 @@ class Run:
         self.pipe = L2PPipeline.from_pretrained(config.checkpoint, config.text_encoder or None, config.tokenizer or None,
                                                 self.device, self.dtype, progress=self.progress)
         layout = self.pipe.layout
-        if layout.quantization:
-            raise CheckpointError(f"{layout.path.name} is quantized ({layout.quantization}); train the BF16 or FP32 model")
+        refuse_quantized(layout)
         if config.height:
             self.pipe.check_size(config.height, config.width)
             layout.metadata["modelspec.resolution"] = f"{config.width}x{config.height}"  # what it draws best from now on
-        samples = read_samples(Path(config.data), config.height and (config.height, config.width) or None,
-                               config.max_pixels or math.prod(layout.trained_size), layout.config.size_multiple, self.progress)
-        self.sample_size = Counter(sample.size for sample in samples).most_common(1)[0][0]
-        self.prompts = config.sample_prompts or tuple(dict.fromkeys(sample.captions[0] for sample in samples))[:4]
-        with self.accelerator.main_process_first():
-            self.encodings = Encodings(Path(config.cache or Path(config.data) / "encodings"), self.pipe)
-            self.encodings.add(["", *self.prompts, *(caption for sample in samples for caption in sample.captions)], self.progress)
-        self.batches = Batches(samples, self.encodings, config, layout.config.patch_size, self.accelerator.num_processes,
-                               self.accelerator.process_index)
+        if config.size_step % (multiple := layout.config.size_multiple):
+            raise ValueError(f"size_step is {config.size_step}; this checkpoint draws multiples of {multiple} pixels, so give one")
+        examples = read_examples(Path(config.data), config.height and (config.height, config.width) or None,
+                                 config.max_pixels or math.prod(layout.trained_size), config.size_step or multiple, self.progress)
+        self.sample_size = Counter(example.size for example in examples).most_common(1)[0][0]
+        self.prompts = config.sample_prompts or tuple(dict.fromkeys(example.captions[0] for example in examples))[:4]
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        self.encodings = Encodings(Path(config.cache or Path(config.data) / "encodings"), self.pipe)
+        captions = dict.fromkeys(["", *self.prompts, *(caption for example in examples for caption in example.captions)])
+        self.encodings.add(list(captions)[rank::processes], self.progress)
+        self.accelerator.wait_for_everyone()
+        self.batches = Batches(examples, self.encodings, config, layout.config.patch_size, processes, rank)
 
         if config.shard:
             self.pipe.transformer = load_model(layout, "cpu", self.dtype)  # the device gets its part of each block
@@ -117,7 +122,7 @@ class Run:
         self.saved_tensors = self.trained | {f"ema.{name}": tensor for name, tensor in self.ema.items()}
         optimizer = self.make_optimizer()
         resume = self.output / "resume.pt"
-        self.step = self.saved = load(resume, self.saved_tensors, optimizer) if resume.exists() else 0
+        self.step = self.saved = load(resume, self.saved_tensors, optimizer, self.batches.size) if resume.exists() else 0
         if len(set(self.accelerator.gather(torch.tensor([self.step], device=self.device)).tolist())) > 1:
             raise ValueError(f"not all processes find the run in {self.output}, or not the same; give a folder that all machines share")
         self.model, self.optimizer = self.pipe.transformer, self.accelerator.prepare(optimizer, device_placement=[False])
@@ -142,7 +147,8 @@ class Run:
     def train(self) -> Path:
         """Step after step to the end, with samples and saves on the way."""
         config = self.config
-        if self.step == 0:
+        draws = config.sample_every and (self.main or config.shard)  # a split model draws in all processes
+        if draws and self.step == 0:
             self.draw()
         with (closing(ahead(map(self.batch, count(self.step * config.accumulate)))) as batches, self.log, interrupts() as interrupted,
               tqdm(total=config.steps, initial=self.step, unit="step", disable=not self.progress) as bar):
@@ -153,8 +159,9 @@ class Run:
                 if self.step % config.save_every == 0 or self.step == config.steps or asked:
                     self.save()
                 if asked:
+                    self.accelerator.wait_for_everyone()  # the first to leave has the others ended
                     raise KeyboardInterrupt
-                if config.sample_every and self.step % config.sample_every == 0:
+                if draws and self.step % config.sample_every == 0:
                     self.draw()
         self.accelerator.wait_for_everyone()
         return step_file(self.output, self.step)
@@ -170,10 +177,7 @@ class Run:
         loss = torch.zeros((), device=self.device)
         for part in range(config.accumulate):
             batch = on_device(next(batches), self.device)
-            last = part == config.accumulate - 1
-            if config.shard:
-                self.model.set_requires_gradient_sync(last)
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
+            with nullcontext() if part == config.accumulate - 1 else self.accelerator.no_sync(self.model):
                 with self.autocast(), save_on_cpu(self.device.type == "cuda") if config.offload_activations else nullcontext():
                     part_loss = self.loss(batch)
                 self.accelerator.backward(part_loss / config.accumulate)
@@ -207,7 +211,7 @@ class Run:
 
     def save(self) -> None:
         """The step file, and the state to go on from."""
-        state = {"step": self.step, "tensors": gather(self.saved_tensors, self.main), "optimizer": gather(self.optimizer.state_dict(), self.main)}
+        state = {"step": self.step, "size": self.batches.size, "tensors": gather(self.saved_tensors, self.main), "optimizer": gather(self.optimizer.state_dict(), self.main)}
         if self.main:
             learned = {name: state["tensors"][f"ema.{name}" if self.ema else name] for name in self.trained}
             save_step(self.output, self.step, learned, self.dtype, self.config, self.pipe.layout.trained_size)
@@ -218,8 +222,6 @@ class Run:
 
     def draw(self) -> None:
         """A row of samples: each prompt with its number as the seed."""
-        if not self.config.sample_every or not (self.main or self.config.shard):  # a split model draws in all processes
-            return
         height, width = self.sample_size
         with self.drawing():
             drawn = [self.pipe(prompt_embeds=self.encodings[prompt], negative_prompt_embeds=self.encodings[""], height=height, width=width,
@@ -243,6 +245,12 @@ def check_run(output: Path, config: TrainConfig) -> None:
     for each in fields(TrainConfig):
         if each.name not in (*FREE, "output") and (was := getattr(before, each.name)) != (now := getattr(config, each.name)):
             raise ValueError(f"{output} holds a run with {each.name} {was!r}, now {now!r}; give another output, or go on as it was")
+
+
+def refuse_quantized(layout: Layout) -> None:
+    """Raises CheckpointError."""
+    if layout.quantization:
+        raise CheckpointError(f"{layout.path.name} is quantized ({layout.quantization}); train the BF16 or FP32 model")
 
 
 def prepare(model: L2PTransformer, config: TrainConfig) -> dict[str, nn.Parameter]:
@@ -289,7 +297,8 @@ def make_optimizer(trained: dict[str, nn.Parameter], config: TrainConfig, host: 
     """The published one, or the same in less memory; host: where it may keep its state."""
     settings = {"lr": config.learning_rate, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw" and not (config.offload_state or config.stochastic_rounding or config.step_in_backward):
-        return torch.optim.AdamW(trained.values(), **settings)
+        on_gpu = any(parameter.is_cuda for parameter in trained.values())
+        return torch.optim.AdamW(trained.values(), fused=on_gpu or None, **settings)  # else it holds a copy of all weights there
     return FrugalAdamW(trained.values(), config, host, **settings)
 
 
@@ -317,30 +326,38 @@ def step_file(output: Path, step: int) -> Path:
 
 def save_step(output: Path, step: int, trained: dict[str, nn.Parameter], dtype: torch.dtype, config: TrainConfig,
               size: tuple[int, int]) -> None:
-    """Write step-N.safetensors and take away those that are more than `config.keep` behind."""
+    """Write step-N.safetensors and take away those before it that are more than `config.keep` behind."""
     with whole(step_file(output, step)) as part:
         save_file({saved_name(name): parameter.detach().to("cpu", dtype).contiguous() for name, parameter in trained.items()}, part,
                   metadata={"format": "pt", "l2p.step": str(step), "l2p.config": to_toml(config),
                             "modelspec.resolution": f"{size[1]}x{size[0]}"})
     numbers = sorted(int(file.stem[5:]) for file in output.glob("step-*.safetensors") if file.stem[5:].isdigit())
-    for number in numbers[:-config.keep] if config.keep else []:
+    for number in [number for number in numbers if number <= step][:-config.keep] if config.keep else []:
         step_file(output, number).unlink()
 
 
-def load(file: Path, tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
-    """Put a saved state back and return its step. Raises CheckpointError where it can't be read."""
+def load(file: Path, tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer, size: int) -> int:
+    """Put a saved state back and return its step; size: pictures that all processes together take at once.
+
+    Raises CheckpointError where the file can't be read, ValueError where it is of another run."""
+    elsewhere = any(is_split(tensor) or tensor.device.type != "cpu" for tensor in tensors.values())
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=any(map(is_split, tensors.values())))
-        step = state["step"]
-        for name, tensor in tensors.items():
-            tensor.data.copy_(as_split_as(tensor, state["tensors"][name]))
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        for number, its in state["optimizer"].get("state", {}).items():  # split before the optimizer takes them to the device
-            its.update({name: as_split_as(parameters[number], value) for name, value in its.items()})
-        optimizer.load_state_dict(state["optimizer"])
-    except Exception as error:  # whatever torch makes of a damaged file
-        raise CheckpointError(f"{file} can't be read ({str(error).splitlines()[0]}). Take it away to start anew") from None
-    return step
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=elsewhere)
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:  # what torch makes of a damaged file
+        raise CheckpointError(f"{file} can't be read ({str(error).splitlines()[0]}). Take it and the step files away to start anew") from None
+    if state["size"] != size:
+        raise ValueError(f"{file} is of a run that takes {state['size']} pictures at once, now {size}; give a batch that is, "
+                         f"over all processes, {state['size']}")
+    if missing := [name for name in tensors if name not in state["tensors"]]:
+        raise ValueError(f"{file} lacks {len(missing)} of {len(tensors)} trained tensors (first: {missing[0]}): it was saved by another "
+                         "recipe, or version of this program. Give another output")
+    for name, tensor in tensors.items():
+        tensor.data.copy_(as_split_as(tensor, state["tensors"][name]))
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, its in state["optimizer"].get("state", {}).items():  # split before the optimizer takes them to the device
+        its.update({name: as_split_as(parameters[number], value) for name, value in its.items()})
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
 
 
 @contextmanager
@@ -363,11 +380,12 @@ def swapped_weights(parameters: dict[str, nn.Parameter], values: dict[str, Tenso
 
 @contextmanager
 def interrupts() -> Iterator[Event]:
-    """Within it the first interrupt is only noted; the second is one as usual."""
+    """Within it the first interrupt is only noted; the second is one as usual. A polite stop is noted, however often: a launcher
+    sends its own after that of the keyboard."""
     asked = Event()
 
     def note(number: int, frame: object) -> None:
-        if asked.is_set():
+        if asked.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.set()
     before = {}
