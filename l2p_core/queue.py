@@ -4,7 +4,6 @@ import sys
 import time
 import uuid
 import zlib
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from http.client import HTTPException
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 from urllib.error import HTTPError
 from urllib.parse import urlencode, urlsplit
 from urllib.request import Request, urlopen
@@ -27,6 +26,7 @@ from .workflow import fill, places, read_workflow, title
 PICTURES = ("input_image", "inpaint_mask")  # files of ours, uploaded
 SECONDS = 1.0  # between two looks at a server that says nothing
 TRIES = 3  # a job that takes its server down this often is not sent again
+PATIENCE = 2  # jobs that a server may fail before it has drawn one
 
 
 class Away(Exception):
@@ -121,7 +121,7 @@ class Server:
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
             raise ValueError(f"--server is {url}; expected an address such as http://127.0.0.1:8188")
         self.mark = f"_{parts.netloc.replace(':', '-')}" if several else ""
-        self.client, self.socket, self.has_drawn = str(uuid.uuid4()), None, False
+        self.client, self.socket = str(uuid.uuid4()), None
 
     def draw(self, job: Job, stop: Event, timeout: float, say: Callable[[str], None]) -> list[bytes]:
         """The job's pictures as PNG files; none where stop was set. Stays with the job while the server restarts.
@@ -263,34 +263,46 @@ class Server:
 def draw(jobs: list[Job], servers: list[Server], timeout: float, progress: bool = True) -> None:
     """Let every server draw the next job whenever it is free, and write the pictures, each file whole or not at all.
 
-    A server that refuses a job, is away for timeout seconds, or fails its first job gets no more; its job goes to another.
+    A server that is away for timeout seconds, or has drawn nothing and fails two jobs, gets no more. A job goes to another server where
+    one is away or refuses it, and where one fails it that has drawn nothing.
     Raises ValueError, once nothing more can be done, where pictures are missing."""
-    todo, done, failed, reasons, stop, states = deque(jobs), [], [], [], Event(), {}
+    todo = [(job, set()) for job in jobs]  # with the servers that can't draw it
+    done, reasons, stop, states, picking, busy = [], [], Event(), {}, Lock(), set()
 
     def work(server: Server) -> None:
         def say(text: str) -> None:
             states[server.url] = text if len(servers) == 1 else f"{urlsplit(server.url).netloc} {text}"
             bar.set_postfix_str(", ".join(states.values()))
-        while not stop.is_set() and len(done) + len(failed) < len(jobs):
-            try:
-                job = todo.popleft()
-            except IndexError:
+        has_drawn, fails = False, 0
+        while not stop.is_set() and fails < PATIENCE:
+            with picking:
+                place = next((place for place, (_, without) in enumerate(todo) if server not in without), None)
+                if place is not None:
+                    job, without = todo.pop(place)
+                    busy.add(server)
+                elif not busy:
+                    return
+            if place is None:
                 stop.wait(SECONDS)  # another server may give its job back
                 continue
             try:
                 if pictures := server.draw(job, stop, timeout, say):
                     write(pictures, job)
-                    server.has_drawn = True
+                    has_drawn = True
                     done.append(job)
                     bar.update()
-            except (Away, ValueError) as error:
+            except Away as error:
                 reasons.append(f"{job.output.name}: {error}")
-                if isinstance(error, ValueError) and not isinstance(error, Refused) and server.has_drawn:
-                    failed.append(job)
-                    continue
-                todo.append(job)
-                say("left")
-                return
+                todo.append((job, without))
+                break
+            except ValueError as error:
+                reasons.append(f"{job.output.name}: {error}")
+                if isinstance(error, Refused) or not has_drawn:
+                    todo.append((job, without | {server}))
+                fails += not has_drawn
+            finally:
+                busy.discard(server)
+        say("left")
 
     with (tqdm(total=len(jobs), unit="picture", disable=not progress) as bar, ThreadPoolExecutor(len(servers)) as threads,
           ExitStack() as at_end):

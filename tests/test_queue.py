@@ -342,14 +342,31 @@ def test_a_refusal_is_explained(tmp_path, fakes, workflow, capsys, status, body,
     assert main(["queue", workflow, "--server", fake.url, "-o", str(tmp_path / "out"), "--count", "3"]) == 1
     error = capsys.readouterr().err
     assert not [text for text in said if text not in error] and "0 of 3 pictures were drawn" in error
-    assert len(fake.graphs()) == 1 and not fake.running and not (tmp_path / "out").exists()
+    assert len(fake.graphs()) == 2 and not fake.running and not (tmp_path / "out").exists(), "it is given up after two"
 
 
 def test_a_server_that_refuses_leaves_its_work_to_the_other(tmp_path, fakes, workflow):
     bad, good = fakes(), fakes()
     bad.answer = (400, missing("L2PKSampler"))
     assert main(["queue", workflow, "--server", bad.url, "--server", good.url, "-o", str(tmp_path / "out"), "--count", "4"]) == 0
-    assert len(bad.graphs()) <= 1 and len(good.graphs()) == 4
+    assert len(bad.graphs()) <= 2 and len(good.graphs()) == 4
+
+
+def test_a_row_that_is_refused_does_not_keep_the_others_from_being_drawn(tmp_path, fakes, workflow, capsys):
+    fake = fakes()
+
+    def refuse_second(fake, body):
+        second = body["prompt"]["5"]["inputs"]["seed"] == 8
+        fake.answer = (200, VALIDATION) if second else None
+        if second:
+            fake.running.pop(body["prompt_id"])
+    fake.on_prompt = refuse_second
+    command = ["queue", workflow, "--server", fake.url, "-o", str(tmp_path / "out"), "--count", "4"]
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert "3 of 4 pictures were drawn" in error and error.count("steps is 0") == 1
+    fake.on_prompt = lambda fake, body: None
+    assert main(command) == 0 and len(fake.graphs()) == 5
 
 
 def failed(message="boom\n"):
@@ -357,14 +374,14 @@ def failed(message="boom\n"):
         "node_id": "5", "node_type": "L2PKSampler", "exception_type": "RuntimeError", "exception_message": message}]]}
 
 
-def test_a_first_job_that_fails_ends_the_run(tmp_path, fakes, workflow, capsys):
+def test_first_jobs_that_fail_end_the_run(tmp_path, fakes, workflow, capsys):
     fake = fakes()
     fake.outcome = failed()
     command = ["queue", workflow, "--server", fake.url, "-o", str(tmp_path / "out"), "--count", "3"]
     assert main(command) == 1
-    assert "Sampler (node 5) failed: RuntimeError: boom\n" in capsys.readouterr().err and len(fake.graphs()) == 1
+    assert "Sampler (node 5) failed: RuntimeError: boom\n" in capsys.readouterr().err and len(fake.graphs()) == 2
     fake.outcome = {"status_str": "success"}
-    assert main(command) == 0 and len(fake.graphs()) == 4, "what failed is sent again"
+    assert main(command) == 0 and len(fake.graphs()) == 5, "what failed is sent again"
 
 
 def test_a_later_job_that_fails_is_told_at_the_end(tmp_path, fakes, workflow, capsys):
