@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import trange
 
 from comfyui_l2p.l2p_core import L2PTransformer
-from comfyui_l2p.l2p_core.config import L2PConfig, Stage
+from comfyui_l2p.l2p_core.config import L2PConfig, Level
 from comfyui_l2p.l2p_core.image import to_pixels
 from comfyui_l2p.l2p_core.sampler import euler, guided_velocity, schedule
 from comfyui_l2p.l2p_core.shapes import train as recipe
@@ -35,7 +35,7 @@ from comfyui_l2p.quant.convert import convert
 
 CHANNELS, BLOCK, PATCH = 16, 8, 2  # of the latents; pixels to a side of one; latents to a side of a token
 CONFIG = L2PConfig(patch_size=PATCH, dim=192, n_heads=4, n_layers=6, n_refiner_layers=1, ffn_dim=384, cap_feat_dim=96, t_hidden_dim=256,
-                   decoder=(Stage("1", 8, 8, 8),))
+                   decoder=(Level("1", 8, 8, 8),))
 FREEZE = "1:-1"  # four of six layers; of the full model's thirty, twenty
 BATCH = 8
 

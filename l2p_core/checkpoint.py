@@ -10,7 +10,7 @@ from tqdm import tqdm
 from .config import L2PConfig, block_numbers
 from .quantization import Int8Linear, comfy_kitchen, dequantize
 from .header import SHARD_NAME, CheckpointError, Entry
-from .layout import Layout, read_layout
+from .layout import FLOATS, UNSCALED, Layout, read_layout
 from .model import L2PTransformer
 
 
@@ -101,7 +101,7 @@ def check(layout: Layout) -> None:
         raise CheckpointError(f"{name}: {len(misshapen)} tensors have a shape that does not fit (first: {key} is "
                               f"{found[key]}, expected {expected[key]}). The file mixes models or is damaged")
     for key, source in layout.tensors.items():
-        if source.format is None and source.entry.dtype not in ("F64", "F32", "F16", "BF16"):
+        if source.format is None and source.entry.dtype not in (*FLOATS, *UNSCALED):
             raise CheckpointError(f"{name}: {source.entry.key} is {source.entry.dtype} without a weight_scale; expected "
                                   "floating point, or INT8 with its scale. The file is damaged")
 

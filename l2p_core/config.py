@@ -6,25 +6,25 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 
-class Stage(NamedTuple):
+class Level(NamedTuple):
     """One resolution of the local decoder: its name in the checkpoint and its channel counts."""
     name: str
     enc: int  # channels that enc<name> keeps for the skip connection
     up: int  # channels that up<name> gives
-    dec: int  # channels that dec<name> gives to the next stage
+    dec: int  # channels that dec<name> gives to the next level
 
 
 # Outermost first; the one order all published decoders follow (a patch uses a subset).
-STAGE_ORDER = ("_10k_a", "_8k", "0", "0b", "1", "2", "3", "4")
+LEVEL_ORDER = ("_10k_a", "_8k", "0", "0b", "1", "2", "3", "4")
 
-_INNER = (Stage("1", 64, 64, 32), Stage("2", 128, 128, 64), Stage("3", 256, 256, 128), Stage("4", 512, 512, 256))
-_OUTER = (Stage("0", 16, 16, 16), Stage("0b", 32, 32, 16))
+_INNER = (Level("1", 64, 64, 32), Level("2", 128, 128, 64), Level("3", 256, 256, 128), Level("4", 512, 512, 256))
+_OUTER = (Level("0", 16, 16, 16), Level("0b", 32, 32, 16))
 # Patch 16: T2I-L2P. The others: PixVerve-95K, folder L2P-ZImage-HR.
-PUBLISHED_DECODERS: dict[int, tuple[Stage, ...]] = {
-    16: (Stage("1", 64, 64, 64), *_INNER[1:]),
+PUBLISHED_DECODERS: dict[int, tuple[Level, ...]] = {
+    16: (Level("1", 64, 64, 64), *_INNER[1:]),
     64: _OUTER + _INNER,
-    128: (Stage("_8k", 3, 16, 16), *_OUTER, *_INNER),
-    160: (Stage("_10k_a", 3, 16, 16), *_OUTER, *_INNER[:3]),
+    128: (Level("_8k", 3, 16, 16), *_OUTER, *_INNER),
+    160: (Level("_10k_a", 3, 16, 16), *_OUTER, *_INNER[:3]),
 }
 
 
@@ -39,7 +39,7 @@ class L2PConfig:
     ffn_dim: int = 10240
     cap_feat_dim: int = 2560
     t_hidden_dim: int = 1024
-    decoder: tuple[Stage, ...] = PUBLISHED_DECODERS[16]
+    decoder: tuple[Level, ...] = PUBLISHED_DECODERS[16]
     bottleneck_dim: int = 512
 
     @property
@@ -71,8 +71,8 @@ class L2PConfig:
 
         Raises KeyError, with the tensor's name, where one that is needed is absent, and ValueError for a shape
         that no L2P model has."""
-        def stage(name: str) -> Stage:
-            return Stage(name, *(shapes[f"local_decoder.{part}.weight"][0]
+        def level(name: str) -> Level:
+            return Level(name, *(shapes[f"local_decoder.{part}.weight"][0]
                                  for part in (f"enc{name}.0", f"up{name}.1", f"dec{name}.0")))
 
         embedder = next(filter(None, (re.fullmatch(r"all_x_embedder\.([0-9]{1,4})-1\.weight", key) for key in shapes)), None)
@@ -100,7 +100,7 @@ class L2PConfig:
             ffn_dim=shapes["layers.0.feed_forward.w1.weight"][0],
             cap_feat_dim=shapes["cap_embedder.1.weight"][1],
             t_hidden_dim=shapes["t_embedder.mlp.0.weight"][0],
-            decoder=tuple(stage(name) for name in STAGE_ORDER if f"local_decoder.enc{name}.0.weight" in shapes),
+            decoder=tuple(level(name) for name in LEVEL_ORDER if f"local_decoder.enc{name}.0.weight" in shapes),
             bottleneck_dim=shapes["local_decoder.bottleneck.0.weight"][0],
         )
 

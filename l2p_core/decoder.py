@@ -27,17 +27,17 @@ class LocalDecoder(nn.Module):
             return operations.Conv2d(channels_in, channels, kernel, padding=kernel // 2, **factory)
 
         self.config = config
-        self.names = [stage.name for stage in config.decoder]  # outermost first
+        self.names = [level.name for level in config.decoder]  # outermost first
         channels = 3
-        for stage in config.decoder:
-            self.add_module(f"enc{stage.name}", nn.Sequential(conv(channels, stage.enc), nn.SiLU(inplace=True)))
-            channels = stage.enc
+        for level in config.decoder:
+            self.add_module(f"enc{level.name}", nn.Sequential(conv(channels, level.enc), nn.SiLU(inplace=True)))
+            channels = level.enc
         self.bottleneck = nn.Sequential(conv(channels + config.dim, config.bottleneck_dim, 1), nn.SiLU(inplace=True))
         channels = config.bottleneck_dim
-        for stage in reversed(config.decoder):
-            self.add_module(f"up{stage.name}", nn.Sequential(nn.Upsample(scale_factor=2), conv(channels, stage.up)))
-            self.add_module(f"dec{stage.name}", nn.Sequential(conv(stage.up + stage.enc, stage.dec), nn.SiLU(inplace=True)))
-            channels = stage.dec
+        for level in reversed(config.decoder):
+            self.add_module(f"up{level.name}", nn.Sequential(nn.Upsample(scale_factor=2), conv(channels, level.up)))
+            self.add_module(f"dec{level.name}", nn.Sequential(conv(level.up + level.enc, level.dec), nn.SiLU(inplace=True)))
+            channels = level.dec
         self.out_conv = conv(channels, 3, 1)
 
     def forward(self, image: Tensor, features: Tensor, tile: int | None = None) -> Tensor:
@@ -138,16 +138,16 @@ def largest(height: int, width: int, tile: int, step: int) -> tuple[int, int]:
 def whole_bytes(config: L2PConfig, height: int, width: int, dtype: torch.dtype) -> int:
     """The peak of `LocalDecoder._whole` for one picture, its maps counted in the order they come and go."""
     area, skips = height * width, []  # all in numbers, not bytes
-    for stage in config.decoder:  # on the way in less is held than on the way out, beside the same skips
-        skips.append(stage.enc * area)
+    for level in config.decoder:  # on the way in less is held than on the way out, beside the same skips
+        skips.append(level.enc * area)
         area //= 4
-    pooled, joined, x = (channels * area for channels in (stage.enc, stage.enc + config.dim, config.bottleneck_dim))
+    pooled, joined, x = (channels * area for channels in (level.enc, level.enc + config.dim, config.bottleneck_dim))
     channels, peak = config.bottleneck_dim, sum(skips) + joined + max(pooled, x)
-    for stage in reversed(config.decoder):
+    for level in reversed(config.decoder):
         area *= 4
-        up, joined = stage.up * area, (stage.up + stage.enc) * area
+        up, joined = level.up * area, (level.up + level.enc) * area
         peak = max(peak, sum(skips) + x + channels * area + up, sum(skips) + up + joined)
         skips.pop()
-        x, channels = stage.dec * area, stage.dec
+        x, channels = level.dec * area, level.dec
         peak = max(peak, sum(skips) + joined + x)
     return peak * dtype.itemsize

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import MISSING, Field, asdict, dataclass, fields
-from functools import cache
+from functools import cache, lru_cache
 from itertools import groupby, islice
 from pathlib import Path
 from threading import Event
@@ -69,16 +69,20 @@ def plan(rows: list[dict], settings: dict, count: int, output: Path, pipe: L2PPi
     rows: of a prompt file, see `COLUMNS`. settings: for what a row leaves out; None for the checkpoint's default.
     count: pictures for each row, with seeds one apart. output: a .png for one picture, a folder for several.
     Raises ValueError where a row, a setting or the output makes no sense."""
-    pictures = []
+    pictures, look = [], lru_cache(4)(open_picture)
     for number, (row, files) in enumerate(zip(rows, output_files(rows, count, output))):
         row = {name: value for name, value in row.items() if value is not None and name != "file_name"}
         row["prompt"] = row.pop("text", row.get("prompt", ""))
         values = {**{name: value for name, value in settings.items() if value is not None}, **row}
-        if values.get("input_image") and not ("height" in values or "width" in values):
-            values["height"], values["width"] = pipe.size_for(open_picture(values["input_image"]))
-        values = {**pipe.defaults._asdict(), **values}
         try:
             values = {field.name: cast(field, values[field.name]) for field in fields(Picture) if field.name in values}
+            if values.get("inpaint_mask"):
+                if not values.get("input_image"):
+                    raise ValueError("an inpaint_mask came without an input_image; give the picture whose pixels are to be kept")
+                look(values["inpaint_mask"])
+            if values.get("input_image"):
+                values["height"], values["width"] = pipe.size_for(look(values["input_image"]), values.get("height"), values.get("width"))
+            values = {**pipe.defaults._asdict(), **values}
             pipe.check_size(values["height"], values["width"])
             schedule(values["num_inference_steps"], values["denoising_strength"], values["shift"])
             solver(values["sampler"])
@@ -239,6 +243,8 @@ def is_drawn(output: Path, wanted: dict) -> bool:
         raise ValueError(f"{output} exists and was not drawn by l2p; give another --output, or --overwrite") from None
     lacking = {each.name: each.default for each in fields(Picture) if each.default is not MISSING}  # in files of before they were settings
     for name in {**wanted, **settings}:
+        if f"{name}_sha256" in wanted:  # the same file under another name
+            continue
         was, now = (each.get(name, lacking.get(name)) for each in (settings, wanted))
         if was != now:
             raise ValueError(f"{output} exists, drawn with other settings ({name} {was!r}, now {now!r}); give another --output, or "
@@ -256,10 +262,12 @@ def save(image: Image.Image, output: Path, settings: dict) -> None:
 
 
 def open_picture(file: str | Path) -> Image.Image:
-    """The picture, read whole. Raises ValueError where it is none and OSError where it is not there."""
+    """The picture, read whole. Raises ValueError where it is none, or not there."""
     try:
         with Image.open(file) as picture:
             picture = ImageOps.exif_transpose(picture)
+    except FileNotFoundError:
+        raise ValueError(f"there is no {file}") from None
     except (UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file} is no picture that Pillow can read: {error}") from None
     if picture.mode.startswith("I"):  # 16 bits a pixel

@@ -17,6 +17,7 @@ from .header import CheckpointError, Entry, find_files, read_header, reading, st
 from .quantization import FORMATS
 
 FLOATS = ("F64", "F32", "F16", "BF16")
+UNSCALED = ("F8_E4M3", "F8_E5M2")  # where there is no scale: simply cast
 MAX_MARKER_BYTES = 10_000  # of a comfy_quant, which takes 100
 CONVROT_GROUPSIZES = (4, 16, 64, 256, 1024)
 KNOWN_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "pipe.dit.", "")  # any other is found as well
@@ -135,7 +136,7 @@ def describe(path: Path, files: list[Path], entries: dict[str, Entry], metadata:
             layout.outside.append(key)
             continue
         name = key.removeprefix(prefix)
-        if name.endswith((".comfy_quant", ".weight_scale", ".weight_scale_2")) and f"{prefix}{name.rpartition('.')[0]}.weight" in entries:
+        if name.endswith((".comfy_quant", ".weight_scale", ".weight_scale_2", ".input_scale")) and f"{prefix}{name.rpartition('.')[0]}.weight" in entries:
             continue
         if not name.startswith(("layers.", "noise_refiner.", "context_refiner.", "t_embedder.", "cap_embedder.", "cap_pad",
                                 "x_pad", "x_embedder.", "all_x_embedder.", "local_decoder.")):

@@ -1,4 +1,4 @@
-"""The L2P transformer: a Z-Image backbone that reads 16-pixel patches and hands its features to a pixel decoder.
+"""The L2P transformer: a Z-Image backbone that reads patches of 16 to 160 pixels and hands its features to a pixel decoder.
 
 Letters: B batch, H W picture size, h w patch grid, N image tokens (h * w padded to 32), M caption tokens (padded to
 32), S = N + M, D width. Time t runs from 0 (noise) to 1 (picture). The output approximates picture - noise.

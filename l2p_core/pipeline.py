@@ -153,7 +153,7 @@ class L2PPipeline:
         cfg_truncation: how far on the way from noise, 0, to picture, 1, guidance goes; the rest takes half the time.
         cache_threshold: above 0, take all layers but the first to add what they last added where the first changes by no more
         than this share, in the mean over the batch. Not in windows.
-        callback: called before each step with the steps done, all steps, and the picture as it now looks to come out,
+        callback: called in each step, after the model, with the steps done, all steps, and the picture as it now looks to come out,
         (B, 3, H, W) in about [-1, 1]; raise from it to stop. bf16_rounding: round times and the input picture as the
         published pipeline does.
         Raises ValueError for sizes, counts and options that do not fit."""
@@ -180,8 +180,8 @@ class L2PPipeline:
         if cfg_scale != 1:
             negative = self.encode_prompt(negative_prompt) if negative_prompt_embeds is None else negative_prompt_embeds
             negatives = [negative.to(self.device)] * len(captions)
-        if height is None and width is None and input_image is not None:
-            height, width = self.size_for(input_image)
+        if input_image is not None:
+            height, width = self.size_for(input_image, height, width)
         height, width = defaults.height if height is None else height, defaults.width if width is None else width
         self.check_size(height, width)
         plan = self.plan_stages(height, width, steps, denoising_strength, stages, stage_strength, redraw)
@@ -191,7 +191,6 @@ class L2PPipeline:
         x, done, in_all = None, 0, sum(stage.steps for stage in plan)
         for stage in plan:
             size, sigmas = stage[:2], schedule(stage.steps, stage.strength, shift)
-            self.transformer.rope_scale = stage.rope_scale
             velocity = guided_velocity(self.transformer, captions, negatives, cfg_scale, bf16_rounding, cfg_truncation,
                                        self.batch_guidance, 0.0 if stage.window else cache_threshold)
             if stage.window:
@@ -207,7 +206,11 @@ class L2PPipeline:
                 start = mask * start + (1 - mask) * picture
                 velocity = keeping(velocity, mask, picture, noise)
             x = noise if start is None else (1 - sigmas[0]) * start + sigmas[0] * noise
-            x = solve(velocity, x, sigmas, callback and (lambda step, _, x0: callback(done + step, in_all, x0)))
+            self.transformer.rope_scale = stage.rope_scale
+            try:
+                x = solve(velocity, x, sigmas, callback and (lambda step, _, x0: callback(done + step, in_all, x0)))
+            finally:
+                self.transformer.rope_scale = 1.0
             done += stage.steps
             if not x.isfinite().all():
                 raise ValueError(f"the picture came out as NaN: the model's numbers overflow in {self.dtype}"
@@ -223,10 +226,12 @@ class L2PPipeline:
         return plan_stages(height, width, steps, strength, stages, stage_strength, redraw, self.layout.trained_size,
                            self.layout.config.size_multiple)
 
-    def size_for(self, picture: Image.Image) -> tuple[int, int]:
-        """Height and width nearest to the picture's that the checkpoint can draw."""
+    def size_for(self, picture: Image.Image, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Height and width nearest to the picture's that the checkpoint can draw; where one is given, the other in proportion."""
         multiple = self.layout.config.size_multiple
-        return tuple(max(round(side / multiple), 1) * multiple for side in (picture.height, picture.width))
+        scale = height / picture.height if height else width / picture.width if width else 1
+        return tuple(given or max(round(scale * side / multiple), 1) * multiple
+                     for given, side in ((height, picture.height), (width, picture.width)))
 
     def check_size(self, height: int, width: int) -> None:
         """Raise ValueError, naming the nearest sizes, unless the checkpoint can draw this one."""

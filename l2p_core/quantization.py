@@ -61,6 +61,8 @@ def dequantize(kind: str, weight: Tensor, scale: Tensor, scale_2: Tensor | None,
                dtype: torch.dtype) -> Tensor:
     """The weights (N, K) that a tensor stored in that format stands for. scale, scale_2: as they are stored."""
     if kind == "mxfp8":
+        if not hasattr(torch, "float8_e8m0fnu"):
+            raise ImportError(f"mxfp8 needs torch 2.7 or newer, and this is {torch.__version__}")
         return comfy_kitchen().dequantize_mxfp8(weight, scale.view(torch.float8_e8m0fnu), dtype)
     if kind == "nvfp4":
         return comfy_kitchen().dequantize_nvfp4(weight, scale_2, scale.view(torch.float8_e4m3fn), dtype)

@@ -34,7 +34,8 @@ def shifted(even: Tensor, shift: float | Tensor) -> Tensor:
 def guided_velocity(model: L2PTransformer, captions: list[Tensor], negatives: list[Tensor], scale: float,
                     bf16_rounding: bool = False, cfg_truncation: float = 1.0, batch_guidance: bool = False,
                     cache_threshold: float = 0.0) -> Velocity:
-    """The model's velocity with classifier-free guidance: negative + scale * (positive - negative), in its own dtype.
+    """The model's velocity with classifier-free guidance: negative + scale * (positive - negative), computed in its own
+    dtype and given in float32.
 
     captions, negatives: one (L, cap_feat_dim) for each picture. scale: 1 leaves the negatives out and takes one pass a
     step. bf16_rounding: round the time as the published bfloat16 pipeline does, which moves it by up to 0.003.

@@ -85,7 +85,6 @@ class L2PModel(comfy.model_base.Lumina2):
 
     def __init__(self, model_config, model_type=comfy.model_base.ModelType.FLOW, device=None):
         comfy.model_base.BaseModel.__init__(self, model_config, model_type, device=device, unet_model=NextDiTL2P)
-        self.memory_usage_factor_conds = ("ref_latents",)
 
     def memory_required(self, input_shape: list[int], cond_shapes: dict = {}) -> float:
         """Bytes beside the weights that a batch of pictures (B, 3, H, W) takes, the larger of two: a block's feed-forward
@@ -165,7 +164,7 @@ def unet_config(state_dict: dict, prefix: str, metadata: dict[str, str] | None) 
     check(layout)
     config = layout.config
     quantized = layout.quantization is not None
-    if quantized and not has_int8_kernels():
+    if quantized and not has_kernels(layout):
         multiply_out(state_dict, layout)
         quantized = False
     return {"image_model": "l2p", "in_channels": 3, "patch_size": config.patch_size, "dim": config.dim,
@@ -185,12 +184,16 @@ def layout_of(state_dict: dict[str, Tensor], prefix: str = "", metadata: dict[st
     return describe(path, [path], entries, metadata or {}, {layer: marker for layer, marker in markers.items() if layer in eight_bits}, {})
 
 
-def has_int8_kernels() -> bool:
-    return hasattr(comfy.quant_ops, "TensorWiseINT8Layout")
+def has_kernels(layout: Layout) -> bool:
+    """Whether this ComfyUI computes with all formats of the file. INT8, since v0.27, is told by its own layout: packs have registered
+    the name before."""
+    formats = {source.format for source in layout.tensors.values() if source.format}
+    return (getattr(comfy.quant_ops, "_CK_AVAILABLE", True) and formats <= set(comfy.quant_ops.QUANT_ALGOS)
+            and hasattr(comfy.quant_ops, "TensorWiseINT8Layout"))
 
 
 def multiply_out(state_dict: dict[str, Tensor], layout: Layout) -> None:
-    """Turn quantized tensors into bfloat16 in place, without their scales and markers: for ComfyUI before v0.27."""
+    """Turn quantized tensors into bfloat16 in place, without their scales and markers: for a ComfyUI that lacks their kernels."""
     for source in {source.entry.key: source for source in layout.tensors.values() if source.format}.values():
         key = source.entry.key
         scale, scale_2 = (entry and state_dict.pop(entry.key) for entry in (source.scale, source.scale_2))

@@ -10,7 +10,7 @@ from ..l2p_core.header import CheckpointError
 from ..l2p_core.quantization import FORMATS
 from ..quant import convert, merge, quantize
 from ..quant.stream import Progress, gigabytes
-from .load import model_files, model_paths
+from .load import model_files, model_paths, stamps
 
 FILENAME = io.String.Input("filename", default="", tooltip="Name of the new file in models/diffusion_models; empty for the "
                                                           "source's with what was done to it.")
@@ -41,6 +41,10 @@ class L2PQuantizeCheckpoint(io.ComfyNode):
             outputs=[io.String.Output("filename"), io.String.Output("report")])
 
     @classmethod
+    def fingerprint_inputs(cls, checkpoint: str, **_) -> list:
+        return stamps(model_paths(checkpoint))
+
+    @classmethod
     def execute(cls, checkpoint, format, granularity, preset, filename, overwrite) -> io.NodeOutput:
         source, output = source_and_output(checkpoint, filename, format.replace("_tensorwise", ""), overwrite)
         options = quantize.Options(format, granularity if format == "int8_tensorwise" else None, preset)
@@ -60,9 +64,14 @@ class L2PConvertCheckpoint(io.ComfyNode):
                                                                             "an L2P model of a smaller patch."),
                 io.Combo.Input("patch", options=["16", "64", "128", "160"], default="16",
                                tooltip="Pixels: 16 for 1K pictures, 64 for 4K, 128 for 8K, 160 for 10K."),
-                io.Int.Input("seed", default=0, min=0, max=0xffffffff, tooltip="Of the new tensors; the same on every machine."),
+                io.Int.Input("seed", default=0, min=0, max=0xffffffff, control_after_generate=False,
+                             tooltip="Of the new tensors; the same on every machine."),
                 FILENAME, OVERWRITE],
             outputs=[io.String.Output("filename")])
+
+    @classmethod
+    def fingerprint_inputs(cls, checkpoint: str, **_) -> list:
+        return stamps(model_paths(checkpoint))
 
     @classmethod
     def execute(cls, checkpoint, patch, seed, filename, overwrite) -> io.NodeOutput:
@@ -83,6 +92,10 @@ class L2PMergeCheckpoint(io.ComfyNode):
                 io.Combo.Input("base", options=model_files(), tooltip="The pixel initialisation it started from."),
                 DTYPE, FILENAME, OVERWRITE],
             outputs=[io.String.Output("filename")])
+
+    @classmethod
+    def fingerprint_inputs(cls, trained: str, base: str, **_) -> list:
+        return stamps([*model_paths(trained), *model_paths(base)])
 
     @classmethod
     def execute(cls, trained, base, dtype, filename, overwrite) -> io.NodeOutput:

@@ -1,6 +1,7 @@
 """Files to MODEL and CLIP."""
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 
 import comfy.model_management
@@ -48,7 +49,7 @@ class L2PCheckpointLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, checkpoint: str, **_) -> list:
-        return [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in model_paths(checkpoint)]
+        return stamps(model_paths(checkpoint))
 
     @classmethod
     def execute(cls, checkpoint: str, weight_dtype: str = "automatic", convrot: str = "as marked") -> io.NodeOutput:
@@ -76,10 +77,17 @@ class L2PTextEncoderLoader(io.ComfyNode):
             outputs=[io.Clip.Output()])
 
     @classmethod
+    def fingerprint_inputs(cls, text_encoder: str, **_) -> list:
+        return stamps(find_files(text_encoder_path(text_encoder))[0])
+
+    @classmethod
     def execute(cls, text_encoder: str, device: str = "default") -> io.NodeOutput:
         cpu = torch.device("cpu")
         options = {"load_device": cpu, "offload_device": cpu} if device == "cpu" else {}
-        return io.NodeOutput(load_text_encoder(text_encoder_path(text_encoder), options))
+        path = text_encoder_path(text_encoder)
+        clip = load_text_encoder(path, options)
+        clip.patcher.cached_patcher_init = (text_encoder_patcher, (path, options))
+        return io.NodeOutput(clip)
 
 
 def model_files() -> list[str]:
@@ -98,7 +106,12 @@ def model_paths(name: str) -> list[Path]:
     if not SHARD_NAME.search(path.name):
         return [path]
     stem = path.name[:-len("-00001-of-00001.safetensors")]
-    return sorted(path.parent.glob(f"{stem}-*-of-{path.name.rpartition('-')[2]}"))
+    return sorted(path.parent.glob(f"{glob.escape(stem)}-{'[0-9]' * 5}-of-{path.name.rpartition('-')[2]}"))
+
+
+def stamps(files: list[Path]) -> list[tuple]:
+    """What ComfyUI tells changed files by, so that they are read again."""
+    return [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
 
 
 def load_model(paths: list[Path], dtype: torch.dtype | None, convrot_groupsize: int | None, disable_dynamic: bool = False):
@@ -151,6 +164,11 @@ def load_text_encoder(path: Path, options: dict, disable_dynamic: bool = False) 
     count = sum(tensor.numel() for tensor in state_dict.values())
     return comfy.sd.CLIP(target, embeddings, parameters=count, state_dict=[state_dict], model_options=options,
                          disable_dynamic=disable_dynamic)
+
+
+def text_encoder_patcher(path: Path, options: dict, disable_dynamic: bool = False):
+    """What ComfyUI loads again, for a second GPU or without dynamic memory."""
+    return load_text_encoder(path, options, disable_dynamic).patcher
 
 
 def small_qwen3(state_dict: dict[str, torch.Tensor], tokenizer_folder: Path) -> tuple[type, type]:

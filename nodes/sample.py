@@ -7,6 +7,7 @@ import logging
 import comfy.latent_formats
 import comfy.model_management
 import comfy.model_sampling
+import comfy.patcher_extension
 import comfy.sample
 import comfy.samplers
 import comfy.utils
@@ -63,7 +64,7 @@ class L2PKSampler(io.ComfyNode):
                 SHIFT,
                 io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01,
                                tooltip="How far to redraw the image: 1 keeps nothing of it. Leave 1 without an image."),
-                io.Image.Input("image", optional=True, tooltip="Start from this picture; resized where it is not of that size."),
+                io.Image.Input("image", optional=True, tooltip="Start from this picture, or each of a batch; resized where it is not of that size."),
                 io.Mask.Input("mask", optional=True, tooltip="Redraw only where it is white; the rest of the image is kept exactly."),
                 io.Int.Input("stages", default=1, min=1, max=8, optional=True, advanced=True,
                              tooltip="For sizes above the model's own: drawings that lead there, each twice as large as the one before it, "
@@ -81,6 +82,7 @@ class L2PKSampler(io.ComfyNode):
                 shift, denoise, image=None, mask=None, stages=1, stage_denoise=STAGE_STRENGTH,
                 redraw=REDRAWS[0]) -> io.NodeOutput:
         multiple, cap_feat_dim, trained = sizes_of(model)
+        batch_size = max(batch_size, 0 if image is None else len(image))
         check_size(height, width, multiple)
         for conditioning in (positive, negative):
             check_conditioning(conditioning, cap_feat_dim)
@@ -95,17 +97,20 @@ class L2PKSampler(io.ComfyNode):
         samples, progress = None, comfy.utils.ProgressBar(sum(stage.steps for stage in plan))
         for stage in plan:
             size = stage.width, stage.height
-            latent = torch.zeros(batch_size, 3, *stage[:2]) if image is None else to_latent(fit(image, *size), batch_size)
-            noise_mask = None if mask is None else fit_mask(mask, *size)
+            picture = torch.zeros(batch_size, 3, *stage[:2]) if image is None else to_latent(fit(image, *size), batch_size)
+            noise_mask = None if mask is None else fit_mask(mask, *size, batch_size)
+            latent = picture
             if samples is not None:
-                kept = 0 if mask is None else 1 - noise_mask[:, None]
-                latent = kept * latent + (1 - kept) * enlarge(samples, *stage[:2])
+                enlarged = enlarge(samples, *stage[:2]).to(picture.device)
+                latent = enlarged if mask is None else picture.lerp(enlarged, noise_mask[:, None].to(picture.device))
             samples = sample(for_stage(model, stage, multiple), positive, negative, latent, seed, cfg,
                              comfy.samplers.sampler_object(sampler_name), noise_levels(model, scheduler, stage.steps, stage.strength, shift),
                              noise_mask, progress)
             if not samples.isfinite().all():
                 raise ValueError("the picture came out as NaN: the model's numbers overflow in this weight_dtype, or its file is "
                                  "damaged. Try weight_dtype bfloat16")
+        if mask is not None:  # some samplers end a little above no noise
+            samples = picture.to(samples.device).where(noise_mask[:, None].to(samples.device) == 0, samples)
         return io.NodeOutput(to_image(samples), {"samples": samples})
 
 
@@ -189,6 +194,8 @@ def for_stage(model, stage: Stage, multiple: int):
         wrapped = model.model_options.get("model_function_wrapper", lambda apply, given: apply(given["input"], given["timestep"], **given["c"]))
         model.set_model_unet_function_wrapper(lambda apply, given: by_windows(
             lambda part: wrapped(apply, {**given, "input": part}), given["input"], stage.window, multiple))
+        model.add_wrapper(comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING, lambda prepare, model, shape, *args, **options: prepare(
+            model, [*shape[:2], *(min(side, stage.window) for side in shape[2:])], *args, **options))  # memory of a window
     return model
 
 
@@ -211,7 +218,7 @@ def noise_levels(model, scheduler: str, steps: int, denoise: float, shift: float
         return schedule(steps, denoise, shift)
     sampling = comfy.model_sampling.ModelSamplingDiscreteFlow(model.model.model_config)
     sampling.set_parameters(shift=shift, multiplier=1.0)
-    return comfy.samplers.calculate_sigmas(sampling, scheduler, max(steps, int(steps / denoise)))[-(steps + 1):]
+    return comfy.samplers.calculate_sigmas(sampling, scheduler, int(steps / denoise))[-(steps + 1):]
 
 
 def sizes_of(model) -> tuple[int, int | None, tuple[int, int]]:
@@ -255,9 +262,9 @@ def fit(image: Tensor, width: int, height: int) -> Tensor:
     return comfy.utils.common_upscale(image.movedim(-1, 1), width, height, "lanczos", "disabled").movedim(1, -1)
 
 
-def fit_mask(mask: Tensor, width: int, height: int) -> Tensor:
-    """A MASK (B, H, W) of that size."""
-    return comfy.utils.common_upscale(mask[:, None], width, height, "bilinear", "disabled")[:, 0]
+def fit_mask(mask: Tensor, width: int, height: int, batch_size: int) -> Tensor:
+    """A MASK (B, H, W) of that size for so many pictures."""
+    return comfy.utils.repeat_to_batch_size(comfy.utils.common_upscale(mask[:, None], width, height, "bilinear", "disabled")[:, 0], batch_size)
 
 
 def to_latent(image: Tensor, batch_size: int) -> Tensor:

@@ -210,7 +210,10 @@ def unfinished(path: Path, total: int) -> Iterator[BinaryIO]:
         raise CheckpointError(f"the output {path} is a folder; give the name of a file in it")
     try:
         for leftover in folder.glob(".*.l2p-part"):
-            if (stream := open_alone(leftover)) is not None:
+            if not fcntl:  # Windows, where an open file can't be taken away
+                with suppress(PermissionError):
+                    leftover.unlink()
+            elif (stream := open_alone(leftover)) is not None:
                 with stream:
                     leftover.unlink()
         stream = open_alone(part)

@@ -17,6 +17,7 @@ comfy.options.enable_args_parsing()
 import comfy.lora  # noqa: E402
 import comfy.model_detection  # noqa: E402
 import comfy.model_management  # noqa: E402
+import comfy.sampler_helpers  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfy.utils  # noqa: E402
 import folder_paths  # noqa: E402
@@ -201,6 +202,23 @@ def shortage(path: str, have: int, batch_size: int, **plan) -> str | None:
     _, _, trained = sampler.sizes_of(model)
     return sampler.shortage(model, sampler.plan_stages(steps=4, strength=1.0, stage_strength=0.2, trained=trained, multiple=16, **plan),
                             batch_size, have)
+
+
+def largest_asked_for(path: str, redraw: str) -> list[int]:
+    """The largest shape whose memory ComfyUI makes room for, as a picture of 192 pixels is drawn in two stages."""
+    model, conditioning, shapes = load(path, "diffusion")[0], [[torch.zeros(1, 4, 96), {}]], []
+    estimate = comfy.sampler_helpers.estimate_memory
+
+    def recorded(model, shape, *args):
+        shapes.append(list(shape))
+        return estimate(model, shape, *args)
+    comfy.sampler_helpers.estimate_memory = recorded
+    try:
+        nodes.NODE_CLASS_MAPPINGS["L2PKSampler"].execute(model, conditioning, conditioning, 192, 192, 1, 0, 2, 2.0, "euler", "l2p", 3.0, 1.0,
+                                                         stages=2, redraw=redraw)
+    finally:
+        comfy.sampler_helpers.estimate_memory = estimate
+    return max(shapes)
 
 
 def main() -> None:

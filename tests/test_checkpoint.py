@@ -150,6 +150,21 @@ def test_float8_is_multiplied_out(tiny_weights, tiny_model, write, arguments):
     assert rms(outputs(write(quantized), arguments) - reference, reference) < 0.02
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_without_a_scale_is_simply_cast(tiny_weights, write, dtype):
+    cast = {name: tensor.to(dtype) if name.startswith("layers.1.feed_forward") else tensor for name, tensor in tiny_weights.items()}
+    assert_loads_exactly(write(cast), {name: tensor.float() for name, tensor in cast.items()})
+
+
+def test_a_scale_of_inputs_is_left_out(tiny_weights, write):
+    """Some FP8 files of ComfyUI's have one for each layer; here inputs are not rounded."""
+    key = "layers.0.feed_forward.w1"
+    quantized = {**tiny_weights, f"{key}.weight": (tiny_weights[f"{key}.weight"] / 2).to(torch.float8_e4m3fn),
+                 f"{key}.weight_scale": torch.tensor(2.0), f"{key}.input_scale": torch.tensor(0.5)}
+    expected = {**tiny_weights, f"{key}.weight": quantized[f"{key}.weight"].float() * 2}
+    assert_loads_exactly(write(quantized), expected)
+
+
 def test_same_dtype_weights_stay_in_the_file(tiny_weights, write):
     path = write(tiny_weights)
     model = load_model(path, dtype=torch.float32)

@@ -83,6 +83,19 @@ def test_other_formats_stay_as_they_are(compare, write, tiny_weights, tmp_path, 
     assert any("Layout" in name for name in loaded["formats"]), loaded
 
 
+@pytest.mark.parametrize("loader", LOADERS)
+def test_float8_that_was_simply_cast(compare, write, tiny_weights, loader):
+    cast = {name: tensor.to(torch.float8_e4m3fn) if tensor.dim() == 2 and "layers." in name else tensor for name, tensor in tiny_weights.items()}
+    path = write(cast)
+    assert compare(path, loader, load_model(path, dtype=torch.float32))[0] < 1e-5
+
+
+def test_a_stage_in_windows_asks_for_the_memory_of_one(comfyui):
+    path = BUNDLED_MODEL / "transformer.safetensors"
+    assert comfyui.call("largest_asked_for", path=path, redraw="windows") == [1, 3, 96, 96]
+    assert comfyui.call("largest_asked_for", path=path, redraw="whole") == [1, 3, 192, 192]
+
+
 def test_unmarked_rotated_int8_is_read_as_the_loader_is_told(compare, write, tiny_model, tiny_weights):
     tensors, _ = int8(tiny_weights, "", "row", None, 16)
     path = write(tensors)
@@ -93,7 +106,7 @@ def test_unmarked_rotated_int8_is_read_as_the_loader_is_told(compare, write, tin
 @pytest.mark.parametrize("patch", [16, 64, 128, 160])
 def test_all_decoders(compare, write, patch):
     torch.manual_seed(0)
-    narrow = tuple(stage._replace(enc=min(stage.enc, 8), up=8, dec=8) for stage in PUBLISHED_DECODERS[patch])
+    narrow = tuple(level._replace(enc=min(level.enc, 8), up=8, dec=8) for level in PUBLISHED_DECODERS[patch])
     config = L2PConfig(patch_size=patch, dim=96, n_heads=3, n_layers=2, n_refiner_layers=1, ffn_dim=128, cap_feat_dim=64,
                        decoder=narrow, bottleneck_dim=16)
     model = L2PTransformer(config).eval()

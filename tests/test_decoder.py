@@ -7,7 +7,7 @@ from torch import nn
 
 from comfyui_l2p.l2p_core.meter import peak_bytes
 from comfyui_l2p.l2p_core import decoder as decoder_module
-from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS, L2PConfig, Stage
+from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS, L2PConfig, Level
 from comfyui_l2p.l2p_core.decoder import LocalDecoder, decoder_bytes, tile_side
 from comfyui_l2p.l2p_core.model import L2PTransformer
 from comfyui_l2p.l2p_core.pipeline import L2PPipeline
@@ -29,19 +29,19 @@ def test_output_is_the_published(golden, decoder, case):
     torch.testing.assert_close(output, recorded[f"{case}.output"], atol=5e-5, rtol=0)
 
 
-def test_every_stage_is_the_published(golden, decoder):
+def test_every_level_is_the_published(golden, decoder):
     recorded = golden("local_decoder_fp32")
-    stages = [key.removeprefix("96x64.channel_mean.") for key in recorded if "channel_mean." in key]
-    assert len(stages) == 9
+    levels = [key.removeprefix("96x64.channel_mean.") for key in recorded if "channel_mean." in key]
+    assert len(levels) == 9
     means = {}
-    hooks = [decoder.get_submodule(stage).register_forward_hook(
-        lambda _, __, out, stage=stage: means.update({stage: out.mean((2, 3)).squeeze()})) for stage in stages]
+    hooks = [decoder.get_submodule(level).register_forward_hook(
+        lambda _, __, out, level=level: means.update({level: out.mean((2, 3)).squeeze()})) for level in levels]
     with torch.no_grad():
         decoder(recorded["96x64.image"], recorded["96x64.features"])
     for hook in hooks:
         hook.remove()
-    for stage in stages:
-        torch.testing.assert_close(means[stage], recorded[f"96x64.channel_mean.{stage}"].squeeze(), atol=5e-5, rtol=0)
+    for level in levels:
+        torch.testing.assert_close(means[level], recorded[f"96x64.channel_mean.{level}"].squeeze(), atol=5e-5, rtol=0)
 
 
 def test_features_of_another_size_are_resized_by_nearest(golden, decoder):
@@ -96,9 +96,9 @@ def test_another_conv2d_can_be_given_with_device_and_dtype():
 
 
 def narrow(patch: int, dtype: torch.dtype) -> LocalDecoder:
-    """A published decoder's stages with few channels."""
-    stages = tuple(Stage(stage.name, *(max(width // 32, 2) for width in stage[1:])) for stage in PUBLISHED_DECODERS[patch])
-    decoder = LocalDecoder(L2PConfig(patch, dim=16, n_heads=1, decoder=stages, bottleneck_dim=16), dtype=dtype)
+    """A published decoder's levels with few channels."""
+    levels = tuple(Level(level.name, *(max(width // 32, 2) for width in level[1:])) for level in PUBLISHED_DECODERS[patch])
+    decoder = LocalDecoder(L2PConfig(patch, dim=16, n_heads=1, decoder=levels, bottleneck_dim=16), dtype=dtype)
     decoder.load_state_dict({name: torch.from_numpy(recipe.param(f"local_decoder.{name}", tuple(tensor.shape)))
                              for name, tensor in decoder.state_dict().items()})
     return decoder
@@ -184,7 +184,7 @@ def test_the_estimate_is_what_is_counted(patch, size, tile, batch, dtype):
 
 
 def test_the_estimate_sees_features_wider_than_all_maps():
-    config = L2PConfig(4, decoder=(Stage("1", 4, 4, 4), Stage("2", 4, 4, 4)), bottleneck_dim=4)
+    config = L2PConfig(4, decoder=(Level("1", 4, 4, 4), Level("2", 4, 4, 4)), bottleneck_dim=4)
     assert decoder_bytes(config, 256, 256) == pytest.approx(counted_bytes(config, 256, torch.bfloat16, None), rel=0.01)
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,6 +102,36 @@ def test_a_changed_start_picture_or_encoder_is_another_picture(tmp_path, capsys)
     assert main([*command, "--text-encoder", str(tmp_path / "model")]) == 1
     assert "text_encoder_sha256" in capsys.readouterr().err
     assert str(tmp_path) not in json.dumps(settings(tmp_path / "out.png")), "a picture does not tell its folders"
+
+
+def test_a_renamed_file_is_the_same_file(tmp_path, capsys):
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "photo.png")
+    command = ["generate", "a circle", "-o", str(tmp_path / "out.png"), *FEW, "--input-image"]
+    assert main([*command, str(tmp_path / "photo.png")]) == 0
+    (tmp_path / "photo.png").rename(tmp_path / "other.png")
+    assert main([*command, str(tmp_path / "other.png")]) == 0
+    assert "1 of 1 pictures are there already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("row, said", [
+    ({"input_image": "absent.png"}, "prompt 2: there is no absent.png"), ({"inpaint_mask": "absent.png"}, "prompt 2: an inpaint_mask came without"),
+    ({"input_image": "start.png", "inpaint_mask": "absent.png"}, "prompt 2: there is no absent.png"),
+    ({"input_image": "p.json"}, "prompt 2: p.json is no picture")])
+def test_start_pictures_are_looked_at_before_anything_is_drawn(tmp_path, monkeypatch, capsys, row, said):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (32, 32)).save("start.png")
+    Path("p.json").write_text(json.dumps([{"prompt": "a"}, {"prompt": "b", **row}]))
+    assert main(["generate", "--prompts", "p.json", "-o", "out", *FEW]) == 1
+    assert said in capsys.readouterr().err and not Path("out").exists()
+
+
+def test_a_side_that_is_not_given_follows_the_start_picture(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (160, 90)).save("start.png")
+    for number, (given, size) in enumerate([({"width": 80}, (80, 48)), ({"height": 48}, (80, 48)), ({}, (160, 96)), ({"width": 32, "height": 32}, (32, 32))]):
+        Path("p.json").write_text(json.dumps([{"prompt": "a", "input_image": "start.png", "num_inference_steps": 1, **given}]))
+        assert main(["generate", "--prompts", "p.json", "-o", f"{number}.png"]) == 0
+        assert Image.open(f"{number}.png").size == size
 
 
 def test_turned_and_16_bit_pictures_are_read_as_they_look(tmp_path):

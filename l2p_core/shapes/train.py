@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
-from ..config import L2PConfig, Stage
+from ..config import L2PConfig, Level
 from ..decoder import LocalDecoder
 from ..header import whole
 from ..model import L2PTransformer
@@ -25,7 +25,7 @@ from .score import score
 
 CONFIG = L2PConfig(
     dim=192, n_heads=4, n_layers=4, n_refiner_layers=1, ffn_dim=384, cap_feat_dim=96, t_hidden_dim=256, bottleneck_dim=128,
-    decoder=(Stage("1", 16, 16, 32), Stage("2", 32, 32, 24), Stage("3", 48, 48, 48), Stage("4", 64, 64, 64)))
+    decoder=(Level("1", 16, 16, 32), Level("2", 32, 32, 24), Level("3", 48, 48, 48), Level("4", 64, 64, 64)))
 LAYOUT_SHIFT, SHIFT, FINISH_SHIFT = 12.0, 3.0, 0.35  # noise levels that lean to where captions decide, even, to the last steps
 UNEVEN, PATCHY = 0.4, 8  # share by which noise is uneven then, and over how many pixels
 SCORED = 100  # prompts, each time samples are drawn
@@ -75,7 +75,7 @@ def initialise_decoder(decoder: LocalDecoder) -> None:
     """Start as a linear network that gives the noise back, with a gate by which it can give back more.
 
     Channels come in pairs of opposite sign ("looks linear", Balduzzi et al. 2017, arXiv 1702.08591): a pair passes x on
-    whole, as SiLU(x) - SiLU(-x) = x. The outermost stage's first three pairs carry the noisy pixels. The next six multiply
+    whole, as SiLU(x) - SiLU(-x) = x. The outermost level's first three pairs carry the noisy pixels. The next six multiply
     them: the sum of a pair is A(x) = SiLU(x) + SiLU(-x), about x^2 / 2 near 0 and |x| far from it, so that A(x + g) - A(x - g)
     is about 2 x g for small ones, 2 x for a large g and nothing for none. The last steps, where the noise must be scaled up
     by 1 / sigma, learn to open that gate, and backgrounds come out clean."""
@@ -92,32 +92,32 @@ def initialise_decoder(decoder: LocalDecoder) -> None:
         conv.weight.copy_(torch.cat([weight, -weight]) if paired else weight)
         conv.bias.zero_()
 
-    rgb, stages = range(3), decoder.config.decoder
+    rgb, levels = range(3), decoder.config.decoder
     reads = torch.eye(3)
-    for stage in stages:
-        conv = decoder.get_submodule(f"enc{stage.name}.0")
+    for level in levels:
+        conv = decoder.get_submodule(f"enc{level.name}.0")
         weight = draw(conv, reads)
-        if stage is stages[0]:
+        if level is levels[0]:
             weight[:3] = 0
             weight[rgb, rgb, 1, 1] = 1
         put(conv, weight, reads)
-        reads = pairs(stage.enc)
+        reads = pairs(level.enc)
     conv, reads = decoder.bottleneck[0], torch.block_diag(reads, torch.eye(decoder.config.dim))
     put(conv, draw(conv, reads), reads)
     reads = pairs(decoder.config.bottleneck_dim)
-    for stage in reversed(stages):
-        conv = decoder.get_submodule(f"up{stage.name}.1")
+    for level in reversed(levels):
+        conv = decoder.get_submodule(f"up{level.name}.1")
         put(conv, draw(conv, reads, paired=False), reads, paired=False)
-        conv, reads = decoder.get_submodule(f"dec{stage.name}.0"), torch.block_diag(torch.eye(stage.up), pairs(stage.enc))
+        conv, reads = decoder.get_submodule(f"dec{level.name}.0"), torch.block_diag(torch.eye(level.up), pairs(level.enc))
         weight = draw(conv, reads)
-        if stage is stages[0]:
-            gate = 0.1 * draw(conv, reads)[0, :stage.up]
+        if level is levels[0]:
+            gate = 0.1 * draw(conv, reads)[0, :level.up]
             weight[:9] = 0
             for first, sign in ((0, 0), (3, 1), (6, -1)):
-                weight[first:first + 3, :stage.up] = sign * gate
-                weight[range(first, first + 3), range(stage.up, stage.up + 3), 1, 1] = QUIET if sign else 1
+                weight[first:first + 3, :level.up] = sign * gate
+                weight[range(first, first + 3), range(level.up, level.up + 3), 1, 1] = QUIET if sign else 1
         put(conv, weight, reads)
-        reads = pairs(stage.dec)
+        reads = pairs(level.dec)
     weight = draw(decoder.out_conv, reads, paired=False) * 0.3
     weight[:, :9] = 0
     weight[rgb, rgb] = -torch.ones(3, 1, 1)
