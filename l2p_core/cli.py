@@ -226,18 +226,20 @@ def add_convert(commands: argparse._SubParsersAction) -> None:
 
 
 def add_merge(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("merge", help="put a trained part over its pixel initialisation",
-                                 description="Put what a training saved over the pixel initialisation it started from.")
+    parser = commands.add_parser("merge", help="put a trained part over its pixel initialisation, or a LoRA into its model",
+                                 description="Put what a training saved over the pixel initialisation it started from, or add a LoRA to its "
+                                             "model's weights.")
     parser.add_argument("--trained", "--file_a", type=Path, required=True, metavar="FILE", help="what the training saved")
-    parser.add_argument("--base", "--file_b", type=Path, required=True, metavar="FILE", help="the pixel initialisation")
+    parser.add_argument("--base", "--file_b", type=Path, required=True, metavar="FILE", help="the pixel initialisation, or the LoRA's model")
     parser.add_argument("-o", "--output", "--file_out", type=Path, required=True, metavar="FILE")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of all tensors (default: each tensor's own)")
     parser.add_argument("--skip", action="append", metavar="PATTERN",
                         help="leave out trained tensors by name, such as 'layers.0.*'; may be given again")
+    parser.add_argument("--strength", type=float, metavar="X", help="of a LoRA (default 1)")
 
     def run(args: argparse.Namespace) -> None:
         from ..quant.merge import merge
-        merge(args.trained, args.base, args.output, args.dtype, args.skip, progress=True)
+        merge(args.trained, args.base, args.output, args.dtype, args.skip, args.strength, progress=True)
         print(args.output)
     parser.set_defaults(run=run, when_stopped="Nothing was changed")
 

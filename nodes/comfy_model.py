@@ -27,6 +27,7 @@ from ..l2p_core.layout import FLOATS, Layout, describe, find_prefix, layer_name
 from ..l2p_core.model import NORM_EPS, ROPE_THETA, TOKEN_MULTIPLE
 from ..l2p_core.text import MAX_TOKENS
 from ..quant.export import marker, name_in, packs
+from ..quant.lora import names_of
 from ..quant.stream import TORCH_DTYPES
 
 LANDMARK = "local_decoder.enc1.0.weight"  # in every L2P model, in no other
@@ -228,18 +229,13 @@ def together(tensors: list[Tensor]) -> Tensor:
 
 
 def l2p_lora_keys(config: L2PConfig) -> dict:
-    """Layers of the model as LoRA files name them → ComfyUI's key, of q, k and v with their rows in the packed tensor.
-
-    Published names, q, k and v apart, stand in files behind nothing (DiffSynth), `diffusion_model.` (ai-toolkit),
-    `transformer.` (diffusers), `pipe.dit.` (T2I-L2P's trainer), and with underscores behind `lora_unet_` and `lycoris_`."""
+    """Layers of the model as LoRA files name them → ComfyUI's key, of q, k and v with their rows in the packed tensor."""
     found = {}
     for weight in [name for name in expected_shapes(config) if name.endswith(".weight")]:
-        name = weight.removesuffix(".weight")
         packed, place = name_in("comfyui", weight)
         key = f"diffusion_model.{packed}"
         target = (key, (0, place * config.dim, config.dim)) if packed.endswith(".qkv.weight") else key
-        found |= {f"{prefix}{name}": target for prefix in ("", "diffusion_model.", "transformer.", "pipe.dit.", "base_model.model.")}
-        found |= {f"{prefix}{name.replace('.', '_')}": target for prefix in ("lora_unet_", "lycoris_", "lora_transformer_")}
+        found |= dict.fromkeys(names_of(weight.removesuffix(".weight")), target)
     return found
 
 

@@ -1,4 +1,5 @@
-"""A trained part over the pixel initialisation it was trained from: `l2p merge`."""
+"""A trained part over the pixel initialisation it was trained from, or a LoRA into its model: `l2p merge`."""
+import math
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -6,21 +7,36 @@ from ..l2p_core.checkpoint import check
 from ..l2p_core.header import CheckpointError
 from ..l2p_core.layout import Layout, Source, read_layout
 from .export import DTYPES, arrange, note_left_out
+from .lora import changes, with_changes
 from .stream import Progress, modelspec, write
 
 
 def merge(trained: Path | list[Path], base: Path | list[Path], output: Path, dtype: str | None = None, skip: list[str] | None = None,
-          progress: bool | Progress = False) -> None:
-    """Write the base with the trained tensors in place of its own, under the base's names and prefix.
+          strength: float | None = None, progress: bool | Progress = False) -> None:
+    """Write the base with the trained tensors in place of its own, or with a LoRA added, under the base's names and prefix.
 
-    trained: what a training saved, any naming. base: the pixel initialisation, whole. dtype: fp32, bf16 or fp16 for all
-    tensors; None keeps each tensor's own. skip: patterns such as "layers.0.*" of trained tensors to leave out, by
-    published name. Raises CheckpointError where a tensor does not fit the base."""
+    trained: what a training saved, any naming. base: the pixel initialisation, or a LoRA's model, whole. dtype: fp32, bf16 or fp16
+    for all tensors; None keeps each tensor's own. skip: patterns such as "layers.0.*" of trained tensors to leave out, by
+    published name. strength: of a LoRA; None for 1. Raises CheckpointError where a tensor does not fit the base, ValueError for an
+    option that does not fit what was trained."""
     part, whole = read_layout(trained), read_layout(base)
     if part.kind == "model" and whole.kind == "part":
         raise CheckpointError(f"{whole.path.name} is the trained part and {part.path.name} the whole model; "
                               "give them the other way round")
     check(whole)
+    if part.kind == "lora":
+        if skip:
+            raise ValueError(f"--skip is for whole tensors, and {part.path.name} is a LoRA")
+        factor = 1.0 if strength is None else strength
+        if not math.isfinite(factor):
+            raise ValueError(f"--strength is {factor}; expected a number")
+        pieces = with_changes(arrange(whole.tensors, whole.naming, whole.prefix, dtype and DTYPES[dtype]), changes(part, whole),
+                              whole.naming, whole.prefix, factor)
+        note_left_out(whole)
+        write(output, pieces, [whole, part], "l2p merge", {"dtype": dtype, "strength": factor}, modelspec(whole), progress)
+        return
+    if strength is not None:
+        raise ValueError(f"--strength is of a LoRA, and {part.path.name} is none")
     if part.kind not in ("part", "model", "unknown"):
         check(part)  # says what it is
     tensors = whole.tensors | fitting(part, whole, skip or [])

@@ -118,10 +118,67 @@ def test_merge_names_other_mistakes(tiny_weights, trained, write, out):
         merge(base, part, out)
     with pytest.raises(CheckpointError, match="--skip nothing.* matches none of"):
         merge(part, base, out, skip=["nothing.*"])
-    with pytest.raises(CheckpointError, match="is a LoRA"):
-        merge(write({"layers.0.attention.to_q.lora_A.weight": torch.ones(4, 96)}, "lora.safetensors"), base, out)
     with pytest.raises(CheckpointError, match="holds no tensors to merge"):
         merge(part, base, out, skip=["*"])
+
+
+LORA_TARGETS = ("layers.0.attention.to_q", "layers.0.attention.to_v", "layers.1.feed_forward.w2", "local_decoder.dec2.0")
+LORA_NAMINGS = {"ai-toolkit": ("diffusion_model.{}".format, "lora_A", "lora_B"), "DiffSynth": ("{}".format, "lora_A.default", "lora_B.default"),
+                "kohya": (lambda layer: "lora_unet_" + layer.replace(".", "_"), "lora_down", "lora_up")}
+
+
+def a_lora(weights, naming="ai-toolkit", alpha=None):
+    """(its file's tensors, what it adds to each weight)."""
+    name_of, down, up = LORA_NAMINGS[naming]
+    file, added, generator = {}, {}, torch.Generator().manual_seed(0)
+    for layer in LORA_TARGETS:
+        weight = weights[f"{layer}.weight"]
+        a = torch.randn(4, *weight.shape[1:], generator=generator)
+        b = torch.randn(len(weight), 4, *[1] * (weight.dim() - 2), generator=generator)
+        file |= {f"{name_of(layer)}.{down}.weight": a, f"{name_of(layer)}.{up}.weight": b}
+        if alpha is not None:
+            file[f"{name_of(layer)}.alpha"] = torch.tensor(float(alpha))
+        added[f"{layer}.weight"] = torch.einsum("nr,r...->n...", b.flatten(1), a) * (1 if alpha is None else alpha / 4)
+    return file, added
+
+
+@pytest.mark.parametrize("naming", LORA_NAMINGS)
+@pytest.mark.parametrize("base_naming", [dict, comfyui_naming])
+def test_a_lora_is_added_to_the_weights_it_names(tiny_weights, write, out, naming, base_naming):
+    base = write(prefixed(base_naming(tiny_weights)), "base.safetensors")
+    lora, added = a_lora(tiny_weights, naming, alpha=2)
+    assert main(["merge", "--trained", str(write(lora, "lora.safetensors")), "--base", str(base), "-o", str(out), "--strength", "0.5"]) == 0
+    expected = prefixed(base_naming({name: tensor + 0.5 * added.get(name, 0) for name, tensor in tiny_weights.items()}))
+    found = load_file(out)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-5, msg=name)
+    merge(write(lora, "lora.safetensors"), base, out, dtype="bf16", strength=0.0)
+    same(out, {name: tensor.bfloat16() for name, tensor in prefixed(base_naming(tiny_weights)).items()})
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda lora: {**lora, "layers.0.attention.to_q.dora_scale": torch.ones(96)}, "to_q.dora_scale belongs to nothing"),
+    (lambda lora: {**lora, "lora_te_text_model.lora_down.weight": torch.ones(4, 4)}, "lora_te_text_model.* belongs to nothing"),
+    (lambda lora: {name: tensor for name, tensor in lora.items() if "to_q.lora_B" not in name}, "only one factor.*to_q"),
+    (lambda lora: {name: tensor[:, :9] if "to_q.lora_A" in name else tensor for name, tensor in lora.items()}, r"are \(96, 4\) and \(4, 9\)"),
+    (lambda lora: {name: tensor * torch.inf for name, tensor in lora.items()}, "with the LoRA holds NaN or infinite"),
+])
+def test_a_lora_that_does_not_fit_is_refused(tiny_weights, write, out, change, said):
+    lora = write(change(a_lora(tiny_weights)[0]), "lora.safetensors")
+    with pytest.raises(CheckpointError, match=said):
+        merge(lora, write(tiny_weights, "base.safetensors"), out)
+    assert not out.exists()
+
+
+def test_a_lora_does_not_go_into_8_bits(tiny_weights, trained, write, out):
+    lora, base = write(a_lora(tiny_weights)[0], "lora.safetensors"), write(int8(tiny_weights)[0], "base.safetensors")
+    with pytest.raises(CheckpointError, match="is I8. Merge the LoRA into the BF16"):
+        merge(lora, base, out)
+    with pytest.raises(ValueError, match="--skip is for whole tensors"):
+        merge(lora, write(tiny_weights, "base.safetensors"), out, skip=["*"])
+    with pytest.raises(ValueError, match="--strength is of a LoRA"):
+        merge(write(trained, "part.safetensors"), write(tiny_weights, "base.safetensors"), out, strength=0.5)
 
 
 # --- convert -------------------------------------------------------------------------------------------------------

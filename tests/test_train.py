@@ -113,6 +113,10 @@ def test_a_lora_is_what_its_file_says(data):
     for target in targets:
         weight = changed.get_parameter(target.removeprefix("diffusion_model.") + ".weight")
         weight.data = weight + lora[f"{target}.lora_B.weight"] @ lora[f"{target}.lora_A.weight"]
+    merge(last, CHECKPOINT, data.parent / "merged.safetensors", dtype="fp32")
+    merged = load_model(data.parent / "merged.safetensors", dtype=torch.float32).state_dict()
+    for name, weight in changed.state_dict().items():
+        torch.testing.assert_close(merged[name], weight, atol=1e-6, rtol=1e-5, msg=name)
     inputs = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0)), torch.tensor([0.3]), [torch.ones(5, 96)]
     with torch.no_grad():
         wanted, found, before = (each(*inputs) for each in (changed, model, load_model(CHECKPOINT, dtype=torch.float32)))
