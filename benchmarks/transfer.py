@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -21,7 +20,7 @@ from tqdm import trange
 
 from comfyui_l2p.l2p_core import L2PTransformer
 from comfyui_l2p.l2p_core.config import L2PConfig, Level
-from comfyui_l2p.l2p_core.image import to_pixels
+from comfyui_l2p.l2p_core.image import to_pictures, to_pixels
 from comfyui_l2p.l2p_core.sampler import euler, guided_velocity, schedule
 from comfyui_l2p.l2p_core.shapes import train as recipe
 from comfyui_l2p.l2p_core.shapes.pictures import SIZE, draw, test_scenes, training_scenes
@@ -110,12 +109,8 @@ def learn_latents(folder: Path, encodings: dict[str, Tensor], steps: int) -> Non
     drawn = latents.decode(euler(velocity, torch.randn(100, CHANNELS, side, side, generator=generator), schedule(30)))
     known = latents.decode(latents.encode(torch.cat([to_pixels(draw(scene)) for scene in tests])))
     (folder / "latent.json").write_text(json.dumps({
-        "loss": loss.item(), "score": score(to_images(drawn), tests), "score of the latents themselves": score(to_images(known), tests)}))
-    grid([to_images(drawn)[:8]]).save(folder / "latent.png")
-
-
-def to_images(pixels: Tensor) -> list[Image.Image]:
-    return [Image.fromarray(((each.movedim(0, -1).clamp(-1, 1) + 1) * 127.5).round().byte().numpy()) for each in pixels]
+        "loss": loss.item(), "score": score(to_pictures(drawn), tests), "score of the latents themselves": score(to_pictures(known), tests)}))
+    grid([to_pictures(drawn)[:8]]).save(folder / "latent.png")
 
 
 def save(model: nn.Module, file: Path) -> None:

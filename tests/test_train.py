@@ -24,7 +24,7 @@ from comfyui_l2p.l2p_core.shapes.pictures import scenes
 from comfyui_l2p.l2p_core.text import TextEncoder
 from comfyui_l2p.l2p_core.train import record, trainer
 from comfyui_l2p.l2p_core.train.config import read_config, to_toml
-from comfyui_l2p.l2p_core.train.data import Batches, Example, crop_and_resize, plan_epoch, read_examples, target_size
+from comfyui_l2p.l2p_core.train.data import Batches, Example, crop_and_resize, held_out, plan_epoch, read_examples, target_size
 from comfyui_l2p.l2p_core.train.loss import draw_sigmas, flow_matching_loss
 from comfyui_l2p.quant.merge import merge
 
@@ -331,6 +331,38 @@ def test_a_killed_run_goes_on_bit_for_bit(data, monkeypatch):
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items()) and found.keys() == wanted.keys()
 
 
+def test_what_is_held_out_is_never_trained_on_and_its_loss_is_that_of_the_step_file(data, monkeypatch):
+    seen = []
+
+    def watched(model, pictures, *rest):
+        seen.append((torch.is_grad_enabled(), pictures))
+        return flow_matching_loss(model, pictures, *rest)
+    monkeypatch.setattr(trainer, "flow_matching_loss", watched)
+    settings = config(data, held_out=2, sample_every=2, sample_steps=1, sample_prompts=("a star",), height=96, width=96, batch=1, ema=0.5)
+    trainer.train(replace(settings, steps=4, save_every=4), progress=False)
+    learned, looked = ({picture.numpy().tobytes() for grad, picture in seen if grad == which} for which in (True, False))
+    assert len(learned) == 4 and len(looked) == 2 and not learned & looked
+    trainer.train(settings, progress=False)
+    run = data.parent / "run"
+    with (run / "held_out.csv").open() as stream:
+        told = {int(row["step"]): float(row["loss"]) for row in csv.DictReader(stream)}
+    assert list(told) == [0, 2, 4, 6]
+    merge(run / "step-6.safetensors", CHECKPOINT, data.parent / "merged.safetensors", dtype="fp32")
+    pipe, examples = L2PPipeline.from_pretrained(torch_dtype=torch.float32), read_examples(data, (96, 96), 0, 16)
+    for step, file in ((0, CHECKPOINT), (6, data.parent / "merged.safetensors")):
+        model, losses_by_hand = load_model(file, dtype=torch.float32), []
+        for number in range(2):
+            batch = Batches(held_out(examples, 2, 0)[1], trainer.Encodings(data / "encodings", pipe), settings, 16)[number]
+            example, = (each for each in examples if torch.equal(to_pixels(crop_and_resize(Image.open(each.file), 96, 96)), batch.pictures))
+            noise = draw_noise((1, 3, 96, 96), [example.seed])
+            x = (1 - batch.sigma) * batch.pictures + batch.sigma * noise
+            with torch.no_grad():
+                velocity = model(x, 1 - batch.sigma, [pipe.encode_prompt(example.captions[0])])
+            losses_by_hand.append((velocity + noise - batch.pictures).square().mean())
+        assert told[step] == pytest.approx(torch.stack(losses_by_hand).mean().item(), rel=1e-4)
+    assert told[6] != told[0]
+
+
 def test_step_files_hold_the_mean_that_was_asked_for(data):
     """Against the weights of every step of the same run without it."""
     plain = trainer.train(config(data, save_every=1, keep=0), progress=False).parent
@@ -497,7 +529,7 @@ def test_settings_come_from_the_file_and_flags_say_otherwise(data, capsys):
     ("steps = true", "expected a whole number"), ("noise = 'loud'", "expected one of auto, paired, random"), ("steps = ", "is no TOML"),
     ("freeze = 'all'", "expected a slice"), ("height = 96", "give both, or neither"), ("learning_rate = nan", "expected 0 or more"),
     ("caption_dropout = 2", "a share from 0 to 1"), ("warmup = 5", "schedule published has its own"),
-    ("quantize_frozen = 'int8'\nfreeze = ''", "leaves nothing frozen"), ("device = 'cuda:1'", "expected one of"), ("sample_prompts = 'one'", "expected a list of texts"), ("", "checkpoint is not given")])
+    ("held_out = 3\nsample_every = 0", "give both, or neither"), ("quantize_frozen = 'int8'\nfreeze = ''", "leaves nothing frozen"), ("device = 'cuda:1'", "expected one of"), ("sample_prompts = 'one'", "expected a list of texts"), ("", "checkpoint is not given")])
 def test_settings_that_make_no_sense_are_named(tmp_path, capsys, text, words):
     (tmp_path / "run.toml").write_text(text)
     flags = ["--checkpoint", "c", "--data", "d", "--output", str(tmp_path / "run")] if text else []

@@ -76,6 +76,8 @@ class TrainConfig:
     sample_every: int = knob(500, "steps between two rows of samples; 0 for none")
     sample_prompts: tuple[str, ...] = knob((), "drawn each time with the same noise (default: the first four captions)")
     sample_steps: int = knob(0, "default: the checkpoint's")
+    held_out: int = knob(0, "pictures, drawn by the seed, that are never trained on; every sample_every steps their loss, at the same noise "
+                         "and levels each time, goes to held_out.csv and loss.png")
 
     def __post_init__(self) -> None:
         """Raises ValueError, naming the knob, for values that make no sense together or alone."""
@@ -105,6 +107,8 @@ class TrainConfig:
                              f"with max_grad_norm {self.max_grad_norm:g}; take 1 and 0, or leave it off")
         if self.stochastic_rounding and self.mixed_precision != "bf16":
             raise ValueError("stochastic_rounding keeps weights in bfloat16, mixed_precision 'no' all in float32; choose one")
+        if self.held_out and not self.sample_every:
+            raise ValueError(f"held_out is {self.held_out}, and its loss is taken every sample_every steps, which is 0; give both, or neither")
         if self.shard:
             for name in ("lora_rank", "quantize_frozen", "offload_state", "stochastic_rounding", "step_in_backward"):
                 if getattr(self, name):

@@ -118,6 +118,15 @@ def crop_and_resize(picture: Image.Image, height: int, width: int) -> Image.Imag
     return picture.crop((left, top, left + width, top + height))
 
 
+def held_out(examples: list[Example], count: int, seed: int) -> tuple[list[Example], list[Example]]:
+    """(the rest, in their order; so many, drawn by the seed). Raises ValueError where nothing is left."""
+    if count >= len(examples):
+        raise ValueError(f"held_out is {count}, and there are {len(examples)} pictures in all; expected fewer")
+    chosen = set(random.Random(seed).sample(range(len(examples)), count))
+    return ([example for number, example in enumerate(examples) if number not in chosen],
+            [example for number, example in enumerate(examples) if number in chosen])
+
+
 class Encodings:
     """Captions as the text encoder gives them, one file each, in a folder that outlives the run.
 

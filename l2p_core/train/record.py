@@ -1,7 +1,7 @@
 """What a run leaves to look at: the log, its curve, and samples as training goes on."""
 import csv
 import math
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
@@ -25,19 +25,20 @@ class Row:
 
 
 class Log:
-    """log.csv, a row for each step, and the same for TensorBoard where that is installed; written by one process alone."""
+    """log.csv, a row for each step, held_out.csv, and the same for TensorBoard where that is installed; written by one process alone."""
 
     def __init__(self, folder: Path, step: int, writes: bool):
         """step: where the run goes on; what was logged after it is forgotten."""
-        self.file, self.writes, self.rows, self.lowest, self.board = folder / "log.csv", writes, [], math.inf, None
+        self.folder, self.writes, self.rows, self.held_out, self.lowest, self.board = folder, writes, [], [], math.inf, None
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
-            before = read_log(self.file) if self.file.exists() else []
-            for row in before:
-                if row.step <= step:
-                    self.note(row)
-            with whole(self.file) as part, part.open("w", newline="", encoding="utf-8") as stream:
-                csv.writer(stream).writerows([[each.name for each in fields(Row)], *map(astuple, self.rows)])
+            for row in read_table(folder / "log.csv", [each.type for each in fields(Row)]):
+                if row[0] <= step:
+                    self.note(Row(*row))
+            self.held_out = [row for row in read_table(folder / "held_out.csv", [int, float]) if row[0] <= step]
+            write_table(folder / "log.csv", [[each.name for each in fields(Row)], *map(astuple, self.rows)])
+            if self.held_out:
+                write_table(folder / "held_out.csv", [["step", "loss"], *self.held_out])
             with suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
                 self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
@@ -57,11 +58,17 @@ class Log:
     def add(self, row: Row) -> None:
         self.note(row)
         if self.writes:
-            with self.file.open("a", newline="", encoding="utf-8") as stream:
-                csv.writer(stream).writerow(astuple(row))
+            write_table(self.folder / "log.csv", [astuple(row)], more=True)
         if self.board:
             for name in ("loss", "learning_rate", "grad_norm"):
                 self.board.add_scalar(name, getattr(row, name), row.step)
+
+    def add_held_out(self, step: int, loss: float) -> None:
+        if self.writes:
+            write_table(self.folder / "held_out.csv", [*([] if self.held_out else [("step", "loss")]), (step, loss)], more=bool(self.held_out))
+        self.held_out.append((step, loss))
+        if self.board:
+            self.board.add_scalar("held_out_loss", loss, step)
 
     def mean(self) -> float:
         recent = self.rows[-WINDOW:]
@@ -77,26 +84,38 @@ class Log:
         return None
 
 
-def read_log(file: Path) -> list[Row]:
-    """Its whole lines; the last one of a killed run may be half written."""
+def read_table(file: Path, types: list[type]) -> list[tuple]:
+    """Its whole rows, none where there is no file; the last one of a killed run may be half written."""
+    if not file.exists():
+        return []
     with file.open(newline="", encoding="utf-8") as stream:
-        rows = [row for row in csv.DictReader(stream) if all(row.values()) and len(row) == len(fields(Row))]
-    return [Row(**{each.name: each.type(row[each.name]) for each in fields(Row)}) for row in rows]
+        _, *rows = csv.reader(stream)
+    return [tuple(kind(value) for kind, value in zip(types, row)) for row in rows if len(row) == len(types) and all(row)]
 
 
-def draw_curve(points: list[tuple[int, float]], file: Path) -> None:
-    """Write a PNG of (step, loss) points, each the mean of the points that share a column of pixels."""
-    columns: dict[int, list[float]] = {}
-    first, last = points[0][0], points[-1][0]
-    for step, loss in points:
-        columns.setdefault(MARGIN + round((step - first) / max(last - first, 1) * (WIDTH - 2 * MARGIN)), []).append(loss)
-    means = {x: sum(losses) / len(losses) for x, losses in columns.items()}
-    high = max(means.values()) or 1.0
-    line = [(x, HEIGHT - MARGIN - mean / high * (HEIGHT - 2 * MARGIN)) for x, mean in means.items()]
+def write_table(file: Path, rows: list[tuple | list], more: bool = False) -> None:
+    """more: below what is there."""
+    with nullcontext(file) if more else whole(file) as target, target.open("a" if more else "w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows(rows)
+
+
+def draw_curves(curves: list[list[tuple[int, float]]], file: Path) -> None:
+    """Write a PNG of curves of (step, loss), the second in red, each point the mean of those that share a column of pixels."""
+    points = [point for curve in curves for point in curve]
+    first, last = min(points)[0], max(points)[0]
+    means = []
+    for curve in curves:
+        columns: dict[int, list[float]] = {}
+        for step, loss in curve:
+            columns.setdefault(MARGIN + round((step - first) / max(last - first, 1) * (WIDTH - 2 * MARGIN)), []).append(loss)
+        means.append({x: sum(losses) / len(losses) for x, losses in columns.items()})
+    high = max(mean for curve in means for mean in curve.values()) or 1.0
     picture = Image.new("RGB", (WIDTH, HEIGHT), "white")
     pen = ImageDraw.Draw(picture)
     pen.line([(MARGIN, MARGIN), (MARGIN, HEIGHT - MARGIN), (WIDTH - MARGIN, HEIGHT - MARGIN)], fill="grey")
-    pen.line(line if len(line) > 1 else line * 2, fill="black", width=2)
+    for curve, colour in zip(means, ("black", "red")):
+        if line := [(x, HEIGHT - MARGIN - mean / high * (HEIGHT - 2 * MARGIN)) for x, mean in curve.items()]:
+            pen.line(line if len(line) > 1 else line * 2, fill=colour, width=2)
     pen.text((MARGIN, MARGIN - 16), f"loss {high:.3g}", fill="black")
     pen.text((MARGIN - 12, HEIGHT - MARGIN - 6), "0", fill="black")
     pen.text((MARGIN, HEIGHT - MARGIN + 4), f"step {first}", fill="black")

@@ -1,7 +1,8 @@
 """The training loop, on Hugging Face accelerate. A run is a folder:
 
     config.toml          every setting it was started with
-    log.csv, loss.png    a row for each step, and their curve; tensorboard/ the same where TensorBoard is installed
+    log.csv, loss.png    a row for each step, and their curve, with that of held_out.csv in red; tensorboard/ the same where
+                         TensorBoard is installed
     samples/, samples.png   the same prompts drawn as training goes on, and the rows below one another
     step-N.safetensors   the trained tensors under the published names: l2p merge puts them over the checkpoint; or a LoRA
     resume.pt            where a stopped run goes on, bit for bit on a CPU
@@ -12,7 +13,7 @@ import signal
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from importlib import import_module
 from itertools import count
@@ -34,10 +35,10 @@ from ..layout import Layout
 from ..model import L2PTransformer
 from ..pipeline import L2PPipeline
 from .config import TrainConfig, layers_of, read_config, to_toml
-from .data import Batch, Batches, Encodings, read_examples
+from .data import Batch, Batches, Encodings, held_out, read_examples
 from .loss import flow_matching_loss
 from .memory import FrugalAdamW, quantize_frozen
-from .record import Log, Row, draw_curve, show_samples
+from .record import Log, Row, draw_curves, show_samples
 from .shard import as_split_as, gather, is_split, reshard, shard
 
 # What may change when a run goes on: a loss that diverged may need other steps, and the rest is not learned from.
@@ -110,7 +111,9 @@ class Run:
         captions = dict.fromkeys(["", *self.prompts, *(caption for example in examples for caption in example.captions)])
         self.encodings.add(list(captions)[rank::processes], self.progress)
         self.accelerator.wait_for_everyone()
+        examples, unseen = held_out(examples, config.held_out, config.seed)
         self.batches = Batches(examples, self.encodings, config, layout.config.patch_size, processes, rank)
+        self.unseen = Batches(unseen, self.encodings, replace(config, caption_dropout=0.0), layout.config.patch_size, processes, rank) if unseen else None
 
         if config.shard:
             self.pipe.transformer = load_model(layout, "cpu", self.dtype)  # the device gets its part of each block
@@ -148,8 +151,8 @@ class Run:
         """Step after step to the end, with samples and saves on the way."""
         config = self.config
         draws = config.sample_every and (self.main or config.shard)  # a split model draws in all processes
-        if draws and self.step == 0:
-            self.draw()
+        if self.step == 0:
+            self.look(draws)
         with (closing(ahead(map(self.batch, count(self.step * config.accumulate)))) as batches, self.log, interrupts() as interrupted,
               tqdm(total=config.steps, initial=self.step, unit="step", disable=not self.progress) as bar):
             while self.step < config.steps:
@@ -161,10 +164,19 @@ class Run:
                 if asked:
                     self.accelerator.wait_for_everyone()  # the first to leave has the others ended
                     raise KeyboardInterrupt
-                if draws and self.step % config.sample_every == 0:
-                    self.draw()
+                if config.sample_every and self.step % config.sample_every == 0:
+                    self.look(draws)
         self.accelerator.wait_for_everyone()
         return step_file(self.output, self.step)
+
+    def look(self, draws: bool) -> None:
+        """How far it is: the loss of what is held out and, where this process draws, samples."""
+        if self.unseen:
+            with torch.no_grad(), self.drawing():
+                losses = [self.loss(on_device(self.unseen[number], self.device)) for number in range(self.unseen.per_epoch)]
+            self.log.add_held_out(self.step, self.accelerator.reduce(torch.stack(losses).mean(), "mean").item())
+        if draws:
+            self.draw()
 
     def learn(self, batches: Iterator[Batch], interrupted: Event) -> bool:
         """One step of the optimizer. Returns whether any process was interrupted by now.
@@ -217,7 +229,7 @@ class Run:
             save_step(self.output, self.step, learned, self.dtype, self.config, self.pipe.layout.trained_size)
             with whole(self.output / "resume.pt") as part:
                 torch.save(state, part)
-            draw_curve([(row.step, row.loss) for row in self.log.rows], self.output / "loss.png")
+            draw_curves([[(row.step, row.loss) for row in self.log.rows], self.log.held_out], self.output / "loss.png")
         self.saved = self.step
 
     def draw(self) -> None:
