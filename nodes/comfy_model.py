@@ -189,8 +189,8 @@ def has_kernels(layout: Layout) -> bool:
     """Whether this ComfyUI computes with all formats of the file. INT8, since v0.27, is told by its own layout: packs have registered
     the name before."""
     formats = {source.format for source in layout.tensors.values() if source.format}
-    return (getattr(comfy.quant_ops, "_CK_AVAILABLE", True) and formats <= set(comfy.quant_ops.QUANT_ALGOS)
-            and hasattr(comfy.quant_ops, "TensorWiseINT8Layout"))
+    return (hasattr(comfy.quant_ops, "TensorWiseINT8Layout") and getattr(comfy.quant_ops, "_CK_AVAILABLE", True)
+            and formats <= set(comfy.quant_ops.QUANT_ALGOS))
 
 
 def multiply_out(state_dict: dict[str, Tensor], layout: Layout) -> None:
