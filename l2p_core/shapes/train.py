@@ -56,10 +56,14 @@ def make_text_encoder(folder: Path, captions: list[str]) -> TextEncoder:
 
 def initialise(model: L2PTransformer) -> None:
     """Let captions reach the layout from the first steps: patches whisper over a constant, and every gate is open."""
+    initialise_ends(model)
+    open_gates(model)
+
+
+def initialise_ends(model: L2PTransformer) -> None:
     embedder, = model.all_x_embedder.values()
     torch.nn.init.normal_(embedder.weight, std=0.002)
     torch.nn.init.normal_(embedder.bias, std=0.5)
-    open_gates(model)
     initialise_decoder(model.local_decoder)
 
 
