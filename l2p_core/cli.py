@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from ..quant.export import DTYPES, PREFIXES
+from ..quant.quantize import PRESETS
 from .header import CheckpointError
 from .quantization import FORMATS
 from .stages import REDRAWS, STAGE_STRENGTH
@@ -232,7 +234,7 @@ def add_merge(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--trained", "--file_a", type=Path, required=True, metavar="FILE", help="what the training saved")
     parser.add_argument("--base", "--file_b", type=Path, required=True, metavar="FILE", help="the pixel initialisation, or the LoRA's model")
     parser.add_argument("-o", "--output", "--file_out", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of all tensors (default: each tensor's own)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of all tensors (default: each tensor's own)")
     parser.add_argument("--skip", action="append", metavar="PATTERN",
                         help="leave out trained tensors by name, such as 'layers.0.*'; may be given again")
     parser.add_argument("--strength", type=float, metavar="X", help="of a LoRA (default 1)")
@@ -257,7 +259,7 @@ def add_quantize(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--granularity", choices=FORMATS["int8_tensorwise"].granularities,
                         help="of INT8: a scale for each row (default), for each tensor, or for each row after a rotation that "
                              "spreads outliers")
-    parser.add_argument("--preset", choices=("card", "small"), default="card",
+    parser.add_argument("--preset", choices=PRESETS, default="card",
                         help="card: the linears of all main layers but the first; small: of all blocks (default card)")
     parser.add_argument("--include", action="append", default=[], metavar="PATTERN",
                         help="quantize these too, by ComfyUI's names, such as 'layers.0.*.w1.weight'; may be given again")
@@ -282,10 +284,10 @@ def add_export(commands: argparse._SubParsersAction) -> None:
                                              "INT8 stays INT8 unless --dtype multiplies it out.")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--naming", choices=("published", "comfyui"), default="comfyui",
+    parser.add_argument("--naming", choices=PREFIXES, default="comfyui",
                         help="T2I-L2P's names, or ComfyUI's with q, k and v packed (default comfyui)")
     parser.add_argument("--prefix", help="default: none for published, model.diffusion_model. for comfyui")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of all tensors (default: each tensor's own)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of all tensors (default: each tensor's own)")
     parser.add_argument("--convrot", type=int, metavar="GROUP",
                         help="group size of rotated INT8 weights in a file that does not say so")
 
