@@ -189,7 +189,9 @@ def for_stage(model, stage: Stage, multiple: int):
     """The model as it draws this stage."""
     model = model.clone()
     if stage.rope_scale != 1:
-        model.model_options["transformer_options"]["rope_options"] = {"scale_x": stage.rope_scale, "scale_y": stage.rope_scale}
+        options = model.model_options["transformer_options"]
+        rope = options.get("rope_options", {})  # a ScaleROPE node's
+        options["rope_options"] = rope | {name: rope.get(name, 1.0) * stage.rope_scale for name in ("scale_x", "scale_y")}
     if stage.window:
         wrapped = model.model_options.get("model_function_wrapper", lambda apply, given: apply(given["input"], given["timestep"], **given["c"]))
         model.set_model_unet_function_wrapper(lambda apply, given: by_windows(
