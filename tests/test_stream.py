@@ -161,6 +161,22 @@ def test_what_a_killed_run_left_is_cleared_by_the_next_in_that_folder(source, tm
     assert sorted(os.listdir(tmp_path)) == ["other.safetensors", "out.safetensors", "source.safetensors"]
 
 
+def test_leftovers_are_cleared_where_an_open_file_cannot_be_taken_away(source, tmp_path, monkeypatch):
+    """As on Windows, which has no fcntl either."""
+    unlink = Path.unlink
+
+    def of_windows(path, missing_ok=False):
+        if str(path.resolve()) in {os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")}:
+            raise PermissionError(13, "in use")
+        unlink(path, missing_ok)
+    monkeypatch.setattr(stream, "fcntl", None)
+    monkeypatch.setattr(Path, "unlink", of_windows)
+    (tmp_path / ".killed.safetensors.l2p-part").write_bytes(b"half")
+    with (tmp_path / ".running.safetensors.l2p-part").open("wb"):
+        write(tmp_path / "out.safetensors", copies(source), [source], "test", {}, {})
+    assert sorted(os.listdir(tmp_path)) == [".running.safetensors.l2p-part", "out.safetensors", "source.safetensors"]
+
+
 def test_two_runs_do_not_write_one_file(source, tmp_path):
     output = tmp_path / "out.safetensors"
     running = start(STUCK, source.path, output)
