@@ -5,8 +5,8 @@
 A small latent Z-Image learns the shapes in latents that are fixed: the 16 principal components of 8 x 8 pixels. `l2p convert`
 makes a pixel initialisation of it, and of the same latent model before it learned anything. Both get the same new ends, those of the
 small model's recipe (the published decoder is too wide to learn anything in so few steps), and are trained by that recipe, the
-first with its middle layers frozen, the second with all of it. Scores are of prompts that were never trained on. Every part that is
-in the folder already is not made again.
+first with its middle layers frozen, the second with all of it. Scores are of prompts that were never trained on, transfer.png shows the
+samples of both side by side, transfer-loss.png their losses, the second in red. Every part that is in the folder already is not made again.
 """
 import argparse
 import json
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -31,7 +32,7 @@ from comfyui_l2p.l2p_core.shapes.score import score
 from comfyui_l2p.l2p_core.text import TextEncoder
 from comfyui_l2p.l2p_core.train.config import read_config
 from comfyui_l2p.l2p_core.train.loss import flow_matching_loss
-from comfyui_l2p.l2p_core.train.record import grid
+from comfyui_l2p.l2p_core.train.record import draw_curves, grid, read_table
 from comfyui_l2p.l2p_core.train.trainer import train
 from comfyui_l2p.quant.convert import convert
 
@@ -40,6 +41,7 @@ CONFIG = L2PConfig(patch_size=PATCH, dim=192, n_heads=4, n_layers=6, n_refiner_l
                    decoder=(Level("1", 8, 8, 8),))
 FREEZE = "1:-1"  # four of six layers; of the full model's thirty, twenty
 BATCH = 16
+ASPECTS = ("right", "shape", "colour", "background", "place", "size", "clean")
 SETTINGS = Path(recipe.__file__).with_name("shapes.toml")
 
 
@@ -158,8 +160,15 @@ def main() -> None:
         train(read_config(SETTINGS, {
             "checkpoint": str(start), "data": str(data), "output": str(folder / name), "text_encoder": str(folder / "encoder"),
             "steps": args.steps, "batch": BATCH, "freeze": freeze, "ema": 0.99, "save_every": 100, "keep": 1, "sample_every": args.steps // 5}))
+    print("| | step | " + " | ".join(ASPECTS) + " |\n" + "|---" * (len(ASPECTS) + 2) + "|")
     for name in args.runs:
-        print(name, {file.stem: json.loads(file.read_text()) for file in sorted((folder / name / "samples").glob("*.json"))})
+        for file in sorted((folder / name / "samples").glob("*.json")):
+            scored = json.loads(file.read_text())
+            print(f"| {name} | {int(file.stem.removeprefix('step-'))} | " + " | ".join(f"{scored[each]:.0f}" for each in ASPECTS) + " |")
+    sheets = [Image.open(folder / name / "samples.png").convert("RGB") for name in args.runs]
+    grid([[ImageOps.expand(sheet, 4, "white") for sheet in sheets]]).save(folder / "transfer.png")
+    draw_curves([[row[:2] for row in read_table(folder / name / "log.csv", [int, float, float, float, float])] for name in args.runs],
+                folder / "transfer-loss.png")
 
 
 if __name__ == "__main__":
