@@ -121,9 +121,10 @@ def learn_latents(folder: Path, encodings: dict[str, Tensor], steps: int) -> Non
 
 def convert_to_pixels(latent: Path, file: Path) -> None:
     """`l2p convert`, and new ends."""
-    convert(latent, file)
-    converted = {name: tensor for name, tensor in load_file(file).items() if not name.startswith("local_decoder.")}
-    model = L2PTransformer(replace(read_layout(file).config, decoder=recipe.CONFIG.decoder, bottleneck_dim=recipe.CONFIG.bottleneck_dim))
+    wide = file.with_stem(f"{file.stem}-wide")
+    convert(latent, wide)
+    converted = {name: tensor for name, tensor in load_file(wide).items() if not name.startswith("local_decoder.")}
+    model = L2PTransformer(replace(read_layout(wide).config, decoder=recipe.CONFIG.decoder, bottleneck_dim=recipe.CONFIG.bottleneck_dim))
     model.load_state_dict(converted, strict=False)
     torch.manual_seed(0)
     recipe.initialise_ends(model)

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import torch
 
-from ..quant.export import DTYPES, PREFIXES
-from ..quant.quantize import PRESETS
 from .header import CheckpointError
 from .quantization import FORMATS
 from .stages import REDRAWS, STAGE_STRENGTH
@@ -228,6 +226,7 @@ def add_convert(commands: argparse._SubParsersAction) -> None:
 
 
 def add_merge(commands: argparse._SubParsersAction) -> None:
+    from ..quant.export import DTYPES
     parser = commands.add_parser("merge", help="put a trained part over its pixel initialisation, or a LoRA into its model",
                                  description="Put what a training saved over the pixel initialisation it started from, or add a LoRA to its "
                                              "model's weights.")
@@ -247,6 +246,7 @@ def add_merge(commands: argparse._SubParsersAction) -> None:
 
 
 def add_quantize(commands: argparse._SubParsersAction) -> None:
+    from ..quant.quantize import PRESETS
     parser = commands.add_parser(
         "quantize", help="make an INT8, FP8 or 4-bit model, a third of the size or less",
         description="Write a whole model with its large linears in 8 or 4 bits, in a format that ComfyUI and this program load "
@@ -279,6 +279,7 @@ def add_quantize(commands: argparse._SubParsersAction) -> None:
 
 
 def add_export(commands: argparse._SubParsersAction) -> None:
+    from ..quant.export import DTYPES, PREFIXES
     parser = commands.add_parser("export", help="write a model under other names, in another dtype",
                                  description="Write an L2P model or a trained part under other names or in another dtype. "
                                              "INT8 stays INT8 unless --dtype multiplies it out.")

@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Event
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 from .header import hash_files, whole
@@ -268,7 +268,7 @@ def open_picture(file: str | Path) -> Image.Image:
             picture = ImageOps.exif_transpose(picture)
     except FileNotFoundError:
         raise ValueError(f"there is no {file}") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file} is no picture that Pillow can read: {error}") from None
     if picture.mode.startswith("I"):  # 16 bits a pixel
         picture = Image.fromarray((np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8))

@@ -229,8 +229,8 @@ class L2PPipeline:
     def size_for(self, picture: Image.Image, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Height and width nearest to the picture's that the checkpoint can draw; where one is given, the other in proportion."""
         multiple = self.layout.config.size_multiple
-        scale = height / picture.height if height else width / picture.width if width else 1
-        return tuple(given or max(round(scale * side / multiple), 1) * multiple
+        scale = 1 if height is width is None else width / picture.width if height is None else height / picture.height
+        return tuple(given if given is not None else max(round(scale * side / multiple), 1) * multiple
                      for given, side in ((height, picture.height), (width, picture.width)))
 
     def check_size(self, height: int, width: int) -> None:

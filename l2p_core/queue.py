@@ -301,7 +301,8 @@ def draw(jobs: list[Job], servers: list[Server], timeout: float, progress: bool 
                     todo.append((job, without | {server}))
                 fails += not has_drawn
             finally:
-                busy.discard(server)
+                with picking:
+                    busy.discard(server)
         say("left")
 
     with (tqdm(total=len(jobs), unit="picture", disable=not progress) as bar, ThreadPoolExecutor(len(servers)) as threads,

@@ -41,8 +41,8 @@ class L2PQuantizeCheckpoint(io.ComfyNode):
             outputs=[io.String.Output("filename"), io.String.Output("report")])
 
     @classmethod
-    def fingerprint_inputs(cls, checkpoint: str, **_) -> list:
-        return stamps(model_paths(checkpoint))
+    def fingerprint_inputs(cls, checkpoint: str, filename: str, **_) -> list:
+        return stamps_of_others(model_paths(checkpoint), filename)
 
     @classmethod
     def execute(cls, checkpoint, format, granularity, preset, filename, overwrite) -> io.NodeOutput:
@@ -70,8 +70,8 @@ class L2PConvertCheckpoint(io.ComfyNode):
             outputs=[io.String.Output("filename")])
 
     @classmethod
-    def fingerprint_inputs(cls, checkpoint: str, **_) -> list:
-        return stamps(model_paths(checkpoint))
+    def fingerprint_inputs(cls, checkpoint: str, filename: str, **_) -> list:
+        return stamps_of_others(model_paths(checkpoint), filename)
 
     @classmethod
     def execute(cls, checkpoint, patch, seed, filename, overwrite) -> io.NodeOutput:
@@ -85,17 +85,18 @@ class L2PMergeCheckpoint(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="L2PMergeCheckpoint", display_name="L2P Merge Checkpoint", category="L2P/files", is_output_node=True,
-            description="Puts what a training saved over the pixel initialisation it started from, and writes the whole model.",
+            description="Puts what a training saved over the pixel initialisation it started from, or adds a LoRA to its model, and writes "
+                        "the whole model.",
             search_aliases=["trained part", "whole model", "bf16"],
             inputs=[
                 io.Combo.Input("trained", options=model_files(), tooltip="What the training saved."),
-                io.Combo.Input("base", options=model_files(), tooltip="The pixel initialisation it started from."),
+                io.Combo.Input("base", options=model_files(), tooltip="The pixel initialisation it started from; a LoRA's model."),
                 DTYPE, FILENAME, OVERWRITE],
             outputs=[io.String.Output("filename")])
 
     @classmethod
-    def fingerprint_inputs(cls, trained: str, base: str, **_) -> list:
-        return stamps([*model_paths(trained), *model_paths(base)])
+    def fingerprint_inputs(cls, trained: str, base: str, filename: str, **_) -> list:
+        return stamps_of_others([*model_paths(trained), *model_paths(base)], filename)
 
     @classmethod
     def execute(cls, trained, base, dtype, filename, overwrite) -> io.NodeOutput:
@@ -119,6 +120,11 @@ def source_and_output(checkpoint: str, filename: str, suffix: str, overwrite: bo
         raise CheckpointError(f"{name} is in {folder} already. Give another filename, or turn overwrite on")
     folder.mkdir(parents=True, exist_ok=True)
     return sources, output
+
+
+def stamps_of_others(sources: list[Path], filename: str) -> list[tuple]:
+    """Of the inputs that the node does not write itself."""
+    return stamps([file for file in sources if file.stem != filename.strip().removesuffix(".safetensors")])
 
 
 def bar() -> Progress:

@@ -266,7 +266,7 @@ def fit(image: Tensor, width: int, height: int) -> Tensor:
 
 def fit_mask(mask: Tensor, width: int, height: int, batch_size: int) -> Tensor:
     """A MASK (B, H, W) of that size for so many pictures."""
-    return comfy.utils.repeat_to_batch_size(comfy.utils.common_upscale(mask[:, None], width, height, "bilinear", "disabled")[:, 0], batch_size)
+    return comfy.utils.repeat_to_batch_size(comfy.utils.common_upscale(mask[:, None], width, height, "bilinear", "disabled")[:, 0].float(), batch_size)
 
 
 def to_latent(image: Tensor, batch_size: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..l2p_core.header import CheckpointError
 from ..l2p_core.layout import FLOATS, Layout, Source
 from .export import name_in
-from .stream import TORCH_DTYPES, Piece, read_blocks, read_floats
+from .stream import TORCH_DTYPES, Piece, read_floats
 
 FACTOR = re.compile(r"(.+)\.(?:(lora_A|lora_down)|(lora_B|lora_up))(?:\.default)?\.weight")
 
@@ -24,7 +24,7 @@ class Change(NamedTuple):
     def rows(self, strength: float) -> Tensor:
         """(N, K), float32, where K is what one row of the weight holds."""
         down, up = (torch.cat(list(read_floats(factor, torch.float32))).flatten(1) for factor in (self.down, self.up))
-        alpha = len(down) if self.alpha is None else next(read_blocks(self.alpha)).item()
+        alpha = len(down) if self.alpha is None else next(read_floats(self.alpha, torch.float32)).item()
         return up * (strength * alpha / len(down)) @ down
 
 
@@ -48,16 +48,21 @@ def changes(lora: Layout, base: Layout) -> dict[str, Change]:
         if layer not in weights or part not in Change._fields:
             raise CheckpointError(f"{lora.path.name}: {key} belongs to nothing in {base.path.name}. Merging takes plain LoRAs (lora_A and "
                                   "lora_B, or lora_down and lora_up, and alpha) for L2P's layers; other kinds load in ComfyUI")
-        parts.setdefault(weights[layer], {})[part] = Source(entry)
+        its = parts.setdefault(weights[layer], {})
+        if part in its:
+            raise CheckpointError(f"{lora.path.name} has {weights[layer]} under two names, of which one is {key}")
+        its[part] = Source(entry)
     found = {}
     for weight, its in parts.items():
         change, source = Change(its.get("down"), its.get("up"), its.get("alpha")), base.tensors[weight]
         if not (change.down and change.up):
             raise CheckpointError(f"{lora.path.name} has only one factor, or an alpha alone, for {weight}. The file is damaged")
-        rank, shapes = change.up.shape[1:2], (change.up.shape, change.down.shape)
-        if rank != change.down.shape[:1] or shapes[0][:1] != source.shape[:1] or math.prod(shapes[1][1:]) != math.prod(source.shape[1:]):
-            raise CheckpointError(f"{lora.path.name}: the factors for {weight} are {shapes[0]} and {shapes[1]}, which make no "
-                                  f"{source.shape}. Give the model it was trained on")
+        shapes = change.up.shape, change.down.shape
+        rank = math.prod(shapes[0][1:])
+        if (not rank or shapes[1][:1] != (rank,) or shapes[0][:1] != source.shape[:1] or math.prod(shapes[1][1:]) != math.prod(source.shape[1:])
+                or change.alpha and change.alpha.entry.count != 1):
+            raise CheckpointError(f"{lora.path.name}: the factors for {weight} are {shapes[0]} and {shapes[1]}, with {'an' if change.alpha else 'no'} "
+                                  f"alpha, which make no {source.shape}. Give the model it was trained on")
         if source.entry.dtype not in FLOATS:
             raise CheckpointError(f"{base.path.name}: {weight} is {source.entry.dtype}. Merge the LoRA into the BF16 or FP32 model, and "
                                   "quantize that: l2p quantize")

@@ -33,7 +33,7 @@ def merge(trained: Path | list[Path], base: Path | list[Path], output: Path, dty
         pieces = with_changes(arrange(whole.tensors, whole.naming, whole.prefix, dtype and DTYPES[dtype]), changes(part, whole),
                               whole.naming, whole.prefix, factor)
         note_left_out(whole)
-        write(output, pieces, [whole, part], "l2p merge", {"dtype": dtype, "strength": factor}, modelspec(whole), progress)
+        write(output, pieces, [whole, part], "l2p merge", {"dtype": dtype, "strength": factor}, {}, progress)
         return
     if strength is not None:
         raise ValueError(f"--strength is of a LoRA, and {part.path.name} is none")

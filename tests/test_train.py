@@ -24,7 +24,7 @@ from comfyui_l2p.l2p_core.shapes.pictures import scenes
 from comfyui_l2p.l2p_core.text import TextEncoder
 from comfyui_l2p.l2p_core.train import record, trainer
 from comfyui_l2p.l2p_core.train.config import read_config, to_toml
-from comfyui_l2p.l2p_core.train.data import Batches, Example, crop_and_resize, held_out, plan_epoch, read_examples, target_size
+from comfyui_l2p.l2p_core.train.data import Batches, Example, crop_and_resize, hold_out, plan_epoch, read_examples, target_size
 from comfyui_l2p.l2p_core.train.loss import draw_sigmas, flow_matching_loss
 from comfyui_l2p.quant.merge import merge
 
@@ -200,7 +200,7 @@ def test_faults_are_named_before_training(data):
     assert not (data.parent / "run").exists()
 
 
-def test_batches_hold_one_size_and_every_sample_once_an_epoch(data):
+def test_batches_hold_one_size_and_every_example_once_an_epoch(data):
     examples = read_examples(data, None, 96 * 96, 16)
     batches = Batches(examples, {example.captions[0]: torch.zeros(1, 1) for example in examples}, config(data), 16)
     assert batches.per_epoch == 3
@@ -232,7 +232,7 @@ def test_a_coarser_grid_makes_fewer_sizes(data):
         trainer.train(config(data, size_step=24), progress=False)
 
 
-def test_paired_noise_is_that_of_the_samples_seed(data):
+def test_paired_noise_is_that_of_the_examples_seed(data):
     examples = read_examples(data, (96, 96), 0, 16)
     captions = {example.captions[0]: torch.zeros(1, 1) for example in examples}
     seeds = [examples[index].seed for index in Batches(examples, captions, config(data), 16)._epoch(0)[0]]
@@ -331,6 +331,12 @@ def test_a_killed_run_goes_on_bit_for_bit(data, monkeypatch):
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items()) and found.keys() == wanted.keys()
 
 
+def told(run):
+    """The loss of what is held out, by step."""
+    with (run / "held_out.csv").open() as stream:
+        return {int(row["step"]): float(row["loss"]) for row in csv.DictReader(stream)}
+
+
 def test_what_is_held_out_is_never_trained_on_and_its_loss_is_that_of_the_step_file(data, monkeypatch):
     seen = []
 
@@ -344,23 +350,22 @@ def test_what_is_held_out_is_never_trained_on_and_its_loss_is_that_of_the_step_f
     assert len(learned) == 4 and len(looked) == 2 and not learned & looked
     trainer.train(settings, progress=False)
     run = data.parent / "run"
-    with (run / "held_out.csv").open() as stream:
-        told = {int(row["step"]): float(row["loss"]) for row in csv.DictReader(stream)}
-    assert list(told) == [0, 2, 4, 6]
+    found = told(run)
+    assert list(found) == [0, 2, 4, 6]
     merge(run / "step-6.safetensors", CHECKPOINT, data.parent / "merged.safetensors", dtype="fp32")
     pipe, examples = L2PPipeline.from_pretrained(torch_dtype=torch.float32), read_examples(data, (96, 96), 0, 16)
     for step, file in ((0, CHECKPOINT), (6, data.parent / "merged.safetensors")):
         model, losses_by_hand = load_model(file, dtype=torch.float32), []
         for number in range(2):
-            batch = Batches(held_out(examples, 2, 0)[1], trainer.Encodings(data / "encodings", pipe), settings, 16)[number]
+            batch = Batches(hold_out(examples, 2, 0)[1], trainer.Encodings(data / "encodings", pipe), settings, 16)[number]
             example, = (each for each in examples if torch.equal(to_pixels(crop_and_resize(Image.open(each.file), 96, 96)), batch.pictures))
             noise = draw_noise((1, 3, 96, 96), [example.seed])
             x = (1 - batch.sigma) * batch.pictures + batch.sigma * noise
             with torch.no_grad():
                 velocity = model(x, 1 - batch.sigma, [pipe.encode_prompt(example.captions[0])])
             losses_by_hand.append((velocity + noise - batch.pictures).square().mean())
-        assert told[step] == pytest.approx(torch.stack(losses_by_hand).mean().item(), rel=1e-4)
-    assert told[6] != told[0]
+        assert found[step] == pytest.approx(torch.stack(losses_by_hand).mean().item(), rel=1e-4)
+    assert found[6] != found[0]
 
 
 def test_step_files_hold_the_mean_that_was_asked_for(data):
@@ -490,13 +495,15 @@ def test_two_processes_train_as_one_with_the_doubled_batch(data):
 @pytest.mark.parametrize("kind", ["state", "all"])
 def test_a_split_model_trains_saves_and_goes_on_as_a_whole_one(data, kind):
     """Two processes that hold half of everything, stopped after two steps, against one that was not."""
-    common = {"accumulate": 2, "max_grad_norm": 0.5, "ema": 0.5, "save_every": 2}
+    common = {"accumulate": 2, "max_grad_norm": 0.5, "ema": 0.5, "save_every": 2, "sample_every": 1, "sample_steps": 1, "held_out": 2,
+              "sample_prompts": ("a star",), "height": 96, "width": 96}
     whole = trainer.train(config(data, batch=4, steps=4, **common), progress=False)
-    split = config(data, output=str(data.parent / "split"), shard=kind, sample_every=1, sample_steps=1, sample_prompts=("a star",), **common)
+    split = config(data, output=str(data.parent / "split"), shard=kind, **common)
     in_two_processes(replace(split, steps=2))
     in_two_processes(replace(split, steps=4))
     one, two = (losses(data.parent / name) for name in ("run", "split"))
     assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=1e-4) and len(two) == 4
+    assert told(data.parent / "split") == pytest.approx(told(data.parent / "run"), rel=1e-4) and len(told(data.parent / "run")) == 5
     wanted, found, before = load_file(whole), load_file(data.parent / "split" / "step-4.safetensors"), load_file(CHECKPOINT)
     assert wanted.keys() == found.keys()
     for name, tensor in wanted.items():

@@ -95,6 +95,8 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
         if (self.height == 0) != (self.width == 0):
             raise ValueError(f"height is {self.height} and width {self.width}; give both, or neither")
+        if self.height and self.size_step:
+            raise ValueError(f"size_step is {self.size_step}, and all pictures become {self.width} x {self.height}; give one or the other")
         if self.warmup and self.schedule == "published":
             raise ValueError(f"warmup is {self.warmup}, and schedule published has its own; take constant, linear or cosine, or leave it off")
         if self.quantize_frozen and not (self.freeze or self.lora_rank):

@@ -83,7 +83,7 @@ def read_examples(folder: Path, fixed: tuple[int, int] | None, max_pixels: int, 
             return f"{name}: {error}"
         size = fixed or target_size(picture.height, picture.width, max_pixels, multiple)
         if not all(size):
-            return f"{name}: {picture.width} x {picture.height} pixels, smaller than a patch of {multiple}"
+            return f"{name}: {picture.width} x {picture.height} pixels, and sides are multiples of {multiple}"
         return Example(file, captions, seed, size)
 
     with ThreadPoolExecutor() as readers:
@@ -118,7 +118,7 @@ def crop_and_resize(picture: Image.Image, height: int, width: int) -> Image.Imag
     return picture.crop((left, top, left + width, top + height))
 
 
-def held_out(examples: list[Example], count: int, seed: int) -> tuple[list[Example], list[Example]]:
+def hold_out(examples: list[Example], count: int, seed: int) -> tuple[list[Example], list[Example]]:
     """(the rest, in their order; so many, drawn by the seed). Raises ValueError where nothing is left."""
     if count >= len(examples):
         raise ValueError(f"held_out is {count}, and there are {len(examples)} pictures in all; expected fewer")

@@ -3,6 +3,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from .config import TrainConfig
 
@@ -138,4 +139,5 @@ class FrugalAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state: dict) -> None:
         self.steps = state["steps"]
         for inner, each in zip(self.each.values(), state["each"], strict=True):
-            inner.load_state_dict(each)
+            own = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, each)  # not the mapped file's
+            inner.load_state_dict(own)

@@ -35,7 +35,7 @@ class Log:
             for row in read_table(folder / "log.csv", [each.type for each in fields(Row)]):
                 if row[0] <= step:
                     self.note(Row(*row))
-            self.held_out = [row for row in read_table(folder / "held_out.csv", [int, float]) if row[0] <= step]
+            self.held_out = [row for row in read_table(folder / "held_out.csv", [int, float]) if step and row[0] <= step]
             write_table(folder / "log.csv", [[each.name for each in fields(Row)], *map(astuple, self.rows)])
             if self.held_out:
                 write_table(folder / "held_out.csv", [["step", "loss"], *self.held_out])

@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -35,7 +36,7 @@ from ..layout import Layout
 from ..model import L2PTransformer
 from ..pipeline import L2PPipeline
 from .config import TrainConfig, layers_of, read_config, to_toml
-from .data import Batch, Batches, Encodings, held_out, read_examples
+from .data import Batch, Batches, Encodings, hold_out, read_examples
 from .loss import flow_matching_loss
 from .memory import FrugalAdamW, quantize_frozen
 from .record import Log, Row, draw_curves, show_samples
@@ -104,16 +105,19 @@ class Run:
             raise ValueError(f"size_step is {config.size_step}; this checkpoint draws multiples of {multiple} pixels, so give one")
         examples = read_examples(Path(config.data), config.height and (config.height, config.width) or None,
                                  config.max_pixels or math.prod(layout.trained_size), config.size_step or multiple, self.progress)
+        learned, held_out = hold_out(examples, config.held_out, config.seed)
         self.sample_size = Counter(example.size for example in examples).most_common(1)[0][0]
         self.prompts = config.sample_prompts or tuple(dict.fromkeys(example.captions[0] for example in examples))[:4]
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         self.encodings = Encodings(Path(config.cache or Path(config.data) / "encodings"), self.pipe)
-        captions = dict.fromkeys(["", *self.prompts, *(caption for example in examples for caption in example.captions)])
-        self.encodings.add(list(captions)[rank::processes], self.progress)
+        captions = list(dict.fromkeys(["", *self.prompts, *(caption for example in examples for caption in example.captions)]))
+        self.encodings.add(captions[rank::processes], self.progress)
         self.accelerator.wait_for_everyone()
-        examples, unseen = held_out(examples, config.held_out, config.seed)
-        self.batches = Batches(examples, self.encodings, config, layout.config.patch_size, processes, rank)
-        self.unseen = Batches(unseen, self.encodings, replace(config, caption_dropout=0.0), layout.config.patch_size, processes, rank) if unseen else None
+        if not all(self.encodings.file(caption).exists() for caption in captions):
+            raise ValueError(f"{self.encodings.folder} lacks captions that other processes encoded; give a cache that all machines share")
+        self.batches, self.held_out = (
+            Batches(chosen, self.encodings, settings, layout.config.patch_size, processes, rank) if chosen else None
+            for chosen, settings in ((learned, config), (held_out, replace(config, caption_dropout=0.0))))
 
         if config.shard:
             self.pipe.transformer = load_model(layout, "cpu", self.dtype)  # the device gets its part of each block
@@ -159,21 +163,26 @@ class Run:
                 asked = self.learn(batches, interrupted)
                 bar.update()
                 bar.set_postfix({"loss": f"{self.log.mean():.4f}", **memory(self.device)})
+                if config.sample_every and self.step % config.sample_every == 0 and not asked:
+                    self.look(draws)
                 if self.step % config.save_every == 0 or self.step == config.steps or asked:
                     self.save()
                 if asked:
-                    self.accelerator.wait_for_everyone()  # the first to leave has the others ended
+                    self.leave()
                     raise KeyboardInterrupt
-                if config.sample_every and self.step % config.sample_every == 0:
-                    self.look(draws)
-        self.accelerator.wait_for_everyone()
+        self.leave()
         return step_file(self.output, self.step)
+
+    def leave(self) -> None:
+        """All processes together: a launcher ends those that are behind the first."""
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
 
     def look(self, draws: bool) -> None:
         """How far it is: the loss of what is held out and, where this process draws, samples."""
-        if self.unseen:
+        if self.held_out:
             with torch.no_grad(), self.drawing():
-                losses = [self.loss(on_device(self.unseen[number], self.device)) for number in range(self.unseen.per_epoch)]
+                losses = [self.loss(on_device(self.held_out[number], self.device)) for number in range(self.held_out.per_epoch)]
             self.log.add_held_out(self.step, self.accelerator.reduce(torch.stack(losses).mean(), "mean").item())
         if draws:
             self.draw()
@@ -223,7 +232,8 @@ class Run:
 
     def save(self) -> None:
         """The step file, and the state to go on from."""
-        state = {"step": self.step, "size": self.batches.size, "tensors": gather(self.saved_tensors, self.main), "optimizer": gather(self.optimizer.state_dict(), self.main)}
+        state = {"step": self.step, "size": self.batches.size, "tensors": gather(self.saved_tensors, self.main),
+                 "optimizer": gather(self.optimizer.state_dict(), self.main)}
         if self.main:
             learned = {name: state["tensors"][f"ema.{name}" if self.ema else name] for name in self.trained}
             save_step(self.output, self.step, learned, self.dtype, self.config, self.pipe.layout.trained_size)
@@ -357,7 +367,7 @@ def load(file: Path, tensors: dict[str, Tensor], optimizer: torch.optim.Optimize
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=elsewhere)
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:  # what torch makes of a damaged file
         raise CheckpointError(f"{file} can't be read ({str(error).splitlines()[0]}). Take it and the step files away to start anew") from None
-    if state["size"] != size:
+    if state.get("size", size) != size:
         raise ValueError(f"{file} is of a run that takes {state['size']} pictures at once, now {size}; give a batch that is, "
                          f"over all processes, {state['size']}")
     if missing := [name for name in tensors if name not in state["tensors"]]:
@@ -365,6 +375,8 @@ def load(file: Path, tensors: dict[str, Tensor], optimizer: torch.optim.Optimize
                          "recipe, or version of this program. Give another output")
     for name, tensor in tensors.items():
         tensor.data.copy_(as_split_as(tensor, state["tensors"][name]))
+    state["optimizer"] = tree_map(lambda value: value.clone() if isinstance(value, Tensor) and value.dim() == 0 else value,
+                                  state["optimizer"])  # optimizers take counts as they are, and each would keep the file open
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, its in state["optimizer"].get("state", {}).items():  # split before the optimizer takes them to the device
         its.update({name: as_split_as(parameters[number], value) for name, value in its.items()})
