@@ -154,7 +154,7 @@ class Run:
     def train(self) -> Path:
         """Step after step to the end, with samples and saves on the way."""
         config = self.config
-        draws = config.sample_every and (self.main or config.shard)  # a split model draws in all processes
+        draws = bool(config.sample_every and (self.main or config.shard))  # a split model draws in all processes
         if self.step == 0:
             self.look(draws)
         with (closing(ahead(map(self.batch, count(self.step * config.accumulate)))) as batches, self.log, interrupts() as interrupted,
