@@ -3,8 +3,8 @@
     python benchmarks/training.py --folder /tmp/l2p          (8 GB of memory, some minutes on two CPU cores)
     python benchmarks/training.py --folder /tmp/l2p --scale wide --size 256 --only "as published" "the same, adamw8bit"    (18 GB)
 
-Random weights of 1024 numbers wide with 8 main layers, or of the published width with one, and the published decoder. Each training runs in a process of its own for three
-steps; "measured" is the most private memory (RssAnon), polled, beyond that of the same process after a step of the bundled small
+Random weights of 1024 numbers wide with 8 main layers, or of the published width with one, and the published decoder. Each training
+runs in a process of its own for three steps; "measured" is the most private memory (RssAnon), polled, beyond that of the same process after a step of the bundled small
 model, when libraries that come in at first use are there. The file is float32, so that no weights stay in its mapped pages, and what
 is freed goes back at once (MALLOC_MMAP_THRESHOLD_).
 """

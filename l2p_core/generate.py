@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 from .header import hash_files, whole
-from .pipeline import L2PPipeline, usable_device
+from .pipeline import L2PPipeline, check_mask, usable_device
 from .sampler import check_shortcuts, schedule, solver
 from .stages import Stage
 from .text import encoder_files
@@ -76,9 +76,8 @@ def plan(rows: list[dict], settings: dict, count: int, output: Path, pipe: L2PPi
         values = {**{name: value for name, value in settings.items() if value is not None}, **row}
         try:
             values = {field.name: cast(field, values[field.name]) for field in fields(Picture) if field.name in values}
+            check_mask(values.get("inpaint_mask"), values.get("input_image"))
             if values.get("inpaint_mask"):
-                if not values.get("input_image"):
-                    raise ValueError("an inpaint_mask came without an input_image; give the picture whose pixels are to be kept")
                 look(values["inpaint_mask"])
             if values.get("input_image"):
                 values["height"], values["width"] = pipe.size_for(look(values["input_image"]), values.get("height"), values.get("width"))

@@ -159,8 +159,7 @@ class L2PPipeline:
         Raises ValueError for sizes, counts and options that do not fit."""
         solve = solver(sampler)
         check_shortcuts(cfg_truncation, cache_threshold)
-        if inpaint_mask is not None and input_image is None:
-            raise ValueError("an inpaint_mask came without an input_image; give the picture whose pixels are to be kept")
+        check_mask(inpaint_mask, input_image)
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("give either prompt or prompt_embeds")
         single = num_images is None and (isinstance(prompt, str) or isinstance(prompt_embeds, Tensor))
@@ -236,6 +235,12 @@ class L2PPipeline:
     def check_size(self, height: int, width: int) -> None:
         """Raise ValueError, naming the nearest sizes, unless the checkpoint can draw this one."""
         check_size(height, width, self.layout.config.size_multiple)
+
+
+def check_mask(mask: object, picture: object) -> None:
+    """Raise ValueError for a mask, or a file of one, without the picture it keeps pixels of."""
+    if mask and not picture:
+        raise ValueError("an inpaint_mask came without an input_image; give the picture whose pixels are to be kept")
 
 
 def usable_device(name: str | torch.device) -> torch.device:

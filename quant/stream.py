@@ -38,7 +38,8 @@ from ..l2p_core.quantization import FORMATS, dequantize
 from ..l2p_core.layout import Layout, Source
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-                "I8": torch.int8, "U8": torch.uint8, "I32": torch.int32, "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+                "I8": torch.int8, "U8": torch.uint8, "I32": torch.int32, "I64": torch.int64,
+                "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 if hasattr(torch, "float8_e8m0fnu"):  # torch 2.7
     TORCH_DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 BLOCK = 1 << 18  # numbers in memory at a time: 1 MB as float32, which stays in a core's cache

@@ -536,7 +536,8 @@ def test_settings_come_from_the_file_and_flags_say_otherwise(data, capsys):
     ("steps = true", "expected a whole number"), ("noise = 'loud'", "expected one of auto, paired, random"), ("steps = ", "is no TOML"),
     ("freeze = 'all'", "expected a slice"), ("height = 96", "give both, or neither"), ("learning_rate = nan", "expected 0 or more"),
     ("caption_dropout = 2", "a share from 0 to 1"), ("warmup = 5", "schedule published has its own"),
-    ("held_out = 3\nsample_every = 0", "give both, or neither"), ("quantize_frozen = 'int8'\nfreeze = ''", "leaves nothing frozen"), ("device = 'cuda:1'", "expected one of"), ("sample_prompts = 'one'", "expected a list of texts"), ("", "checkpoint is not given")])
+    ("held_out = 3\nsample_every = 0", "give both, or neither"), ("quantize_frozen = 'int8'\nfreeze = ''", "leaves nothing frozen"),
+    ("device = 'cuda:1'", "expected one of"), ("sample_prompts = 'one'", "expected a list of texts"), ("", "checkpoint is not given")])
 def test_settings_that_make_no_sense_are_named(tmp_path, capsys, text, words):
     (tmp_path / "run.toml").write_text(text)
     flags = ["--checkpoint", "c", "--data", "d", "--output", str(tmp_path / "run")] if text else []
