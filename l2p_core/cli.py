@@ -13,12 +13,14 @@ import torch
 from .header import CheckpointError
 from .quantization import FORMATS
 from .stages import REDRAWS, STAGE_STRENGTH
+from .workflow import PLACES
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run `l2p` with these arguments. Returns the exit status: 0 done, 1 refused with a message, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="l2p", description="Pictures from L2P checkpoints, straight to pixels.")
-    parser.set_defaults(when_full="Try --free-text-encoder, a smaller --batch or size, or the INT8 checkpoint")
+    parser.set_defaults(when_full="Try --free-text-encoder, --offload, a smaller --batch or size, --redraw windows, or the INT8 "
+                                  "checkpoint; --estimate tells what each takes")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_generate(commands)
     add_queue(commands)
@@ -83,8 +85,8 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     picture.add_argument("--stage-strength", type=float, default=STAGE_STRENGTH, metavar="0..1",
                          help=f"how far each stage redraws the one before it (default {STAGE_STRENGTH})")
     picture.add_argument("--redraw", choices=REDRAWS, default=REDRAWS[0],
-                         help="how a stage, or an input image, above the trained size is redrawn: squeezed, at once with its positions "
-                              "within those that were trained; in overlapping windows of the trained size; whole, at once as it is "
+                         help="how a stage, or an input image, above the trained size is redrawn: squeezed, at once with the positions "
+                              "of a picture of the trained size; in overlapping windows of the trained size; whole, at once as it is "
                               f"(default {REDRAWS[0]})")
     picture.add_argument("--cfg-truncation", type=float, default=1.0, metavar="0..1",
                          help="guidance up to here on the way from noise to picture; the steps after it take half the time (default 1)")
@@ -127,16 +129,18 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
                   f"({BUNDLED_MODEL.parent / 'README.md'})")
         rows = read_rows(args.prompts) if args.prompts else [{"prompt": args.prompt or ""}]
         settings = {name: getattr(args, name) for name in SETTINGS if name != "prompt"}
-        pictures = plan(rows, settings, args.count, args.output, pipe)[rank::processes]
+        pictures = plan(rows, settings, args.count, args.output, pipe)
         if args.estimate:
             from .estimate import estimate
             from .meter import table
             largest = max(pictures, key=lambda picture: picture.height * picture.width)
             parts, passes = estimate(pipe, largest, args.batch, args.free_text_encoder)
             told = ", then ".join(f"{count} of {args.batch} x {width} x {height} pixels" for count, height, width in passes)
-            print(f"{table(parts)}\npasses through the model: {told}")
+            found = pipe.text_encoder_path.exists()
+            print(f"{table(parts)}\npasses through the model: {told}"
+                  + ("" if found else f"\nthe text encoder is not counted: {pipe.text_encoder_path} does not exist"))
             return
-        draw(pictures, pipe, args.batch, args.free_text_encoder, args.overwrite, progress=rank == 0)
+        draw(pictures[rank::processes], pipe, args.batch, args.free_text_encoder, args.overwrite, progress=rank == 0)
         if rank == 0:
             print(args.output)
     parser.set_defaults(run=run, when_stopped="The same command goes on where this one ended")
@@ -168,8 +172,8 @@ def add_queue(commands: argparse._SubParsersAction) -> None:
     texts = picture.add_mutually_exclusive_group()
     texts.add_argument("--prompt", metavar="TEXT", help="what to draw")
     texts.add_argument("--prompts", type=Path, metavar="FILE",
-                       help="draw many: .txt (a prompt a line), .csv, .json or .jsonl (columns prompt, file_name, seed and any "
-                            "other of l2p generate, model, text_encoder, or NODE.INPUT)")
+                       help="draw many: .txt (a prompt a line), .csv, .json or .jsonl (columns file_name, "
+                            f"{', '.join(PLACES)}, or NODE.INPUT)")
     picture.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
     picture.add_argument("--seed", type=int, help="of a prompt's first picture, the next has the next")
     picture.add_argument("--count", type=int, default=1, help="pictures for each prompt (default 1)")
@@ -185,7 +189,6 @@ def add_queue(commands: argparse._SubParsersAction) -> None:
 
     def run(args: argparse.Namespace) -> None:
         from .queue import queue
-        from .workflow import PLACES
         settings = {name: getattr(args, name, None) for name in PLACES}
         queue(args.workflow, args.output, args.server or ["http://127.0.0.1:8188"], args.prompts, settings, args.set,
               args.count, args.timeout, args.overwrite)

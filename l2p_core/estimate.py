@@ -22,7 +22,7 @@ def estimate(pipe: L2PPipeline, picture: Picture, batch: int, free_text_encoder:
     """Bytes held at the peak, by what they are for, with their sum as "in all", and what waits in the CPU's memory; and the
     passes through the model that one batch takes: (how many, height, width) for each stage.
 
-    Prompts count as 512 tokens. Two steps of the last stage are run on tensors that have only a shape."""
+    A text encoder that is not there counts as nothing. Prompts count as 512 tokens. Two steps of the last stage are run on tensors that have only a shape."""
     layout, dtype = pipe.layout, pipe.dtype
     by_block = Counter()  # bytes, by the part of the name that tells a block
     for name, source in layout.tensors.items():
@@ -32,7 +32,8 @@ def estimate(pipe: L2PPipeline, picture: Picture, batch: int, free_text_encoder:
     if pipe.offload:
         elsewhere = weights
         weights = by_block.pop("") + sum(size for _, size in by_block.most_common(2))
-    encoder = sum(entry.count * dtype.itemsize for file in encoder_files(pipe.text_encoder_path) for entry in read_header(file)[0].values())
+    files = encoder_files(pipe.text_encoder_path) if pipe.text_encoder_path.exists() else []
+    encoder = sum(entry.count * dtype.itemsize for file in files for entry in read_header(file)[0].values())
     with torch.device("meta"):
         model = L2PTransformer(layout.config).to(dtype).requires_grad_(False)
     model.decoder_tile = pipe.decoder_tile
@@ -53,6 +54,8 @@ def estimate(pipe: L2PPipeline, picture: Picture, batch: int, free_text_encoder:
     if picture.cache_threshold and not last.window:  # a StepCache for each pass holds two tensors of all tokens
         tokens = padded(last.height // layout.config.patch_size * (last.width // layout.config.patch_size)) + padded(MAX_TOKENS)
         kept = (1 if picture.cfg_scale == 1 else 2) * 2 * batch * tokens * layout.config.dim * dtype.itemsize
+    if picture.inpaint_mask:  # its picture, its noise and itself are held all the way
+        kept += 4 * last.height * last.width * (3 + 3 * batch + 1)
     drawing = {"model": weights, "pictures and what passes": meter.peak() + kept}
     parts = drawing if free_text_encoder else {"text encoder": encoder, **drawing}
     in_all = max(sum(drawing.values()), encoder) if free_text_encoder else sum(parts.values())

@@ -47,9 +47,11 @@ class Entry(NamedTuple):
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A place to write the file that will be `path`: it takes the name at the end, on the disk by then, or is gone."""
-    part = path.with_name(f".{path.name}.part")
+def whole(path: Path, shared: bool = False) -> Iterator[Path]:
+    """A place to write the file that will be `path`: it takes the name at the end, on the disk by then, or is gone.
+
+    shared: several processes may write it at once, each its own; what a killed one leaves is then not written over by the next."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part" if shared else f".{path.name}.part")
     try:
         yield part
         with part.open("rb+") as stream:

@@ -27,6 +27,13 @@ def to_mask(mask: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(mask.convert("L")))[None, None].float() / 255
 
 
+def size_for(height: float, width: float, multiple: int, wanted_height: int | None = None, wanted_width: int | None = None) -> tuple[int, int]:
+    """Height and width nearest to a picture's in multiples of `multiple`; where one is wanted otherwise, the other in proportion."""
+    scale = (1 if wanted_height is wanted_width is None else wanted_width / width if wanted_height is None else wanted_height / height)
+    return tuple(max(round(scale * side / multiple), 1) * multiple if wanted is None else wanted
+                 for wanted, side in ((wanted_height, height), (wanted_width, width)))
+
+
 def check_size(height: int, width: int, multiple: int) -> None:
     """Raise ValueError, naming the nearest sizes, unless both are positive multiples of `multiple` pixels."""
     for name, size in (("height", height), ("width", width)):

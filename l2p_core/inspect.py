@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 from .checkpoint import check
+from .config import L2PConfig
 from .header import CheckpointError
 from .layout import read_layout
 
@@ -29,7 +30,8 @@ def describe(path: Path) -> dict:
         config = layout.config
         facts |= {"patch": config.patch_size, "height": layout.trained_size[0], "width": layout.trained_size[1], "size_multiple": config.size_multiple,
                   "config": dataclasses.asdict(config), "usable": True,
-                  "advice": f"Draw with it: l2p generate \"a prompt\" --checkpoint {path} --text-encoder Z-Image-Turbo"}
+                  "advice": f"Draw with it: l2p generate \"a prompt\" --checkpoint {path} --text-encoder "
+                            + ("Z-Image-Turbo" if config.cap_feat_dim == L2PConfig.cap_feat_dim else "FOLDER, the one it was trained with")}
     except CheckpointError as error:
         facts |= {"usable": False, "advice": str(error)}
     return facts

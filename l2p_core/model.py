@@ -246,7 +246,7 @@ def rope_of_caption(length: int, axes_dims: tuple[int, int, int], device: torch.
     return rope_of(positions, axes_dims, device)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)  # 34 MB each at 4096 pixels in patches of 16
 def rope_of_image(h: int, w: int, caption_length: int, scale: float, axes_dims: tuple[int, int, int],
                   device: torch.device) -> Tensor:
     """(padded(h * w), head/2, 2). Row r, column c sit at (padded caption length + 1, scale * r, scale * c); padding at (0, 0, 0)."""

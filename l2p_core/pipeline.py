@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from .checkpoint import check, load_model
-from .image import check_size, to_mask, to_pictures, to_pixels
+from .image import check_size, size_for, to_mask, to_pictures, to_pixels
 from .layout import Layout, read_layout
 from .model import L2PTransformer
 from .sampler import Callback, check_shortcuts, guided_velocity, keeping, schedule, solver
@@ -184,10 +184,10 @@ class L2PPipeline:
         height, width = defaults.height if height is None else height, defaults.width if width is None else width
         self.check_size(height, width)
         plan = self.plan_stages(height, width, steps, denoising_strength, stages, stage_strength, redraw)
-        if warning := misfit(plan[0], self.layout.trained_size):
+        if warning := misfit(plan, self.layout.trained_size):
             warnings.warn(warning, stacklevel=2)
 
-        x, done, in_all = None, 0, sum(stage.steps for stage in plan)
+        x, picture, done, in_all = None, None, 0, sum(stage.steps for stage in plan)
         for stage in plan:
             size, sigmas = stage[:2], schedule(stage.steps, stage.strength, shift)
             velocity = guided_velocity(self.transformer, captions, negatives, cfg_scale, bf16_rounding, cfg_truncation,
@@ -205,6 +205,9 @@ class L2PPipeline:
                 start = mask * start + (1 - mask) * picture
                 velocity = keeping(velocity, mask, picture, noise)
             x = noise if start is None else (1 - sigmas[0]) * start + sigmas[0] * noise
+            start = None  # what is of no more use is not held while drawing
+            if inpaint_mask is None:
+                noise = picture = None
             self.transformer.rope_scale = stage.rope_scale
             try:
                 x = solve(velocity, x, sigmas, callback and (lambda step, _, x0: callback(done + step, in_all, x0)))
@@ -227,10 +230,7 @@ class L2PPipeline:
 
     def size_for(self, picture: Image.Image, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Height and width nearest to the picture's that the checkpoint can draw; where one is given, the other in proportion."""
-        multiple = self.layout.config.size_multiple
-        scale = 1 if height is width is None else width / picture.width if height is None else height / picture.height
-        return tuple(given if given is not None else max(round(scale * side / multiple), 1) * multiple
-                     for given, side in ((height, picture.height), (width, picture.width)))
+        return size_for(picture.height, picture.width, self.layout.config.size_multiple, height, width)
 
     def check_size(self, height: int, width: int) -> None:
         """Raise ValueError, naming the nearest sizes, unless the checkpoint can draw this one."""

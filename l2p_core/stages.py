@@ -15,6 +15,7 @@ STAGE_STRENGTH = 0.2
 REDRAWS = SQUEEZED, WINDOWS, WHOLE = "squeezed", "windows", "whole"  # the first is what `benchmarks/stages.py` found best
 OVERLAP = 4  # neighbouring windows share a quarter of their side
 SMALLEST, LARGEST = 1 / 4, 2  # times the trained number of pixels that a picture is drawn at in one go
+FARTHEST = 8  # times the trained side: the published table of positions ends at 512, training at 64
 
 
 class Stage(NamedTuple):
@@ -33,8 +34,8 @@ def plan_stages(height: int, width: int, steps: int, strength: float, stages: in
 
     height, width: of the last, multiples of `multiple`, as all are. steps, strength: of the first; a later one takes its
     share of the steps, `stage_strength`. redraw: how a picture of which something is left, and which is larger than the
-    trained height and width, is drawn: squeezed, at once with its positions within those that were trained; windows of the
-    trained size; whole, at once as it is. Raises ValueError for stages below 1 or so many that the first is smaller than
+    trained height and width, is drawn: squeezed, at once with the positions of a picture of the trained number of pixels;
+    windows of the trained size; whole, at once as it is. Raises ValueError for stages below 1 or so many that the first is smaller than
     `multiple`, a stage_strength outside (0, 1] or another redraw."""
     if stages < 1 or min(height, width) < multiple << (stages - 1):
         raise ValueError(f"stages is {stages}; expected 1 to {(min(height, width) // multiple).bit_length()} for {width} x {height}, each twice "
@@ -54,18 +55,23 @@ def plan_stages(height: int, width: int, steps: int, strength: float, stages: in
     return plan
 
 
-def misfit(first: Stage, trained: tuple[int, int]) -> str | None:
-    """What is wrong with the size of a first drawing, and what to do instead; None where nothing is.
+def misfit(plan: list[Stage], trained: tuple[int, int]) -> str | None:
+    """What is wrong with the sizes of the drawings, and what to do instead; None where nothing is.
 
     trained: height and width that the checkpoint was trained at."""
-    times = first.height * first.width / math.prod(trained)
-    if first.strength < 1 or SMALLEST <= times <= LARGEST:
-        return None
-    height, width = trained
+    first, (height, width) = plan[0], trained
+    times = first.height * first.width / (height * width)
     size = f"{first.width} x {first.height} is {times:.2g} times the {width} x {height} pixels that this checkpoint was trained at"
-    if times < 1:
+    if first.strength == 1 and times < SMALLEST:
         return f"{size}: what it draws that small is worse. Draw at {width} x {height}, and shrink the picture"
-    return f"{size}: what it draws at once repeats itself or falls apart. Draw in {round(math.log2(times) / 2) + 1} stages"
+    if first.strength == 1 and times > LARGEST:
+        return f"{size}: what it draws at once repeats itself or falls apart. Draw in {round(math.log2(times) / 2) + len(plan)} stages"
+    for stage in plan:
+        if not stage.window and stage.rope_scale * max(stage.height / height, stage.width / width) > FARTHEST:
+            return (f"{stage.width} x {stage.height}, drawn at once, is more than {FARTHEST} times as long as the {width} x {height} pixels that "
+                    "this checkpoint was trained at, farther than its published table of positions goes. "
+                    + ("Draw a picture nearer to a square" if stage.strength == 1 else "Redraw in windows"))
+    return None
 
 
 def in_windows(velocity: Velocity, window: int, step: int) -> Velocity:

@@ -8,6 +8,7 @@ PLACES = {  # what a flag or a column says → the inputs that take it, by name 
     "prompt": TEXTS, "negative_prompt": ("negative_prompt",), "seed": ("seed", "noise_seed"),
     "width": ("width",), "height": ("height",), "num_inference_steps": ("steps",), "cfg_scale": ("cfg",),
     "shift": ("shift",), "sampler": ("sampler_name",), "denoising_strength": ("denoise",),
+    "stages": ("stages",), "stage_strength": ("stage_denoise",), "redraw": ("redraw",),
     "model": ("checkpoint", "ckpt_name", "unet_name"), "text_encoder": ("text_encoder", "clip_name"),
     "input_image": ("LoadImage.image",), "inpaint_mask": ("LoadImageMask.image",),
 }
@@ -42,6 +43,8 @@ def fill(filled: dict, graph: dict, name: str, value: object) -> None:
     for node, key in found:
         old = graph[node]["inputs"][key]
         filled[node]["inputs"][key] = like(old, value, f"{name} ({node}.{key})", key in WHOLE)
+        if key in ("width", "height") and graph[node]["class_type"] == "EmptyL2PLatentImage" and "size" in graph[node]["inputs"]:
+            filled[node]["inputs"]["size"] = "custom"  # else a usual size takes their place
 
 
 def places(graph: dict, name: str) -> list[tuple[str, str]]:

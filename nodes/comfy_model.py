@@ -4,6 +4,8 @@ ComfyUI calls: sigma runs 1 → 0, the model gives noise - picture, pixels in fl
 """
 import json
 import logging
+import math
+from functools import partial
 from pathlib import Path
 
 import comfy.latent_formats
@@ -24,7 +26,7 @@ from ..l2p_core.decoder import LocalDecoder, decoder_bytes
 from ..l2p_core.quantization import FORMATS, dequantize
 from ..l2p_core.header import CheckpointError, Entry
 from ..l2p_core.layout import FLOATS, Layout, describe, find_prefix, layer_name
-from ..l2p_core.model import NORM_EPS, ROPE_THETA, TOKEN_MULTIPLE
+from ..l2p_core.model import NORM_EPS, ROPE_THETA, TOKEN_MULTIPLE, TOKENS_AT_ONCE, by_tokens
 from ..l2p_core.text import MAX_TOKENS
 from ..quant.export import marker, name_in, packs
 from ..quant.lora import names_of
@@ -33,6 +35,7 @@ from ..quant.stream import TORCH_DTYPES
 LANDMARK = "local_decoder.enc1.0.weight"  # in every L2P model, in no other
 INSTALLED = "_l2p_installed"  # set on ComfyUI's own module: a pack may be imported twice
 MARGIN = 1.1  # for what is small beside: rotary tables, modulation, float32 inside norms
+TOKENS_IN_ATTENTION = 10  # times all tokens that core's attention holds: packed q, k and v, what is turned and copied of them, its input
 PICTURES_IN_FLIGHT = 4  # for each that a pass takes, float32: what goes in and comes out, noise, x
 SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
@@ -53,6 +56,7 @@ class NextDiTL2P(NextDiT):
         self.t_embedder = TimestepEmbedder(config.t_hidden_dim, output_size=config.t_dim, **factory)
         for block in (*self.noise_refiner, *self.context_refiner, *self.layers):
             block.attention.q_norm.eps = block.attention.k_norm.eps = NORM_EPS  # core leaves it at float32's epsilon
+            block.feed_forward.forward = partial(by_tokens, block.feed_forward.forward)
         self.final_layer = PassOn()
         self.local_decoder = LocalDecoder(config, **factory)
 
@@ -83,21 +87,23 @@ class PassOn(nn.Module):
 
 class L2PModel(comfy.model_base.Lumina2):
     """Derived from Lumina2, by which ComfyUI knows how LoRAs of Z-Image name their layers."""
+    window = 0  # side in pixels of the windows that pictures are drawn in; 0 for the whole at once
 
     def __init__(self, model_config, model_type=comfy.model_base.ModelType.FLOW, device=None):
         comfy.model_base.BaseModel.__init__(self, model_config, model_type, device=device, unet_model=NextDiTL2P)
 
     def memory_required(self, input_shape: list[int], cond_shapes: dict = {}) -> float:
-        """Bytes beside the weights that a batch of pictures (B, 3, H, W) takes, the larger of two: a block's feed-forward
-        at its widest, or the decoder, which cuts large pictures into tiles."""
+        """Bytes beside the weights that a batch of pictures (B, 3, H, W) takes: a few pictures, and of what a pass holds the largest. That
+        is a block's attention or its feed-forward, or the decoder, which cuts large pictures into tiles."""
         config, dtype = self.diffusion_model.l2p_config, self.get_dtype_inference()
-        batch, _, height, width = input_shape
-        tokens = -(-height // config.patch_size) * -(-width // config.patch_size)
-        feed_forward = batch * (tokens + MAX_TOKENS) * (4 * config.ffn_dim + 3 * config.dim)
-        decoder = decoder_bytes(config, height, width, dtype, batch) / dtype.itemsize + batch * tokens * config.dim
-        pictures = batch * 3 * height * width
-        in_pass = max(feed_forward, decoder + 2 * pictures)  # the decoder's output and its negative
-        return MARGIN * in_pass * dtype.itemsize + PICTURES_IN_FLIGHT * pictures * torch.float32.itemsize
+        batch, channels, *size = input_shape
+        height, width = (min(side, self.window or side) for side in size)
+        image_tokens = -(-height // config.patch_size) * -(-width // config.patch_size)
+        tokens = image_tokens + MAX_TOKENS
+        block = max(TOKENS_IN_ATTENTION * tokens * config.dim, 5 * tokens * config.dim + 4 * min(tokens, TOKENS_AT_ONCE) * config.ffn_dim)
+        decoder = decoder_bytes(config, height, width, dtype, batch) / dtype.itemsize + batch * image_tokens * config.dim
+        in_pass = max(batch * block, decoder + 2 * batch * channels * height * width)  # the decoder's output and its negative
+        return MARGIN * in_pass * dtype.itemsize + PICTURES_IN_FLIGHT * math.prod(input_shape) * torch.float32.itemsize
 
 
 class L2P(comfy.supported_models.ZImage):
@@ -150,12 +156,15 @@ def install() -> None:
 
 def core_knows_l2p() -> bool:
     """Whether ComfyUI tells an L2P model from a latent Z-Image, asked with tensors that weigh nothing."""
-    with torch.device("meta"):
-        known = comfy.model_detection.detect_unet_config({
-            "x_embedder.weight": torch.empty(3840, 768), "cap_embedder.1.weight": torch.empty(3840, 2560),
-            "cap_embedder.0.weight": torch.empty(2560), "noise_refiner.0.attention.k_norm.weight": torch.empty(128),
-            "noise_refiner.0.attention.qkv.weight": torch.empty(11520, 3840), "x_pad_token": torch.empty(1, 3840),
-            "layers.0.attention.qkv.weight": torch.empty(11520, 3840), LANDMARK: torch.empty(64, 3, 3, 3)}, "")
+    sizes = {}
+    for published, size in expected_shapes(L2PConfig()).items():
+        name, place = name_in("comfyui", published)
+        sizes[name] = (size[0] * (place + 1), *size[1:])  # q, k and v come one after another, and v is the last
+    try:
+        known = comfy.model_detection.detect_unet_config({name: torch.empty(size, device="meta") for name, size in sizes.items()}, "")
+    except Exception as error:  # in code that is not written yet
+        logging.warning(f"ComfyUI-L2P: asked for an L2P model, ComfyUI fails with {error!r}; it is taken not to know them")
+        return False
     return known is not None and (known.get("image_model") != "lumina2" or known.get("patch_size") == 16)
 
 

@@ -89,9 +89,11 @@ class L2PMergeCheckpoint(io.ComfyNode):
                         "the whole model.",
             search_aliases=["trained part", "whole model", "bf16"],
             inputs=[
-                io.Combo.Input("trained", options=model_files(), tooltip="What the training saved."),
+                io.Combo.Input("trained", options=list(dict.fromkeys([*model_files(), *lora_files()])), tooltip="What the training saved, or a LoRA."),
                 io.Combo.Input("base", options=model_files(), tooltip="The pixel initialisation it started from; a LoRA's model."),
-                DTYPE, FILENAME, OVERWRITE],
+                DTYPE,
+                io.Float.Input("strength", default=1.0, min=-10.0, max=10.0, step=0.05, tooltip="Of a LoRA. Leave 1 for what was trained whole."),
+                FILENAME, OVERWRITE],
             outputs=[io.String.Output("filename")])
 
     @classmethod
@@ -99,10 +101,15 @@ class L2PMergeCheckpoint(io.ComfyNode):
         return stamps_of_others([*model_paths(trained), *model_paths(base)], filename)
 
     @classmethod
-    def execute(cls, trained, base, dtype, filename, overwrite) -> io.NodeOutput:
+    def execute(cls, trained, base, dtype, strength, filename, overwrite) -> io.NodeOutput:
         part, output = source_and_output(trained, filename, "merged", overwrite)
-        merge.merge(part, model_paths(base), output, None if dtype == "as they are" else dtype, progress=bar())
+        merge.merge(part, model_paths(base), output, None if dtype == "as they are" else dtype,
+                    strength=None if strength == 1 else strength, progress=bar())
         return written(output)
+
+
+def lora_files() -> list[str]:
+    return [name for name in folder_paths.get_filename_list("loras") if name.endswith(".safetensors")]
 
 
 def source_and_output(checkpoint: str, filename: str, suffix: str, overwrite: bool) -> tuple[list[Path], Path]:
@@ -116,8 +123,10 @@ def source_and_output(checkpoint: str, filename: str, suffix: str, overwrite: bo
     output = folder / name
     if Path(name).name != name or "\\" in name or ":" in name or name.startswith("."):
         raise CheckpointError(f"filename is {name!r}; expected a plain name, which is put into {folder}")
-    if output.exists() and not overwrite:
+    if not overwrite and output.exists():
         raise CheckpointError(f"{name} is in {folder} already. Give another filename, or turn overwrite on")
+    if not overwrite and name in model_files():
+        raise CheckpointError(f"{model_paths(name)[0]} has that name, and the loaders would list only the new {name}. Give another filename")
     folder.mkdir(parents=True, exist_ok=True)
     return sources, output
 

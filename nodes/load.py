@@ -98,11 +98,11 @@ def model_files() -> list[str]:
 
 
 def model_paths(name: str) -> list[Path]:
-    """The file of that name, or all shards of the model it is one of."""
+    """The model or LoRA of that name, or all shards of the model it is one of."""
     if name == BUNDLED:
         return [BUNDLED_MODEL / "transformer.safetensors"]
-    found = folder_paths.get_full_path("diffusion_models", name) or folder_paths.get_full_path_or_raise("checkpoints", name)
-    path = Path(found)
+    found = (folder_paths.get_full_path(folder, name) for folder in ("diffusion_models", "checkpoints", "loras"))
+    path = Path(next(filter(None, found), None) or folder_paths.get_full_path_or_raise("diffusion_models", name))
     if not SHARD_NAME.search(path.name):
         return [path]
     stem = path.name[:-len("-00001-of-00001.safetensors")]

@@ -2,6 +2,7 @@
 import logging
 
 from comfy_api.latest import io
+from server import PromptServer
 
 from ..l2p_core.text import MAX_TOKENS
 
@@ -18,15 +19,19 @@ class L2PTextEncode(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="Z-Image's text encoder, Qwen3-4B."),
                 io.String.Input("prompt", multiline=True, dynamic_prompts=True,
                                 tooltip=f"What to draw. Up to {MAX_TOKENS} tokens with the template's 9, about 350 words; the rest "
-                                        "is left out, with a note in the log."),
+                                        "is left out, with a note under the node."),
                 io.String.Input("negative_prompt", multiline=True, dynamic_prompts=True, default="",
                                 tooltip="What to steer away from; may be empty. Has no effect at guidance 1."),
             ],
-            outputs=[io.Conditioning.Output("positive"), io.Conditioning.Output("negative")])
+            outputs=[io.Conditioning.Output("positive"), io.Conditioning.Output("negative")], hidden=[io.Hidden.unique_id])
 
     @classmethod
     def execute(cls, clip, prompt: str, negative_prompt: str = "") -> io.NodeOutput:
-        return io.NodeOutput(encode(clip, prompt), encode(clip, negative_prompt))
+        if clip is None:
+            raise ValueError("there is no text encoder: an L2P checkpoint holds none. Connect Load Z-Image Text Encoder")
+        (positive, cut), (negative, cut_too) = (encode(clip, text) for text in (prompt, negative_prompt))
+        note(cls, cut, cut_too)
+        return io.NodeOutput(positive, negative)
 
 
 class L2PPromptList(io.ComfyNode):
@@ -47,17 +52,24 @@ class L2PPromptList(io.ComfyNode):
         return io.NodeOutput(lines)
 
 
-def encode(clip, prompt: str) -> list:
-    """CONDITIONING of one prompt, cut at as many tokens as the model was trained on."""
-    if clip is None:
-        raise ValueError("there is no text encoder: an L2P checkpoint holds none. Connect Load Z-Image Text Encoder")
-    tokens = clip.tokenize(prompt)
+def encode(clip, prompt: str) -> tuple[list, str | None]:
+    """CONDITIONING of one prompt, cut at as many tokens as the model was trained on, and what to say where it was cut."""
+    tokens, cut = clip.tokenize(prompt), None
     for key, (row, *_) in tokens.items():
         if len(row) > MAX_TOKENS:
-            logging.warning(f"the prompt takes {len(row)} tokens with its template, {MAX_TOKENS} are read: the last "
-                            f"{len(row) - MAX_TOKENS} are left out (it begins {prompt[:40]!r})")
+            cut = (f"the prompt takes {len(row)} tokens with its template, {MAX_TOKENS} are read: the last "
+                   f"{len(row) - MAX_TOKENS} are left out (it begins {prompt[:40]!r})")
             tokens[key] = [row[:MAX_TOKENS]]
-    return clip.encode_from_tokens_scheduled(tokens)
+    return clip.encode_from_tokens_scheduled(tokens), cut
+
+
+def note(node: type[io.ComfyNode], *texts: str | None) -> None:
+    """Say what is not None of the texts in the log, and under the node on the canvas."""
+    texts = [text for text in texts if text]
+    for text in texts:
+        logging.warning(text)
+    if texts and node.hidden and node.hidden.unique_id:
+        PromptServer.instance.send_progress_text("\n".join(texts), node.hidden.unique_id)
 
 
 NODES = [L2PTextEncode, L2PPromptList]

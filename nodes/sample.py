@@ -2,12 +2,13 @@
 
 A pixel LATENT is (B, 3, H, W) in [-1, 1], an IMAGE (B, H, W, 3) in [0, 1].
 """
-import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import comfy.latent_formats
 import comfy.model_management
 import comfy.model_sampling
-import comfy.patcher_extension
 import comfy.sample
 import comfy.samplers
 import comfy.utils
@@ -16,9 +17,10 @@ from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
-from ..l2p_core.image import check_size, to_pictures
+from ..l2p_core.image import check_size, size_for, to_pictures
 from ..l2p_core.sampler import schedule
-from ..l2p_core.stages import REDRAWS, STAGE_STRENGTH, Stage, by_windows, enlarge, misfit, plan_stages
+from ..l2p_core.stages import LARGEST, REDRAWS, STAGE_STRENGTH, Stage, by_windows, enlarge, misfit, plan_stages
+from .prompt import note
 
 EXACT = "l2p"
 MAX_SIZE = 10240
@@ -28,14 +30,13 @@ PRESETS = {f"{scale}K {name} ({width * scale} x {height * scale})": (width * sca
            for scale in (1, 2, 4) for name, (width, height) in RATIOS.items()}
 CUSTOM = "custom"
 
+MULTIPLES = "a multiple of 16; of 64, 128 or 320 for the 4K, 8K and 10K models"
+OWN_SIZE = "0: the image's, of no more than twice the pixels that the model was trained at; without an image the model's own"
+
 STEPS = io.Int.Input("steps", default=30, min=1, max=1000, tooltip="Evaluations of the model; the 1K model was published with "
                                                                   "30, the 4K and larger ones with 50.")
 SHIFT = io.Float.Input("shift", default=3.0, min=0.1, max=100.0, step=0.1, advanced=True,
                        tooltip="Of the noise schedule. Published: 3. More spends more steps on the outline.")
-WIDTH = io.Int.Input("width", default=1024, min=16, max=MAX_SIZE, step=16,
-                     tooltip="Pixels, a multiple of 16; of 64, 128 or 320 for the 4K, 8K and 10K models.")
-HEIGHT = io.Int.Input("height", default=1024, min=16, max=MAX_SIZE, step=16,
-                      tooltip="Pixels, a multiple of 16; of 64, 128 or 320 for the 4K, 8K and 10K models.")
 BATCH = io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="Pictures drawn at a time.")
 
 
@@ -51,7 +52,9 @@ class L2PKSampler(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="What to draw."),
                 io.Conditioning.Input("negative", tooltip="What to steer away from: an empty prompt, encoded, not zeroed "
                                                           "conditioning. Has no effect at guidance 1."),
-                WIDTH, HEIGHT, BATCH,
+                io.Int.Input("width", default=1024, min=0, max=MAX_SIZE, step=16, tooltip=f"Pixels, {MULTIPLES}. {OWN_SIZE}."),
+                io.Int.Input("height", default=1024, min=0, max=MAX_SIZE, step=16, tooltip=f"Pixels, {MULTIPLES}. {OWN_SIZE}."),
+                BATCH,
                 io.Int.Input("seed", default=42, min=0, max=0xffffffffffffffff, control_after_generate=True,
                              tooltip="Of the noise, of a whole batch at once. A single picture is the one that `l2p generate` draws from it."),
                 STEPS,
@@ -64,7 +67,7 @@ class L2PKSampler(io.ComfyNode):
                 SHIFT,
                 io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01,
                                tooltip="How far to redraw the image: 1 keeps nothing of it. Leave 1 without an image."),
-                io.Image.Input("image", optional=True, tooltip="Start from this picture, or each of a batch; resized where it is not of that size."),
+                io.Image.Input("image", optional=True, tooltip="Start from this picture, or each of a batch; resized where it is not of width and height."),
                 io.Mask.Input("mask", optional=True, tooltip="Redraw only where it is white; the rest of the image is kept exactly."),
                 io.Int.Input("stages", default=1, min=1, max=8, optional=True, advanced=True,
                              tooltip="For sizes above the model's own: drawings that lead there, each twice as large as the one before it, "
@@ -72,10 +75,10 @@ class L2PKSampler(io.ComfyNode):
                 io.Float.Input("stage_denoise", default=STAGE_STRENGTH, min=0.01, max=1.0, step=0.01, optional=True, advanced=True,
                                tooltip="How far each stage redraws the one before it."),
                 io.Combo.Input("redraw", options=REDRAWS, default=REDRAWS[0], optional=True, advanced=True,
-                               tooltip="How a stage, or an image, above the model's own size is redrawn. squeezed: at once, its positions within "
-                                       "those the model was trained on; windows: in overlapping windows of the model's size; whole: at once as it is."),
+                               tooltip="How a stage, or an image, above the model's own size is redrawn. squeezed: at once, with the positions "
+                                       "of a picture of the model's size; windows: in overlapping windows of the model's size; whole: at once as it is."),
             ],
-            outputs=[io.Image.Output(), io.Latent.Output()])
+            outputs=[io.Image.Output(), io.Latent.Output()], hidden=[io.Hidden.unique_id])
 
     @classmethod
     def execute(cls, model, positive, negative, width, height, batch_size, seed, steps, cfg, sampler_name, scheduler,
@@ -83,17 +86,22 @@ class L2PKSampler(io.ComfyNode):
                 redraw=REDRAWS[0]) -> io.NodeOutput:
         multiple, cap_feat_dim, trained = sizes_of(model)
         batch_size = max(batch_size, 0 if image is None else len(image))
-        check_size(height, width, multiple)
+        height, width = drawn_size(image, height, width, trained, multiple)
         for conditioning in (positive, negative):
             check_conditioning(conditioning, cap_feat_dim)
         if image is None and (mask is not None or denoise < 1):
             raise ValueError("the mask, or denoise below 1, needs an image to keep something of. Connect one, or set denoise to 1")
+        if mask is not None and not mask.any():
+            raise ValueError("the mask is empty, so nothing would be drawn. Paint what is to be redrawn: right-click the picture, "
+                             "Open in Mask Editor")
+        notes = []
         if image is not None and mask is None and denoise == 1:
-            logging.warning("denoise is 1 and there is no mask, so nothing of the image will be left; set denoise below 1 to keep some")
+            notes.append("denoise is 1 and there is no mask, so nothing of the image will be left; set denoise below 1 to keep some")
+        if image is not None and image.shape[1:3] != (height, width):
+            notes.append(f"the image is {image.shape[2]} x {image.shape[1]} and was resized to {width} x {height}")
         plan = plan_stages(height, width, steps, denoise, stages, stage_denoise, redraw, trained, multiple)
         have = comfy.model_management.get_total_memory(model.load_device)
-        for warning in filter(None, (misfit(plan[0], trained), shortage(model, plan, batch_size, have))):
-            logging.warning(warning)
+        note(cls, *notes, misfit(plan, trained), shortage(model, plan, batch_size, have))
         samples, progress = None, comfy.utils.ProgressBar(sum(stage.steps for stage in plan))
         for stage in plan:
             size = stage.width, stage.height
@@ -103,9 +111,10 @@ class L2PKSampler(io.ComfyNode):
             if samples is not None:
                 enlarged = enlarge(samples, *stage[:2]).to(picture.device)
                 latent = enlarged if mask is None else picture.lerp(enlarged, noise_mask[:, None].to(picture.device))
-            samples = sample(for_stage(model, stage, multiple), positive, negative, latent, seed, cfg,
-                             comfy.samplers.sampler_object(sampler_name), noise_levels(model, scheduler, stage.steps, stage.strength, shift),
-                             noise_mask, progress)
+            sigmas = noise_levels(model, scheduler, stage.steps, stage.strength, shift)
+            with in_windows(model, stage.window):
+                samples = sample(for_stage(model, stage, multiple), positive, negative, latent, seed, cfg,
+                                 comfy.samplers.sampler_object(sampler_name), sigmas, noise_mask, progress)
             if not samples.isfinite().all():
                 raise ValueError("the picture came out as NaN: the model's numbers overflow in this weight_dtype, or its file is "
                                  "damaged. Try weight_dtype bfloat16")
@@ -138,9 +147,10 @@ class EmptyL2PLatentImage(io.ComfyNode):
             node_id="EmptyL2PLatentImage", display_name="Empty L2P Latent Image", category="L2P",
             description="An empty pixel latent for ComfyUI's own samplers.",
             search_aliases=["empty latent", "size", "resolution", "aspect ratio"],
-            inputs=[io.Combo.Input("size", options=[*PRESETS, CUSTOM], default=next(iter(PRESETS)),
-                                   tooltip="A usual size, or custom: the width and height below."),
-                    WIDTH, HEIGHT, BATCH],
+            inputs=[io.Combo.Input("size", options=[CUSTOM, *PRESETS], default=CUSTOM, tooltip="custom: the width and height below; or a usual size instead of them."),
+                    io.Int.Input("width", default=1024, min=16, max=MAX_SIZE, step=16, tooltip=f"Pixels, {MULTIPLES}."),
+                    io.Int.Input("height", default=1024, min=16, max=MAX_SIZE, step=16, tooltip=f"Pixels, {MULTIPLES}."),
+                    BATCH],
             outputs=[io.Latent.Output()])
 
     @classmethod
@@ -196,9 +206,17 @@ def for_stage(model, stage: Stage, multiple: int):
         wrapped = model.model_options.get("model_function_wrapper", lambda apply, given: apply(given["input"], given["timestep"], **given["c"]))
         model.set_model_unet_function_wrapper(lambda apply, given: by_windows(
             lambda part: wrapped(apply, {**given, "input": part}), given["input"], stage.window, multiple))
-        model.add_wrapper(comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING, lambda prepare, model, shape, *args, **options: prepare(
-            model, [*shape[:2], *(min(side, stage.window) for side in shape[2:])], *args, **options))  # memory of a window
     return model
+
+
+@contextmanager
+def in_windows(model, window: int) -> Iterator[None]:
+    """Have the memory of a pass counted as that of a window, 0 for the whole picture."""
+    model.model.window = window
+    try:
+        yield
+    finally:
+        model.model.window = 0
 
 
 def sample(model, positive, negative, latent: Tensor, seed: int, cfg: float, sampler, sigmas: Tensor, noise_mask: Tensor | None,
@@ -235,10 +253,20 @@ def sizes_of(model) -> tuple[int, int | None, tuple[int, int]]:
     raise ValueError(f"the model is a {type(model.model).__name__}, which is no L2P model. Load one with Load L2P Checkpoint")
 
 
+def drawn_size(image: Tensor | None, height: int, width: int, trained: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """Height and width, with `OWN_SIZE` in the place of zeros. Raises ValueError where they are no multiples."""
+    rows, columns = trained if image is None else image.shape[1:3]
+    shrink = min(1.0, math.sqrt(LARGEST * math.prod(trained) / (rows * columns)))
+    height, width = size_for(shrink * rows, shrink * columns, multiple, height or None, width or None)
+    check_size(height, width, multiple)
+    return height, width
+
+
 def shortage(model, plan: list[Stage], batch_size: int, have: int) -> str | None:
     """What is wrong, and what to do, where a device of so many bytes can't hold the largest pass; None where it can."""
     def need(stage: Stage) -> int:
-        return model.memory_required([batch_size, 3, *(min(side, stage.window or side) for side in stage[:2])])
+        with in_windows(model, stage.window):
+            return model.memory_required([batch_size, 3, *stage[:2]])
     largest = max(plan, key=need)
     if need(largest) <= have:
         return None
@@ -257,10 +285,9 @@ def check_conditioning(conditioning: list, cap_feat_dim: int | None) -> None:
 
 
 def fit(image: Tensor, width: int, height: int) -> Tensor:
-    """An IMAGE of that size, resized with a note where it has another."""
+    """An IMAGE of that size."""
     if image.shape[1:3] == (height, width):
         return image
-    logging.warning(f"the image is {image.shape[2]} x {image.shape[1]} and was resized to {width} x {height}")
     return comfy.utils.common_upscale(image.movedim(-1, 1), width, height, "lanczos", "disabled").movedim(1, -1)
 
 

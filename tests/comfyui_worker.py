@@ -204,21 +204,21 @@ def shortage(path: str, have: int, batch_size: int, **plan) -> str | None:
                             batch_size, have)
 
 
-def largest_asked_for(path: str, redraw: str) -> list[int]:
-    """The largest shape whose memory ComfyUI makes room for, as a picture of 192 pixels is drawn in two stages."""
-    model, conditioning, shapes = load(path, "diffusion")[0], [[torch.zeros(1, 4, 96), {}]], []
+def largest_asked_for(path: str, size: int, **options) -> int:
+    """The most bytes that ComfyUI makes room for at the least, as a picture of so many pixels is drawn."""
+    model, conditioning, asked = load(path, "diffusion")[0], [[torch.zeros(1, 4, 96), {}]], []
     estimate = comfy.sampler_helpers.estimate_memory
 
-    def recorded(model, shape, *args):
-        shapes.append(list(shape))
-        return estimate(model, shape, *args)
+    def recorded(*args):
+        asked.append(estimate(*args))
+        return asked[-1]
     comfy.sampler_helpers.estimate_memory = recorded
     try:
-        nodes.NODE_CLASS_MAPPINGS["L2PKSampler"].execute(model, conditioning, conditioning, 192, 192, 1, 0, 2, 2.0, "euler", "l2p", 3.0, 1.0,
-                                                         stages=2, redraw=redraw)
+        nodes.NODE_CLASS_MAPPINGS["L2PKSampler"].execute(model, conditioning, conditioning, size, size, 1, 0, 2, 2.0, "euler", "l2p", 3.0, 1.0,
+                                                         **options)
     finally:
         comfy.sampler_helpers.estimate_memory = estimate
-    return max(shapes)
+    return int(max(least for _, least in asked))
 
 
 def main() -> None:

@@ -2,7 +2,8 @@
 import hashlib
 
 import pytest
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from comfyui_l2p.l2p_core.layout import read_layout
 from comfyui_l2p.quant.quantize import Options, quantize
@@ -57,6 +58,16 @@ def test_merge_and_convert(comfyui_server, folder, tiny_weights):
     assert read_layout(folder / "whole-l2p-patch64.safetensors").config.patch_size == 64
 
 
+def test_merge_adds_a_lora_of_comfyuis_folder(comfyui_server, folder, tiny_weights, tmp_path):
+    weight = tiny_weights["layers.0.attention.to_q.weight"]
+    lora = {"layers.0.attention.to_q.lora_A.weight": torch.ones(2, weight.shape[1]), "layers.0.attention.to_q.lora_B.weight": torch.ones(len(weight), 2)}
+    save_file(lora, comfyui_server.models / "loras" / "ones.safetensors")
+    comfyui_server.wait(comfyui_server.queue(node(
+        "L2PMergeCheckpoint", trained="ones.safetensors", base="whole.safetensors", dtype="as they are", strength=0.5)))
+    merged = load_file(folder / "ones-merged.safetensors")["layers.0.attention.to_q.weight"]
+    assert torch.equal(merged, (weight.float() + 0.5 * 2).to(weight.dtype))
+
+
 @pytest.mark.parametrize("filename", ["../escaped", "sub/name", "/tmp/name", "..\\name", "C:name", ".hidden"])
 def test_names_that_leave_the_folder_are_refused(comfyui_server, folder, filename):
     before = sorted(comfyui_server.base.rglob("*.safetensors"))
@@ -74,6 +85,15 @@ def test_a_file_that_is_there_is_kept(comfyui_server, folder):
     request["node"]["inputs"]["overwrite"] = True
     comfyui_server.wait(comfyui_server.queue(request))
     assert read_layout(folder / "part.safetensors").config.patch_size == 64
+
+
+def test_no_file_hides_another_of_its_name(comfyui_server, folder, tiny_weights):
+    there = comfyui_server.models / "checkpoints" / "elsewhere.safetensors"
+    save_file(tiny_weights, there)
+    with pytest.raises(Refused, match="has that name"):
+        comfyui_server.run(node("L2PConvertCheckpoint", checkpoint="whole.safetensors", patch="64", seed=0, filename="elsewhere"))
+    assert not (folder / "elsewhere.safetensors").exists()
+    there.unlink()
 
 
 def test_stop_leaves_nothing_behind(comfyui, tiny_weights, tmp_path):

@@ -91,9 +91,12 @@ def test_float8_that_was_simply_cast(compare, write, tiny_weights, loader):
 
 
 def test_a_stage_in_windows_asks_for_the_memory_of_one(comfyui):
-    path = BUNDLED_MODEL / "transformer.safetensors"
-    assert comfyui.call("largest_asked_for", path=path, redraw="windows") == [1, 3, 96, 96]
-    assert comfyui.call("largest_asked_for", path=path, redraw="whole") == [1, 3, 192, 192]
+    """And for whole pictures beside it: four in float32."""
+    def asked(size, **options):
+        return comfyui.call("largest_asked_for", path=BUNDLED_MODEL / "transformer.safetensors", size=size, **options)
+    windows = asked(192, stages=2, redraw="windows")
+    assert windows - asked(96) == pytest.approx(4 * 3 * (192**2 - 96**2) * 4, abs=1)
+    assert windows < asked(192, stages=2, redraw="whole")
 
 
 def test_unmarked_rotated_int8_is_read_as_the_loader_is_told(compare, write, tiny_model, tiny_weights):

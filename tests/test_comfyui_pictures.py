@@ -82,6 +82,17 @@ def test_image_to_image(comfyui_server, pipe, picture):
     assert_same(comfyui_server.run(request), [expected])
 
 
+@pytest.mark.parametrize("size, drawn", [((75, 110), (80, 112)), ((400, 200), (192, 96)), (None, (96, 96))])
+def test_no_size_is_that_of_the_image(comfyui_server, size, drawn):
+    """In multiples of 16, of no more than twice the model's 96 x 96 pixels."""
+    request = graph(width=0, height=0, steps=1)
+    if size:
+        request["image"] = {"class_type": "EmptyImage", "inputs": {"width": size[0], "height": size[1], "batch_size": 1, "color": 0xffffff}}
+        request["sampler"]["inputs"].update(image=["image", 0], denoise=0.5)
+    found, = comfyui_server.run(request)
+    assert Image.open(io.BytesIO(found)).size == drawn
+
+
 def test_each_image_of_a_batch_is_redrawn(comfyui_server, pipe, picture):
     request = graph(denoise=0.1, image=["both", 0], cfg=1.0, steps=2)
     request["image"] = {"class_type": "LoadImage", "inputs": {"image": comfyui_server.upload("start.png", png(picture))}}
@@ -170,10 +181,13 @@ def test_comfyuis_samplers_and_schedulers_draw_near(comfyui_server, pipe, schedu
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"width": 100}, "multiple"), ({"denoise": 0.5}, "needs an image"), ({"mask": ["blank", 0]}, "needs an image")])
+    ({"width": 100}, "multiple"), ({"denoise": 0.5}, "needs an image"), ({"mask": ["blank", 0]}, "needs an image"),
+    ({"image": ["white", 0], "mask": ["black", 0]}, "mask is empty")])
 def test_what_does_not_fit_is_explained(comfyui_server, change, message):
     request = graph(**change)
     request["blank"] = {"class_type": "SolidMask", "inputs": {"value": 1.0, "width": 96, "height": 96}}
+    request["black"] = {"class_type": "SolidMask", "inputs": {"value": 0.0, "width": 96, "height": 96}}
+    request["white"] = {"class_type": "EmptyImage", "inputs": {"width": 96, "height": 96, "batch_size": 1, "color": 0xffffff}}
     with pytest.raises(Refused, match=message):
         comfyui_server.run(request)
 

@@ -60,6 +60,13 @@ def test_int8_counts_as_it_is_kept(tmp_path):
     assert "text encoder" not in parts
 
 
+def test_the_estimate_takes_the_checkpoint_alone(tmp_path, capsys):
+    quantize(BUNDLED_MODEL / "transformer.safetensors", tmp_path / "int8.safetensors")
+    assert main(["generate", "--estimate", "--checkpoint", str(tmp_path / "int8.safetensors")]) == 0
+    told = capsys.readouterr().out
+    assert "in all" in told and "the text encoder is not counted" in told
+
+
 def test_the_command_estimates_and_draws_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["generate", "--estimate", "--height", "960", "--width", "96", "--steps", "7"]) == 0

@@ -159,6 +159,8 @@ def filled(graph, name, value):
 @pytest.mark.parametrize("graph, name, value, expected", [
     (GRAPH, "prompt", "new", {"3.prompt": "new"}), (GRAPH, "negative_prompt", "no", {"3.negative_prompt": "no"}),
     (GRAPH, "width", 128, {"4.width": 128, "5.width": 128}),
+    ({"1": {"class_type": "EmptyL2PLatentImage", "inputs": {"size": "1K square (1024 x 1024)", "width": 1024, "height": 1024}}},
+     "width", 512, {"1.size": "custom", "1.width": 512}),
     (GRAPH, "cfg_scale", 3.5, {"5.cfg": 3.5}), (GRAPH, "num_inference_steps", "4", {"5.steps": 4}),
     (GRAPH, "model", "b", {"1.checkpoint": "b"}), (GRAPH, "text_encoder", "q", {"2.text_encoder": "q"}),
     (GRAPH, "Sampler.seed", "18446744073709551615", {"5.seed": 2**64 - 1}), (GRAPH, "L2PKSampler.seed", 9, {"5.seed": 9}),

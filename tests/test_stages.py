@@ -8,7 +8,7 @@ from PIL import Image
 
 from comfyui_l2p.l2p_core import L2PPipeline
 from comfyui_l2p.l2p_core.model import rope_of_image
-from comfyui_l2p.l2p_core.stages import REDRAWS, Stage, by_windows, plan_stages, windows
+from comfyui_l2p.l2p_core.stages import REDRAWS, SQUEEZED, WHOLE, WINDOWS, Stage, by_windows, misfit, plan_stages, windows
 
 PROMPT = "a large red circle on a blue background, left"
 FEW = {"num_inference_steps": 6, "seed": 3}
@@ -96,6 +96,12 @@ def test_each_way_draws_another_picture(pipe):
     assert len(drawn) == 3
 
 
+@pytest.mark.parametrize("redraw, told", [(SQUEEZED, False), (WINDOWS, False), (WHOLE, True)])
+def test_a_redrawing_beyond_the_table_of_positions_is_told(redraw, told):
+    plan = plan_stages(1600, 1600, 4, 0.2, 1, 0.2, redraw, (96, 96), 16)
+    assert ("Redraw in windows" in (misfit(plan, (96, 96)) or "")) == told
+
+
 def test_inpainting_in_stages_keeps_the_picture(pipe):
     picture = Image.effect_noise((192, 192), 60).convert("RGB")
     mask = Image.new("L", (192, 192), 0)
@@ -104,8 +110,10 @@ def test_inpainting_in_stages_keeps_the_picture(pipe):
     assert (drawn[:, :96] == np.asarray(picture)[:, :96]).all() and (drawn[:, 96:] != np.asarray(picture)[:, 96:]).mean() > 0.9
 
 
-@pytest.mark.parametrize("size, told", [((192, 192), "in 2 stages"), ((384, 384), "in 3 stages"), ((32, 32), "Draw at 96 x 96"), ((96, 128), None)])
-def test_sizes_far_from_the_trained_one_are_told(pipe, size, told):
+@pytest.mark.parametrize("size, stages, told", [
+    ((192, 192), 1, "in 2 stages"), ((384, 384), 1, "in 3 stages"), ((384, 384), 2, "in 3 stages"), ((32, 32), 1, "Draw at 96 x 96"),
+    ((16, 1152), 1, "nearer to a square"), ((96, 128), 1, None)])
+def test_sizes_far_from_the_trained_one_are_told(pipe, size, stages, told):
     class Enough(Exception):
         pass
 
@@ -113,5 +121,5 @@ def test_sizes_far_from_the_trained_one_are_told(pipe, size, told):
         raise Enough
     with warnings.catch_warnings(record=True) as seen, pytest.raises(Enough):
         warnings.simplefilter("always")
-        pipe(PROMPT, height=size[0], width=size[1], callback=stop, **FEW)
+        pipe(PROMPT, height=size[0], width=size[1], stages=stages, callback=stop, **FEW)
     assert [told in str(each.message) for each in seen] == ([True] if told else [])

@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from comfyui_l2p.l2p_core import L2PConfig, L2PTransformer, load_model
 from comfyui_l2p.l2p_core.cli import main
 from comfyui_l2p.l2p_core.image import to_pixels
-from comfyui_l2p.l2p_core.pipeline import L2PPipeline, draw_noise
+from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL, L2PPipeline, draw_noise
 from comfyui_l2p.l2p_core.sampler import schedule
 from comfyui_l2p.l2p_core.shapes.pictures import scenes
 from comfyui_l2p.l2p_core.text import TextEncoder
@@ -280,6 +281,11 @@ def test_captions_are_encoded_once(data, monkeypatch):
     trainer.train(config(data, steps=2), progress=False)
     other = trainer.Encodings(data / "encodings", L2PPipeline.from_pretrained(None, torch_dtype=torch.bfloat16))
     assert other.file(caption) != encodings.file(caption), "what another dtype gives is another encoding"
+    shutil.copytree(BUNDLED_MODEL / "tokenizer", data / "tokenizer")
+    with (data / "tokenizer" / "tokenizer_config.json").open("a") as stream:
+        stream.write(" ")
+    other = trainer.Encodings(data / "encodings", L2PPipeline.from_pretrained(None, tokenizer=data / "tokenizer", torch_dtype=torch.float32))
+    assert other.file(caption) != encodings.file(caption), "and another tokenizer"
 
 
 # The run
@@ -429,6 +435,37 @@ def test_a_run_that_goes_wrong_stops_at_the_last_good_state(data, monkeypatch, f
         trainer.train(config(data), progress=False)
     assert sorted(file.name for file in (data.parent / "run").glob("step-*")) == ["step-3.safetensors"]
     assert torch.load(data.parent / "run" / "resume.pt")["step"] == 3
+
+
+def test_nothing_is_saved_where_the_loss_has_begun_to_climb(data, monkeypatch):
+    monkeypatch.setattr(record, "RECENT", 1)
+    calls = []
+
+    def climbs(*args):
+        calls.append(1)
+        return flow_matching_loss(*args) * (800 if len(calls) == 3 else 1)
+    monkeypatch.setattr(trainer, "flow_matching_loss", climbs)
+    trainer.train(config(data), progress=False)
+    assert sorted(file.name for file in (data.parent / "run").glob("step-*")) == ["step-4.safetensors", "step-6.safetensors"]
+
+
+@pytest.mark.parametrize("losses, stops_at", [([1] + [50] * 20, 10), ([30] * 150, None), ([0.3] * 150 + [3] * 100, 150 + 23)])
+def test_a_loss_that_diverges_is_told_from_one_that_is_large(tmp_path, losses, stops_at):
+    """The last: its mean over 100 steps passes 0.9 with the 23rd of 3."""
+    log = record.Log(tmp_path, 0, True)
+    for step, loss in enumerate(losses, 1):
+        log.add(record.Row(step, loss, 0, 0, 0))
+        if log.trouble():
+            break
+    assert (step if log.trouble() else None) == stops_at
+
+
+def test_a_run_that_learned_nothing_yet_takes_other_settings(data, monkeypatch):
+    monkeypatch.setattr(trainer, "flow_matching_loss", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train(config(data), progress=False)
+    monkeypatch.undo()
+    trainer.train(config(data, optimizer="adamw8bit"), progress=False)
 
 
 def test_a_run_with_other_settings_is_not_gone_on_with(data):

@@ -244,7 +244,8 @@ class ScoredRun(Run):
                                 height=SIZE, width=SIZE, num_inference_steps=16, sampler="ab2", shift=2.0)
         self.pipe.unload_text_encoder()
         if self.main:
-            (self.output / "samples" / f"step-{self.step:07d}.json").write_text(json.dumps(score(pictures, tests)), encoding="utf-8")
+            with whole(self.output / "samples" / f"step-{self.step:07d}.json") as part:
+                part.write_text(json.dumps(score(pictures, tests)), encoding="utf-8")
 
 
 class ShapesRun(ScoredRun):

@@ -37,7 +37,7 @@ class TrainConfig:
     lora_rank: int = knob(0, "train a LoRA of this rank on the main layers' attention, feed-forward and adaLN; all weights stay frozen. 0: "
                          "train the weights")
     noise: str = knob("auto", "paired: each picture meets the noise of its own seed each time, as published at 1K; random; "
-                      "auto: paired where the data has seeds", choices=("auto", "paired", "random"))
+                      "auto: paired at patch 16 where the data has seeds", choices=("auto", "paired", "random"))
     timestep_sampling: str = knob(
         "grid", "noise levels: grid, even over the published schedule (500 of it at patch 16, 1000 above); uniform, even from 0 "
         "to 1, more of the details; logit-normal, more of the middle (Stable Diffusion 3)",

@@ -24,7 +24,7 @@ from ..generate import open_picture, read_rows
 from ..header import CheckpointError, hash_files, whole
 from ..image import to_pixels
 from ..pipeline import L2PPipeline, draw_noise
-from ..text import LAYER, MAX_TOKENS, TEMPLATE, encoder_files
+from ..text import LAYER, MAX_TOKENS, TEMPLATE, encoder_files, find_tokenizer
 from .config import TrainConfig
 from .loss import draw_sigmas
 
@@ -134,8 +134,11 @@ class Encodings:
 
     def __init__(self, folder: Path, pipe: L2PPipeline):
         self.folder, self.pipe = folder, pipe
-        self.maker = {"text_encoder_sha256": hash_files(encoder_files(pipe.text_encoder_path)), "dtype": str(pipe.dtype), "template": TEMPLATE,
-                      "layer": str(LAYER), "max_tokens": str(MAX_TOKENS)}
+        path = pipe.text_encoder_path
+        described = [file for folder in (path, find_tokenizer(path, pipe.tokenizer_path)) for pattern in ("*.json", "merges.txt")
+                     for file in sorted(folder.glob(pattern))]
+        self.maker = {"text_encoder_sha256": hash_files(encoder_files(path)), "tokenizer_and_config_sha256": hash_files(described),
+                      "dtype": str(pipe.dtype), "template": TEMPLATE, "layer": str(LAYER), "max_tokens": str(MAX_TOKENS)}
 
     def add(self, captions: list[str], progress: bool = False) -> None:
         """Encode and store those that are not there, then take the encoder out of memory."""
@@ -143,7 +146,7 @@ class Encodings:
         self.folder.mkdir(parents=True, exist_ok=True)
         for caption in tqdm(missing, "encoding captions", disable=not progress or not missing):
             features = self.pipe.text_encoder.encode(caption).cpu()
-            with whole(self.file(caption)) as part:
+            with whole(self.file(caption), shared=True) as part:
                 save_file({"features": features}, part, metadata={"caption": caption, **self.maker})
         self.pipe.unload_text_encoder()
 
@@ -166,7 +169,7 @@ class Batches:
 
     def __init__(self, examples: list[Example], encodings: Encodings, config: TrainConfig, patch_size: int, processes: int = 1,
                  rank: int = 0):
-        paired = config.noise == "paired" or config.noise == "auto" and examples[0].seed is not None
+        paired = config.noise == "paired" or config.noise == "auto" and patch_size == 16 and examples[0].seed is not None
         if paired and examples[0].seed is None:
             raise ValueError(f"noise is paired, but the pictures in {config.data} have no seeds. Add a column seed, or take random noise")
         self.examples, self.encodings, self.config, self.patch_size, self.paired = examples, encodings, config, patch_size, paired

@@ -62,13 +62,13 @@ class _Multiply(torch.autograd.Function):
         return gradient @ ctx.unpacked(gradient.dtype), None
 
 
-def quantize_frozen(module: nn.Module, kind: str) -> None:
-    """Put a `FrozenLinear` in the place of each linear in a frozen module that has no bias."""
+def quantize_frozen(module: nn.Module, kind: str, device: torch.device | None = None) -> None:
+    """Put a `FrozenLinear` in the place of each linear in a frozen module that has no bias, made on `device` where one is given."""
     for name, child in list(module.named_children()):
         if isinstance(child, nn.Linear) and child.bias is None:
-            setattr(module, name, FrozenLinear(child, kind))
+            setattr(module, name, FrozenLinear(child.to(device) if device else child, kind))
         else:
-            quantize_frozen(child, kind)
+            quantize_frozen(child, kind, device)
 
 
 def round_stochastically(x: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -10,6 +10,8 @@ from PIL import Image, ImageDraw
 from ..header import whole
 
 WINDOW, DIVERGED = 100, 3  # a mean loss over so many steps that is so many times the lowest before it
+RECENT = 10  # steps that show where it is going
+NOTHING = 2.0  # about the loss of a model that gives 0: the noise's 1, and the picture's mean square
 SHEET_ROWS, SHEET_SIDE = 12, 256  # of samples.png
 WIDTH, HEIGHT, MARGIN = 800, 400, 48  # of loss.png, pixels
 
@@ -35,7 +37,7 @@ class Log:
             for row in read_table(folder / "log.csv", [each.type for each in fields(Row)]):
                 if row[0] <= step:
                     self.note(Row(*row))
-            self.held_out = [row for row in read_table(folder / "held_out.csv", [int, float]) if step and row[0] <= step]
+            self.held_out = [row for row in read_table(folder / "held_out.csv", [int, float]) if row[0] < step]  # that of the step itself is taken again
             write_table(folder / "log.csv", [[each.name for each in fields(Row)], *map(astuple, self.rows)])
             if self.held_out:
                 write_table(folder / "held_out.csv", [["step", "loss"], *self.held_out])
@@ -52,7 +54,9 @@ class Log:
 
     def note(self, row: Row) -> None:
         self.rows.append(row)
-        if len(self.rows) > WINDOW:
+        if len(self.rows) == 1:
+            self.lowest = max(row.loss, NOTHING)
+        elif len(self.rows) > WINDOW:
             self.lowest = min(self.lowest, self.mean())
 
     def add(self, row: Row) -> None:
@@ -70,17 +74,21 @@ class Log:
         if self.board:
             self.board.add_scalar("held_out_loss", loss, step)
 
-    def mean(self) -> float:
-        recent = self.rows[-WINDOW:]
+    def mean(self, steps: int | None = None) -> float:
+        recent = self.rows[-(steps or WINDOW):]
         return sum(row.loss for row in recent) / len(recent)
+
+    def steady(self) -> bool:
+        """Whether the last few steps are as good as to be saved; where they are not, `trouble` may follow."""
+        return self.mean(RECENT) <= DIVERGED * self.lowest
 
     def trouble(self) -> str | None:
         """Why training should stop; None where all is well."""
         row = self.rows[-1]
         if not (math.isfinite(row.loss) and math.isfinite(row.grad_norm)):
             return f"the loss is {row.loss} and its gradient {row.grad_norm} long"
-        if self.mean() > DIVERGED * self.lowest:
-            return f"the loss diverges: {self.mean():.3g} over the last {WINDOW} steps, and was {self.lowest:.3g}"
+        if len(self.rows) >= min(RECENT, WINDOW) and self.mean() > DIVERGED * self.lowest:
+            return f"the loss diverges: {self.mean():.3g} over the last {min(WINDOW, len(self.rows))} steps, and {self.lowest:.3g} was to be expected"
         return None
 
 

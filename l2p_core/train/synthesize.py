@@ -49,7 +49,7 @@ def synthesize(prompts: list[str], model: str | Path, output: Path, draws: Draws
                     save(picture, file, settings(prompt, seed))
                 bar.update(len(group))
     if all(file.exists() for file, _, _ in pictures):  # so says the process that ends last
-        with whole(output / "metadata.csv") as part, part.open("w", newline="", encoding="utf-8") as stream:
+        with whole(output / "metadata.csv", shared=True) as part, part.open("w", newline="", encoding="utf-8") as stream:
             csv.writer(stream).writerows([("image", "prompt", "seed"), *((file.name, prompt, seed) for file, prompt, seed in pictures)])
 
 

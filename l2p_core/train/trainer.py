@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import fields, replace
+from datetime import timedelta
 from functools import partial
 from importlib import import_module
 from itertools import count
@@ -45,6 +46,7 @@ from .shard import as_split_as, gather, is_split, reshard, shard
 # What may change when a run goes on: a loss that diverged may need other steps, and the rest is not learned from.
 FREE = ("steps", "learning_rate", "max_grad_norm", "batch", "save_every", "keep", "sample_every", "sample_prompts", "sample_steps",
         "device", "cache", "checkpointing", "offload_activations", "shard")  # of `batch`, `load` looks at what all processes take
+PATIENCE = timedelta(hours=6)  # of processes with the one that draws samples or writes files
 LORA_TARGETS = r"layers\.\d+\.(attention\.(to_[qkv]|to_out\.0)|feed_forward\.w[123]|adaLN_modulation\.0)"
 
 
@@ -78,12 +80,13 @@ class Run:
 
     def __init__(self, config: TrainConfig, progress: bool):
         try:
-            from accelerate import Accelerator, DistributedDataParallelKwargs
+            from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
         except ImportError:
             raise ImportError("training needs accelerate: pip install 'comfyui-l2p[train]'") from None
         self.config, self.output, self.dtype = config, Path(config.output), compute_dtype(config)
         self.accelerator = Accelerator(mixed_precision="no", cpu=config.device == "cpu",  # `autocast` sees to the former
-                                       kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)])
+                                       kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                                                        InitProcessGroupKwargs(timeout=PATIENCE)])
         self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
         if config.step_in_backward and self.accelerator.num_processes > 1:
             raise ValueError(f"step_in_backward is for one process, and here are {self.accelerator.num_processes}; leave it off")
@@ -115,13 +118,12 @@ class Run:
         self.accelerator.wait_for_everyone()
         if not all(self.encodings.file(caption).exists() for caption in captions):
             raise ValueError(f"{self.encodings.folder} lacks captions that other processes encoded; give a cache that all machines share")
-        self.batches, self.held_out = (
-            Batches(chosen, self.encodings, settings, layout.config.patch_size, processes, rank) if chosen else None
-            for chosen, settings in ((learned, config), (held_out, replace(config, caption_dropout=0.0))))
+        self.batches = Batches(learned, self.encodings, config, layout.config.patch_size, processes, rank)
+        self.held_out = held_out and Batches(held_out, self.encodings, replace(config, caption_dropout=0.0, batch=1), layout.config.patch_size)
 
-        if config.shard:
-            self.pipe.transformer = load_model(layout, "cpu", self.dtype)  # the device gets its part of each block
-        self.trained = prepare(self.pipe.transformer, config)
+        if config.shard or config.quantize_frozen:  # the device gets its part of each block, or linears one at a time
+            self.pipe.transformer = load_model(layout, "cpu", self.dtype)
+        self.trained = prepare(self.pipe.transformer, config, None if config.shard else self.device)
         if config.shard:
             shard(self.pipe.transformer, self.device, weights=config.shard == "all")
             self.trained = trained_of(self.pipe.transformer)
@@ -137,7 +139,8 @@ class Run:
             self.model = self.accelerator.prepare(self.model)
         self.log = Log(self.output, self.step, self.main)
         if self.main:
-            (self.output / "config.toml").write_text(to_toml(config), encoding="utf-8")
+            with whole(self.output / "config.toml") as part:
+                part.write_text(to_toml(config), encoding="utf-8")
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """For `trained`, and for what else the loss trains: that goes into `saved_tensors`, by name, to be there when a run goes on."""
@@ -155,8 +158,9 @@ class Run:
         """Step after step to the end, with samples and saves on the way."""
         config = self.config
         draws = bool(config.sample_every and (self.main or config.shard))  # a split model draws in all processes
-        if self.step == 0:
-            self.look(draws)
+        if self.step < config.steps and (config.sample_every == 0 or self.step % config.sample_every == 0):
+            self.look(draws)  # which a stop may have left out
+        due = False
         with (closing(ahead(map(self.batch, count(self.step * config.accumulate)))) as batches, self.log, interrupts() as interrupted,
               tqdm(total=config.steps, initial=self.step, unit="step", disable=not self.progress) as bar):
             while self.step < config.steps:
@@ -165,8 +169,10 @@ class Run:
                 bar.set_postfix({"loss": f"{self.log.mean():.4f}", **memory(self.device)})
                 if config.sample_every and self.step % config.sample_every == 0 and not asked:
                     self.look(draws)
-                if self.step % config.save_every == 0 or self.step == config.steps or asked:
+                due = due or self.step % config.save_every == 0
+                if due and self.log.steady() or self.step == config.steps or asked:
                     self.save()
+                    due = False
                 if asked:
                     self.leave()
                     raise KeyboardInterrupt
@@ -181,9 +187,13 @@ class Run:
     def look(self, draws: bool) -> None:
         """How far it is: the loss of what is held out and, where this process draws, samples."""
         if self.held_out:
+            pictures, processes, total = self.held_out.per_epoch, self.accelerator.num_processes, torch.zeros((), device=self.device)
             with torch.no_grad(), self.drawing():
-                losses = [self.loss(on_device(self.held_out[number], self.device)) for number in range(self.held_out.per_epoch)]
-            self.log.add_held_out(self.step, self.accelerator.reduce(torch.stack(losses).mean(), "mean").item())
+                for first in range(0, pictures, processes):  # all processes run the model as often
+                    number = first + self.accelerator.process_index
+                    loss = self.loss(on_device(self.held_out[number % pictures], self.device))
+                    total += loss if number < pictures else 0
+            self.log.add_held_out(self.step, self.accelerator.reduce(total, "sum").item() / pictures)
         if draws:
             self.draw()
 
@@ -264,6 +274,8 @@ def check_run(output: Path, config: TrainConfig) -> None:
             raise ValueError(f"{output} holds something else than a run; give another output")
         return
     before = read_config(output / "config.toml", {})
+    if not (output / "resume.pt").exists():  # nothing is learned yet
+        return
     for each in fields(TrainConfig):
         if each.name not in (*FREE, "output") and (was := getattr(before, each.name)) != (now := getattr(config, each.name)):
             raise ValueError(f"{output} holds a run with {each.name} {was!r}, now {now!r}; give another output, or go on as it was")
@@ -275,19 +287,23 @@ def refuse_quantized(layout: Layout) -> None:
         raise CheckpointError(f"{layout.path.name} is quantized ({layout.quantization}); train the BF16 or FP32 model")
 
 
-def prepare(model: L2PTransformer, config: TrainConfig) -> dict[str, nn.Parameter]:
-    """Freeze what stays, put the rest into what it is trained in, and return it by name."""
+def prepare(model: L2PTransformer, config: TrainConfig, device: torch.device | None = None) -> dict[str, nn.Parameter]:
+    """Freeze what stays, put the rest into what it is trained in, and return it by name.
+
+    device: to put it on, of what is quantized each linear by itself; None leaves all where it is."""
     model.train()
     frozen = model.layers if config.lora_rank else model.layers[layers_of(config.freeze)]
     frozen.requires_grad_(False)
     if config.quantize_frozen:
-        quantize_frozen(frozen, config.quantize_frozen)
+        quantize_frozen(frozen, config.quantize_frozen, device)
     if config.lora_rank:
         add_lora(model, config)
     trained = trained_of(model)
     for parameter in trained.values():
         dtype = torch.bfloat16 if config.stochastic_rounding else torch.float32
-        parameter.data = parameter.data.to(dtype, copy=True)  # the file it is mapped from is not written to
+        parameter.data = parameter.data.to(device, dtype, copy=True)  # the file it is mapped from is not written to
+    if device:
+        model.to(device)
     if config.checkpointing:
         for part in (*model.noise_refiner, *model.context_refiner, *model.layers, model.local_decoder):
             part.forward = partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)
