@@ -35,7 +35,7 @@ PROMPTS = {"text_to_image": SHAPES[1], "int8": SHAPES[2], "lora": SHAPES[1], "4k
 ARRANGE = """async (graph, note) => {
   await app.loadApiJson(graph, 'workflow')
   const width = {L2PTextEncode: 380, CLIPTextEncode: 380, L2PPromptList: 380, MarkdownNote: 320}
-  const height = {L2PKSampler: 620, L2PTextEncode: 260, CLIPTextEncode: 160, L2PPromptList: 180, LoadImage: 340, SaveImage: 420, PreviewImage: 320}
+  const height = {L2PKSampler: 700, L2PTextEncode: 260, CLIPTextEncode: 160, L2PPromptList: 180, LoadImage: 340, SaveImage: 420, PreviewImage: 320}
   const groups = {}
   for (const [id, node] of Object.entries(graph)) (groups[node._meta.group] ??= []).push(app.graph.getNodeById(+id))
   const text = LiteGraph.createNode('MarkdownNote')

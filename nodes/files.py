@@ -91,9 +91,9 @@ class L2PMergeCheckpoint(io.ComfyNode):
             inputs=[
                 io.Combo.Input("trained", options=list(dict.fromkeys([*model_files(), *lora_files()])), tooltip="What the training saved, or a LoRA."),
                 io.Combo.Input("base", options=model_files(), tooltip="The pixel initialisation it started from; a LoRA's model."),
-                DTYPE,
-                io.Float.Input("strength", default=1.0, min=-10.0, max=10.0, step=0.05, tooltip="Of a LoRA. Leave 1 for what was trained whole."),
-                FILENAME, OVERWRITE],
+                DTYPE, FILENAME, OVERWRITE,
+                io.Float.Input("strength", default=1.0, min=-10.0, max=10.0, step=0.05, optional=True,
+                               tooltip="Of a LoRA. Leave 1 for what was trained whole.")],
             outputs=[io.String.Output("filename")])
 
     @classmethod
@@ -101,7 +101,7 @@ class L2PMergeCheckpoint(io.ComfyNode):
         return stamps_of_others([*model_paths(trained), *model_paths(base)], filename)
 
     @classmethod
-    def execute(cls, trained, base, dtype, strength, filename, overwrite) -> io.NodeOutput:
+    def execute(cls, trained, base, dtype, filename, overwrite, strength=1.0) -> io.NodeOutput:
         part, output = source_and_output(trained, filename, "merged", overwrite)
         merge.merge(part, model_paths(base), output, None if dtype == "as they are" else dtype,
                     strength=None if strength == 1 else strength, progress=bar())
