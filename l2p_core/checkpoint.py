@@ -1,4 +1,5 @@
 """A checkpoint file becomes a model: tensors stay memory-mapped until they are cast or moved."""
+import math
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from .quantization import Int8Linear, comfy_kitchen, dequantize
 from .header import SHARD_NAME, CheckpointError, Entry
 from .layout import FLOATS, UNSCALED, Layout, read_layout
 from .model import L2PTransformer
+
+KEPT_IN_8_BITS = "int8_tensorwise"  # other formats are multiplied out
 
 
 def load_model(path: str | Path | Layout, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16,
@@ -45,7 +48,7 @@ def load_model(path: str | Path | Layout, device: str | torch.device = "cpu", dt
             layer = name.rpartition(".")[0]
             if source.format is None:
                 tensors[name] = read(source.entry, source.third, dtype)
-            elif source.format == "int8_tensorwise" and isinstance(model.get_submodule(layer), nn.Linear):
+            elif source.format == KEPT_IN_8_BITS and isinstance(model.get_submodule(layer), nn.Linear):
                 comfy_kitchen()
                 shared = source.scale.count == 1
                 scale = read(source.scale, None if shared else source.third, torch.float32).reshape(1 if shared else (-1, 1))
@@ -104,6 +107,11 @@ def check(layout: Layout) -> None:
         if source.format is None and source.entry.dtype not in (*FLOATS, *UNSCALED):
             raise CheckpointError(f"{name}: {source.entry.key} is {source.entry.dtype} without a weight_scale; expected "
                                   "floating point, or INT8 with its scale. The file is damaged")
+
+
+def bytes_in_memory(layout: Layout, dtype: torch.dtype) -> dict[str, int]:
+    """What each tensor takes once it is loaded, by its published name."""
+    return {name: math.prod(source.shape) * (1 if source.format == KEPT_IN_8_BITS else dtype.itemsize) for name, source in layout.tensors.items()}
 
 
 def expected_shapes(config: L2PConfig) -> dict[str, tuple[int, ...]]:

@@ -105,8 +105,9 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
                               "for the whole at once (default: large pictures are cut)")
     machine.add_argument("--free-text-encoder", action="store_true",
                          help="encode all prompts first, then free the encoder's memory")
-    machine.add_argument("--offload", action="store_true",
-                         help="keep the model in the CPU's memory, and on the GPU only the block that computes and the next")
+    machine.add_argument("--offload", action=argparse.BooleanOptionalAction,
+                         help="keep the model in the CPU's memory, and on the GPU only the block that computes and the next (default: where "
+                              "it would fill the GPU)")
     machine.add_argument("--batch-guidance", action="store_true", help="both passes of a guided step as one of twice the batch")
     machine.add_argument("--compile-blocks", action="store_true",
                          help="compile the model's blocks, which takes a while at the first pictures")

@@ -1,10 +1,10 @@
 """What drawing will hold in memory, and how often the model runs, by a checkpoint's header alone."""
-import math
 from collections import Counter
 
 import torch
 from torch import Tensor
 
+from .checkpoint import bytes_in_memory
 from .generate import Picture
 from .header import read_header
 from .meter import Meter, shapes_only
@@ -15,7 +15,6 @@ from .stages import Stage, in_windows, windows
 from .text import MAX_TOKENS, encoder_files
 
 BLOCKS = ("layers.", "noise_refiner.", "context_refiner.")  # what `offload` streams
-KEPT_IN_8_BITS = "int8_tensorwise"  # other formats are multiplied out
 
 
 def estimate(pipe: L2PPipeline, picture: Picture, batch: int, free_text_encoder: bool) -> tuple[dict[str, int], list[tuple[int, int, int]]]:
@@ -25,9 +24,8 @@ def estimate(pipe: L2PPipeline, picture: Picture, batch: int, free_text_encoder:
     A text encoder that is not there counts as nothing. Prompts count as 512 tokens. Two steps of the last stage are run on tensors that have only a shape."""
     layout, dtype = pipe.layout, pipe.dtype
     by_block = Counter()  # bytes, by the part of the name that tells a block
-    for name, source in layout.tensors.items():
-        block = ".".join(name.split(".")[:2]) if name.startswith(BLOCKS) else ""
-        by_block[block] += math.prod(source.shape) * (1 if source.format == KEPT_IN_8_BITS else dtype.itemsize)
+    for name, size in bytes_in_memory(layout, dtype).items():
+        by_block[".".join(name.split(".")[:2]) if name.startswith(BLOCKS) else ""] += size
     weights, elsewhere = by_block.total(), 0
     if pipe.offload:
         elsewhere = weights

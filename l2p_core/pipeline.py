@@ -3,6 +3,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .checkpoint import check, load_model
+from .checkpoint import bytes_in_memory, check, load_model
 from .image import check_size, size_for, to_mask, to_pictures, to_pixels
 from .layout import Layout, read_layout
 from .model import L2PTransformer
@@ -19,6 +20,7 @@ from .stages import SQUEEZED, STAGE_STRENGTH, Stage, enlarge, in_windows, misfit
 from .text import TextEncoder, find_encoder
 
 KEPT_ENCODINGS = 64
+ROOM = 0.8  # of a GPU's free memory, for weights
 BUNDLED_MODEL = Path(__file__).parent / "shapes" / "model"
 
 
@@ -40,7 +42,7 @@ class L2PPipeline:
     see `encode_prompt` and `unload_text_encoder`."""
 
     def __init__(self, layout: Layout, text_encoder: Path, tokenizer: Path | None, device: torch.device,
-                 dtype: torch.dtype, progress: bool = False, decoder_tile: int | None = None, offload: bool = False,
+                 dtype: torch.dtype, progress: bool = False, decoder_tile: int | None = None, offload: bool | None = None,
                  batch_guidance: bool = False, compile_blocks: bool = False):
         self.layout, self.device, self.dtype = layout, device, dtype
         self.text_encoder_path, self.tokenizer_path = text_encoder, tokenizer
@@ -52,7 +54,7 @@ class L2PPipeline:
     def from_pretrained(cls, checkpoint: str | Path | None = None, text_encoder: str | Path | None = None,
                         tokenizer: str | Path | None = None, device: str | torch.device | None = None,
                         torch_dtype: torch.dtype = torch.bfloat16, convrot_groupsize: int | None = None,
-                        progress: bool = False, decoder_tile: int | None = None, offload: bool = False,
+                        progress: bool = False, decoder_tile: int | None = None, offload: bool | None = None,
                         batch_guidance: bool = False, compile_blocks: bool = False) -> "L2PPipeline":
         """Open a checkpoint of any kind that `load_model` reads; only its header is read for now.
 
@@ -60,7 +62,8 @@ class L2PPipeline:
         `text_encoder/` and `tokenizer/` beside the checkpoint. device: by default the GPU where there is one.
         progress: show a bar while loading. decoder_tile: side in pixels of the squares that the local decoder computes
         one after another, 0 for the whole at once; by default large pictures are cut. The picture is the same.
-        offload: keep the model's weights in the CPU's memory, and on the device only the block that computes and the next.
+        offload: keep the model's weights in the CPU's memory, and on the device only the block that computes and the next; by default where
+        they would fill a GPU.
         batch_guidance: run both passes of a guided step as one of twice the batch. compile_blocks: with torch.compile, which takes
         a while at the first pictures.
         Raises CheckpointError where the checkpoint can't be used, and ValueError for a tile below 0."""
@@ -78,9 +81,10 @@ class L2PPipeline:
 
     @cached_property
     def transformer(self) -> L2PTransformer:
-        model = load_model(self.layout, "cpu" if self.offload else self.device, self.dtype, progress=self._progress)
+        offload = fills(self.device, sum(bytes_in_memory(self.layout, self.dtype).values())) if self.offload is None else self.offload
+        model = load_model(self.layout, "cpu" if offload else self.device, self.dtype, progress=self._progress)
         model.decoder_tile = self.decoder_tile
-        if self.offload:
+        if offload:
             stream_blocks(model, self.device)
         if self.compile_blocks:
             for block in (*model.noise_refiner, *model.context_refiner, *model.layers):
@@ -249,6 +253,11 @@ def usable_device(name: str | torch.device) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name} can't be used here: {str(error).splitlines()[0]}") from None
+
+
+def fills(device: torch.device, weights: int) -> bool:
+    """Whether so many bytes leave a GPU too little to compute in, and can be streamed."""
+    return device.type == "cuda" and weights > ROOM * torch.cuda.mem_get_info(device)[0] and find_spec("diffusers") is not None
 
 
 def stream_blocks(model: L2PTransformer, device: torch.device) -> None:

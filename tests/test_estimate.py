@@ -10,7 +10,7 @@ from comfyui_l2p.l2p_core.cli import main
 from comfyui_l2p.l2p_core.estimate import estimate
 from comfyui_l2p.l2p_core.generate import Picture
 from comfyui_l2p.l2p_core.meter import Meter, bytes_of
-from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
+from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL, fills
 from comfyui_l2p.l2p_core.sampler import euler, guided_velocity, schedule
 from comfyui_l2p.quant.quantize import quantize
 
@@ -50,6 +50,12 @@ def test_streamed_blocks_wait_in_the_cpus_memory():
     blocks = sorted(bytes_of(block.state_dict().values()) for part in (model.layers, model.noise_refiner, model.context_refiner) for block in part)
     assert streamed["in the CPU's memory"] == whole["model"]
     assert streamed["model"] == whole["model"] - sum(blocks[:-2])
+
+
+@pytest.mark.parametrize("device, free, streamed", [("cuda", 10**10, True), ("cuda", 2 * 10**10, False), ("cpu", 10**10, False)])
+def test_weights_that_would_fill_a_gpu_are_streamed(monkeypatch, device, free, streamed):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, free))
+    assert fills(torch.device(device), 123 * 10**8) is streamed
 
 
 def test_int8_counts_as_it_is_kept(tmp_path):

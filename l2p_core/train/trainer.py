@@ -98,7 +98,7 @@ class Run:
         self.progress = progress and self.main
         check_run(self.output, config)
         self.pipe = L2PPipeline.from_pretrained(config.checkpoint, config.text_encoder or None, config.tokenizer or None,
-                                                self.device, self.dtype, progress=self.progress)
+                                                self.device, self.dtype, progress=self.progress, offload=False)
         layout = self.pipe.layout
         refuse_quantized(layout)
         if config.height:
