@@ -27,7 +27,7 @@ TOKENS, TOKENS_AT_ONCE = 16, model.TOKENS_AT_ONCE  # the picture has 36, or 64 w
 # Name → what the pipeline is opened with, what a picture is drawn with.
 OPTIONS: dict[str, tuple[dict, dict]] = {
     "plain": ({}, {}),
-    "ab2, 16 steps, shift 2": ({}, {"sampler": "ab2", "num_inference_steps": 16, "shift": 2.0}),
+    "ab2, 18 steps, shift 2": ({}, {"sampler": "ab2", "num_inference_steps": 18, "shift": 2.0}),
     "batch_guidance": ({"batch_guidance": True}, {}),
     "compile_blocks": ({"compile_blocks": True}, {}),
     "INT8 weights": ({"format": "int8_tensorwise"}, {}),
