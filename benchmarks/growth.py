@@ -1,7 +1,7 @@
 """How time and memory of one pass grow with the picture's size and with the batch, for the 1K model and for those of larger patches.
 
     pip install matplotlib
-    python benchmarks/growth.py --plot docs/growth.png          (14 GB of memory, half an hour on two CPU cores)
+    python benchmarks/growth.py --plot docs/growth.png          (14 GB of memory, ten minutes on two CPU cores)
 
 The published widths and depths, bfloat16, a caption of 100 tokens. Memory is what lives at a pass's peak beside the weights, counted on
 tensors that have only a shape. Seconds are measured up to `--up-to` TFLOP, on weights of one value; beyond, they are the pass's operations at
@@ -80,9 +80,9 @@ def plot(rows: list[dict], file: Path) -> None:
                         measured = what == "seconds" and row["measured"]
                         axis.plot(row[along], row[what], "o", color=line.get_color(), fillstyle="full" if measured else "none")
             axis.set(xscale="log", yscale="log", xlabel=label, ylabel=unit)
-            ticks = sorted({row[along] for row in rows if row["along"] == along})
-            axis.set_xticks(ticks, map(str, ticks), minor=False)
-            axis.minorticks_off()
+            ticks = [row[along] for row in rows if row["along"] == along and row["patch"] == 16]
+            axis.set_xticks(ticks, map(str, ticks))
+            axis.set_xticks([], minor=True)
             axis.grid(alpha=0.3)
     axes[0, 0].legend()
     figure.suptitle("full: measured; hollow: computed")
