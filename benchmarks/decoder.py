@@ -1,9 +1,10 @@
 """What cutting the local decoder into tiles saves and costs: peak memory and time, uncut and cut, for all four patches.
 
-    python benchmarks/decoder.py                (2048 pixels; some minutes on two CPU cores)
-    python benchmarks/decoder.py --full         (4096, and 10240 cut only; 16 GB of memory, an hour or more)
+    python benchmarks/decoder.py --patch 64 128 160 --size 4096 10240          (six minutes on two CPU cores)
+    python benchmarks/decoder.py --patch 16 --size 2048 4096
 
-Memory is what lives at the peak beside image, features, output and weights.
+Memory is what lives at the peak beside image, features, output and weights. Uncut is left out where a map would have 2^31 numbers or more:
+beyond that torch's convolutions on a CPU are many times slower.
 """
 import argparse
 import time
@@ -27,7 +28,7 @@ def measure(decoder: LocalDecoder, image: Tensor, features: Tensor, tile: int) -
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--size", type=int, nargs="+", default=[2048], help="sides in pixels (default 2048)")
     parser.add_argument("--patch", type=int, nargs="+", default=list(PUBLISHED_DECODERS))
     parser.add_argument("--tile", type=int, nargs="+", help="default: the decoder's choice, half the side where that is uncut")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
@@ -40,12 +41,12 @@ def main() -> None:
         torch.manual_seed(0)
         config = L2PConfig(patch, decoder=PUBLISHED_DECODERS[patch])
         decoder = LocalDecoder(config, device=args.device, dtype=dtype).eval()
-        for size in (4096, 10240) if args.full else (2048,):
+        for size in args.size:
             size -= size % config.size_multiple
             image = torch.randn(1, 3, size, size, device=args.device, dtype=dtype)
             features = torch.randn(1, config.dim, size // patch, size // patch, device=args.device, dtype=dtype)
             uncut = None
-            if size < 10240:
+            if (config.decoder[0].up + config.decoder[0].enc) * size**2 < 2**31:
                 uncut_peak, uncut_seconds, uncut = measure(decoder, image, features, 0)
             for tile in args.tile or [tile_side(config, size, size, dtype) or size // 2]:
                 peak, seconds, output = measure(decoder, image, features, tile)
