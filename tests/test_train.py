@@ -449,7 +449,7 @@ def test_nothing_is_saved_where_the_loss_has_begun_to_climb(data, monkeypatch):
     assert sorted(file.name for file in (data.parent / "run").glob("step-*")) == ["step-4.safetensors", "step-6.safetensors"]
 
 
-@pytest.mark.parametrize("losses, stops_at", [([1] + [50] * 20, 10), ([30] * 150, None), ([0.3] * 150 + [3] * 100, 150 + 23)])
+@pytest.mark.parametrize("losses, stops_at", [([1] + [50] * 120, 100), ([1] + [50] * 9 + [1] * 120, None), ([30] * 150, None), ([0.3] * 150 + [3] * 100, 150 + 23)])
 def test_a_loss_that_diverges_is_told_from_one_that_is_large(tmp_path, losses, stops_at):
     """The last: its mean over 100 steps passes 0.9 with the 23rd of 3."""
     log = record.Log(tmp_path, 0, True)

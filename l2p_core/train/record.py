@@ -87,8 +87,8 @@ class Log:
         row = self.rows[-1]
         if not (math.isfinite(row.loss) and math.isfinite(row.grad_norm)):
             return f"the loss is {row.loss} and its gradient {row.grad_norm} long"
-        if len(self.rows) >= min(RECENT, WINDOW) and self.mean() > DIVERGED * self.lowest:
-            return f"the loss diverges: {self.mean():.3g} over the last {min(WINDOW, len(self.rows))} steps, and {self.lowest:.3g} was to be expected"
+        if len(self.rows) >= WINDOW and self.mean() > DIVERGED * self.lowest:
+            return f"the loss diverges: {self.mean():.3g} over the last {WINDOW} steps, and {self.lowest:.3g} was to be expected"
         return None
 
 
