@@ -112,7 +112,7 @@ class L2PKSampler(io.ComfyNode):
                 enlarged = enlarge(samples, *stage[:2]).to(picture.device)
                 latent = enlarged if mask is None else picture.lerp(enlarged, noise_mask[:, None].to(picture.device))
             sigmas = noise_levels(model, scheduler, stage.steps, stage.strength, shift)
-            with in_windows(model, stage.window):
+            with counting_windows(model, stage.window):
                 samples = sample(for_stage(model, stage, multiple), positive, negative, latent, seed, cfg,
                                  comfy.samplers.sampler_object(sampler_name), sigmas, noise_mask, progress)
             if not samples.isfinite().all():
@@ -210,7 +210,7 @@ def for_stage(model, stage: Stage, multiple: int):
 
 
 @contextmanager
-def in_windows(model, window: int) -> Iterator[None]:
+def counting_windows(model, window: int) -> Iterator[None]:
     """Have the memory of a pass counted as that of a window, 0 for the whole picture."""
     model.model.window = window
     try:
@@ -265,7 +265,7 @@ def drawn_size(image: Tensor | None, height: int, width: int, trained: tuple[int
 def shortage(model, plan: list[Stage], batch_size: int, have: int) -> str | None:
     """What is wrong, and what to do, where a device of so many bytes can't hold the largest pass; None where it can."""
     def need(stage: Stage) -> int:
-        with in_windows(model, stage.window):
+        with counting_windows(model, stage.window):
             return model.memory_required([batch_size, 3, *stage[:2]])
     largest = max(plan, key=need)
     if need(largest) <= have:

@@ -31,16 +31,14 @@ class Log:
 
     def __init__(self, folder: Path, step: int, writes: bool):
         """step: where the run goes on; what was logged after it is forgotten."""
-        self.folder, self.writes, self.rows, self.held_out, self.lowest, self.board = folder, writes, [], [], math.inf, None
+        self.folder, self.writes, self.rows, self.lowest, self.board = folder, writes, [], math.inf, None
+        for row in read_table(folder / "log.csv", [each.type for each in fields(Row)]):  # by all: they must agree on when to stop
+            if row[0] <= step:
+                self.note(Row(*row))
+        self.held_out = [row for row in read_table(folder / "held_out.csv", [int, float]) if row[0] <= step]
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
-            for row in read_table(folder / "log.csv", [each.type for each in fields(Row)]):
-                if row[0] <= step:
-                    self.note(Row(*row))
-            self.held_out = [row for row in read_table(folder / "held_out.csv", [int, float]) if row[0] < step]  # that of the step itself is taken again
             write_table(folder / "log.csv", [[each.name for each in fields(Row)], *map(astuple, self.rows)])
-            if self.held_out:
-                write_table(folder / "held_out.csv", [["step", "loss"], *self.held_out])
             with suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
                 self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
@@ -68,9 +66,9 @@ class Log:
                 self.board.add_scalar(name, getattr(row, name), row.step)
 
     def add_held_out(self, step: int, loss: float) -> None:
+        self.held_out = [*(row for row in self.held_out if row[0] != step), (step, loss)]
         if self.writes:
-            write_table(self.folder / "held_out.csv", [*([] if self.held_out else [("step", "loss")]), (step, loss)], more=bool(self.held_out))
-        self.held_out.append((step, loss))
+            write_table(self.folder / "held_out.csv", [("step", "loss"), *self.held_out])
         if self.board:
             self.board.add_scalar("held_out_loss", loss, step)
 

@@ -158,7 +158,7 @@ class Run:
         """Step after step to the end, with samples and saves on the way."""
         config = self.config
         draws = bool(config.sample_every and (self.main or config.shard))  # a split model draws in all processes
-        if self.step < config.steps and (config.sample_every == 0 or self.step % config.sample_every == 0):
+        if config.sample_every and self.step < config.steps and self.step % config.sample_every == 0:
             self.look(draws)  # which a stop may have left out
         due = False
         with (closing(ahead(map(self.batch, count(self.step * config.accumulate)))) as batches, self.log, interrupts() as interrupted,
