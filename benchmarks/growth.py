@@ -70,8 +70,9 @@ def plot(rows: list[dict], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(2, 2, figsize=(9, 7), layout="constrained")
+    batches = "batch, " + ", ".join(f"{side} pixels at patch {patch}" for patch, side in BATCH_SIZE.items())
     for row_of_axes, what, unit in zip(axes, ("seconds", "memory"), ("seconds of a pass", "GB beside the weights")):
-        for axis, along, label in zip(row_of_axes, ("size", "batch"), ("side in pixels", "batch, " + ", ".join(f"{side} pixels at patch {patch}" for patch, side in BATCH_SIZE.items()))):
+        for axis, along, label in zip(row_of_axes, ("size", "batch"), ("side in pixels", batches)):
             for patch in SIZES:
                 drawn = [row for row in rows if row["patch"] == patch and row["along"] == along]
                 if drawn:

@@ -157,7 +157,7 @@ def install() -> None:
 def core_knows_l2p() -> bool:
     """Whether ComfyUI tells an L2P model from a latent Z-Image, asked with tensors that weigh nothing."""
     sizes = {}
-    for published, size in expected_shapes(L2PConfig()).items():
+    for published, size in expected_shapes(L2PConfig(n_layers=1)).items():
         name, place = name_in("comfyui", published)
         sizes[name] = (size[0] * (place + 1), *size[1:])  # q, k and v come one after another, and v is the last
     try:

@@ -74,7 +74,7 @@ def test_captions_and_contact_sheet():
     assert contact_sheet(pictures([scene] * 7), [scene.caption()] * 7).size == (6 * (SIZE + 8), 2 * (SIZE + 58))
 
 
-SETTINGS = Path(recipe.__file__).with_name("shapes.toml")
+SETTINGS, FINISH = (Path(recipe.__file__).with_name(name) for name in ("shapes.toml", "finish.toml"))
 
 
 def test_the_recipe_makes_a_model_and_goes_on_bit_for_bit(tmp_path, monkeypatch):
@@ -102,6 +102,16 @@ def test_the_recipe_makes_a_model_and_goes_on_bit_for_bit(tmp_path, monkeypatch)
     assert main(["generate", "a red circle", "--checkpoint", str(tmp_path / "whole/shapes/run/step-4.safetensors"), "--text-encoder",
                  str(tmp_path / "whole/shapes/init"), "--steps", "1", "-o", str(picture)]) == 0
     assert Image.open(picture).size == (SIZE, SIZE), "step files say what size they draw"
+    monkeypatch.chdir(tmp_path / "whole")
+    assert main(["train", str(FINISH), "--checkpoint", "shapes/run/step-4.safetensors", "--steps", "1", "--batch", "2", "--sample-every", "0",
+                 "--device", "cpu"]) == 0
+    assert load_file(tmp_path / "whole/shapes/finish/step-1.safetensors").keys() == whole.keys()
+
+
+def test_the_finish_makes_nothing_of_its_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(FINISH)]) == 1
+    assert "l2p train l2p_core/shapes/shapes.toml" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_the_recipe_overwrites_nothing_of_others(tmp_path, monkeypatch, capsys):

@@ -394,6 +394,20 @@ class Doubled(trainer.Run):
         return 2 * super().loss(batch)
 
 
+def test_samples_that_a_stop_left_out_are_drawn_when_it_goes_on(data):
+    def go_on(steps):
+        trainer.train(config(data, steps=steps, sample_every=2, sample_steps=1, sample_prompts=("a star",)), progress=False)
+    go_on(2)
+    samples = data.parent / "run" / "samples"
+    begun = (samples / "step-0000000.png").stat().st_mtime_ns
+    (samples / "step-0000002.png").unlink()
+    go_on(4)
+    assert len(list(samples.iterdir())) == 3 and (samples / "step-0000000.png").stat().st_mtime_ns == begun
+    drawn = (samples / "step-0000004.png").stat().st_mtime_ns
+    go_on(6)
+    assert (samples / "step-0000004.png").stat().st_mtime_ns == drawn, "what is there is not drawn again"
+
+
 def test_a_recipe_replaces_parts_of_the_run(data):
     plain = trainer.train(config(data, steps=1), progress=False).parent
     trainer.train(config(data, steps=1, recipe=f"{__name__}:Doubled", output=str(data.parent / "doubled")), progress=False)

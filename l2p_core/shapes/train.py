@@ -258,6 +258,8 @@ class ShapesRun(ScoredRun):
         if checkpoint.exists() != data.exists():
             there, missing = (checkpoint, data) if checkpoint.exists() else (data, checkpoint)
             raise ValueError(f"{there} is there and {missing} is not; the recipe makes both or neither. Take it away, or give others")
+        if not data.exists() and config.text_encoder:
+            raise ValueError(f"{checkpoint} and {data} are not there, which another run leaves: l2p train l2p_core/shapes/shapes.toml")
         if not data.exists():
             make_files(checkpoint, data, config.seed)
         super().__init__(config, progress)

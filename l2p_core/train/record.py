@@ -130,13 +130,17 @@ def draw_curves(curves: list[list[tuple[int, float]]], file: Path) -> None:
         picture.save(part, "PNG")
 
 
+def samples_file(output: Path, step: int) -> Path:
+    return output / "samples" / f"step-{step:07d}.png"
+
+
 def show_samples(drawn: list[Image.Image], output: Path, step: int) -> None:
     """Write pictures as one row, and all rows so far below one another."""
-    folder = output / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
-    with whole(folder / f"step-{step:07d}.png") as part:
+    file = samples_file(output, step)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with whole(file) as part:
         grid([drawn]).save(part, "PNG")
-    files = sorted(folder.glob("step-*.png"))
+    files = sorted(file.parent.glob("step-*.png"))
     rows = []
     for number in sorted({round(place * (len(files) - 1) / (SHEET_ROWS - 1)) for place in range(SHEET_ROWS)}):
         with Image.open(files[number]) as row:

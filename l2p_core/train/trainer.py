@@ -40,7 +40,7 @@ from .config import TrainConfig, layers_of, read_config, to_toml
 from .data import Batch, Batches, Encodings, hold_out, read_examples
 from .loss import flow_matching_loss
 from .memory import FrugalAdamW, quantize_frozen
-from .record import Log, Row, draw_curves, show_samples
+from .record import Log, Row, draw_curves, samples_file, show_samples
 from .shard import as_split_as, gather, is_split, reshard, shard
 
 # What may change when a run goes on: a loss that diverged may need other steps, and the rest is not learned from.
@@ -158,7 +158,7 @@ class Run:
         """Step after step to the end, with samples and saves on the way."""
         config = self.config
         draws = bool(config.sample_every and (self.main or config.shard))  # a split model draws in all processes
-        if config.sample_every and self.step < config.steps and self.step % config.sample_every == 0:
+        if config.sample_every and self.step % config.sample_every == 0 and not (self.step and samples_file(self.output, self.step).exists()):
             self.look(draws)  # which a stop may have left out
         due = False
         with (closing(ahead(map(self.batch, count(self.step * config.accumulate)))) as batches, self.log, interrupts() as interrupted,
@@ -273,9 +273,9 @@ def check_run(output: Path, config: TrainConfig) -> None:
         if (output / "resume.pt").exists() or output.is_file():
             raise ValueError(f"{output} holds something else than a run; give another output")
         return
-    before = read_config(output / "config.toml", {})
     if not (output / "resume.pt").exists():  # nothing is learned yet
         return
+    before = read_config(output / "config.toml", {})
     for each in fields(TrainConfig):
         if each.name not in (*FREE, "output") and (was := getattr(before, each.name)) != (now := getattr(config, each.name)):
             raise ValueError(f"{output} holds a run with {each.name} {was!r}, now {now!r}; give another output, or go on as it was")
