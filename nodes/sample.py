@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..l2p_core.image import check_size, size_for, to_pictures
-from ..l2p_core.sampler import schedule
+from ..l2p_core.sampler import ab2, schedule
 from ..l2p_core.stages import LARGEST, REDRAWS, STAGE_STRENGTH, Stage, by_windows, enlarge, misfit, plan_stages
 from .prompt import note
 
@@ -60,8 +60,9 @@ class L2PKSampler(io.ComfyNode):
                 STEPS,
                 io.Float.Input("cfg", default=2.0, min=0.0, max=100.0, step=0.1, round=0.01,
                                tooltip="Guidance: 1 for none, at half the time. Published: 2 for 1K, 4 for larger models."),
-                io.Combo.Input("sampler_name", options=comfy.samplers.SAMPLER_NAMES, default="euler",
-                               tooltip="The solver. Published: euler."),
+                io.Combo.Input("sampler_name", options=[*comfy.samplers.SAMPLER_NAMES, "ab2"], default="euler",
+                               tooltip="The solver. Published: euler. ab2, of second order, comes as near to the exact solution in 18 steps "
+                                       "at shift 2 as euler in 30 at shift 3."),
                 io.Combo.Input("scheduler", options=[EXACT, *comfy.samplers.SCHEDULER_NAMES], default=EXACT,
                                tooltip="l2p: the published schedule, exactly."),
                 SHIFT,
@@ -114,7 +115,7 @@ class L2PKSampler(io.ComfyNode):
             sigmas = noise_levels(model, scheduler, stage.steps, stage.strength, shift)
             with counting_windows(model, stage.window):
                 samples = sample(for_stage(model, stage, multiple), positive, negative, latent, seed, cfg,
-                                 comfy.samplers.sampler_object(sampler_name), sigmas, noise_mask, progress)
+                                 solver(sampler_name), sigmas, noise_mask, progress)
             if not samples.isfinite().all():
                 raise ValueError("the picture came out as NaN: the model's numbers overflow in this weight_dtype, or its file is "
                                  "damaged. Try weight_dtype bfloat16")
@@ -230,6 +231,18 @@ def sample(model, positive, negative, latent: Tensor, seed: int, cfg: float, sam
     return comfy.sample.sample_custom(
         model, comfy.sample.prepare_noise(latent, seed), cfg, sampler, sigmas, positive, negative, latent,
         noise_mask=noise_mask, callback=callback, disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed).float()
+
+
+def solver(name: str) -> comfy.samplers.Sampler:
+    """ComfyUI's sampler of that name, or "ab2", which it does not have."""
+    if name != "ab2":
+        return comfy.samplers.sampler_object(name)
+
+    def sample_ab2(model, x: Tensor, sigmas: Tensor, extra_args: dict, callback, disable: bool) -> Tensor:
+        def velocity(x: Tensor, sigma: float) -> Tensor:
+            return (x - model(x, x.new_full((len(x),), sigma), **extra_args)) / sigma
+        return ab2(velocity, x, sigmas, lambda step, _, x0: callback({"i": step, "denoised": x0, "x": x}))
+    return comfy.samplers.KSAMPLER(sample_ab2)
 
 
 def noise_levels(model, scheduler: str, steps: int, denoise: float, shift: float) -> Tensor:

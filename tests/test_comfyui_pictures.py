@@ -75,6 +75,11 @@ def test_a_batch_and_another_shift(comfyui_server, pipe):
     assert_same(comfyui_server.run(graph(batch_size=2, steps=4, shift=5.0)), expected)
 
 
+def test_our_own_solver(comfyui_server, pipe):
+    expected = pipe(PROMPT, num_inference_steps=8, seed=7, sampler="ab2", shift=2.0)
+    assert_same(comfyui_server.run(graph(sampler_name="ab2", steps=8, shift=2.0)), [expected])
+
+
 def test_image_to_image(comfyui_server, pipe, picture):
     expected = pipe(PROMPT, input_image=picture, denoising_strength=0.6, num_inference_steps=6, seed=7)
     request = graph(denoise=0.6, image=["image", 0])

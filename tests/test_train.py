@@ -531,8 +531,9 @@ def in_two_processes(settings):
     toml = Path(settings.output).with_suffix(".toml")
     toml.write_text(to_toml(settings))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "comfyui_l2p.l2p_core.cli", "train", str(toml)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = subprocess.run(command, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONFAULTHANDLER": "1"})
+    assert done.returncode == 0, done.stderr[-12000:]  # the launcher's own words come last, and are long
 
 
 def test_two_processes_train_as_one_with_the_doubled_batch(data):
