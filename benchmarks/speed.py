@@ -27,9 +27,11 @@ CAPTION_WIDTH = 96  # the bundled text encoder's
 # Width and main layers; heads of 128 and the decoder are the published ones.
 SCALES = {"small": (384, 4), "quarter": (1024, 8), "wide": (3840, 1), "full": (3840, 30)}
 # Each with what it is held against. ab2 draws as benchmarks/solvers.py has it: 18 steps for 30, at shift 2, come as near.
-SIDES = {"published": "published", "ours": "published", "ours, ab2": "published",
+INT8 = "ours, INT8"
+SIDES = {"published": "published", "ours": "published", "ours, ab2": "published", INT8: "published",
          "diffusers, transformer": "diffusers, transformer", "ours, transformer": "diffusers, transformer"}
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.03}  # of the first evaluation, root mean square against root mean square
+INT8_TOLERANCE = 0.1  # and INT8 is compared in bfloat16 alone
 
 
 def make(path: Path, scale: str) -> None:
@@ -67,10 +69,14 @@ def watch(model: nn.Module, args: argparse.Namespace) -> tuple[list[float], list
     return seconds, first
 
 
-def ours(args: argparse.Namespace, sampler: str = "euler") -> tuple[list[float], float, Tensor]:
+def int8_of(checkpoint: Path) -> Path:
+    return checkpoint.with_stem(f"{checkpoint.stem}-int8")
+
+
+def ours(args: argparse.Namespace, sampler: str = "euler", int8: bool = False) -> tuple[list[float], float, Tensor]:
     from comfyui_l2p.l2p_core import L2PPipeline
-    pipe = L2PPipeline.from_pretrained(args.checkpoint, BUNDLED_MODEL / "text_encoder", device=args.device,
-                                       torch_dtype=getattr(torch, args.dtype))
+    pipe = L2PPipeline.from_pretrained(int8_of(args.checkpoint) if int8 else args.checkpoint, BUNDLED_MODEL / "text_encoder",
+                                       device=args.device, torch_dtype=getattr(torch, args.dtype))
     seconds, first = watch(pipe.transformer, args)
     pipe.text_encoder
     begun = now(args)
@@ -157,7 +163,7 @@ def diffusers_transformer(args: argparse.Namespace) -> tuple[list[float], None, 
     return seconds, None, features[0][:, :(args.size // 16) ** 2]
 
 
-RUNS = dict(zip(SIDES, (published, ours, lambda args: ours(args, "ab2"), diffusers_transformer, our_transformer)))
+RUNS = dict(zip(SIDES, (published, ours, lambda args: ours(args, "ab2"), lambda args: ours(args, int8=True), diffusers_transformer, our_transformer)))
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -214,6 +220,9 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     if not args.checkpoint.exists():
         make(args.checkpoint, args.scale)
+    if INT8 in args.programs and not int8_of(args.checkpoint).exists():
+        from comfyui_l2p.quant import quantize
+        quantize(args.checkpoint, int8_of(args.checkpoint))
     sides = [side for side in SIDES if side in args.programs and (args.published or SIDES[side] != "published")]
     if missing := {SIDES[side] for side in sides} - set(sides):
         parser.error(f"it takes {', '.join(missing)} to compare with")
@@ -221,14 +230,16 @@ def main() -> None:
     threads = "processor time of 1 thread" if args.processor_time else f"{torch.get_num_threads()} threads"
     print(f"{args.scale}, {args.size} pixels, {args.steps} steps, {args.device}, {threads}\n"
           f"| dtype | program | {' | '.join(columns)} | difference |\n" + "|---" * (3 + len(columns)) + "|", flush=True)
+    chosen = sides
     for dtype in [args.dtype] if args.dtype else TOLERANCE:
+        sides = [side for side in chosen if side != INT8 or dtype == "bfloat16"]
         results: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
         for _ in range(args.rounds):
             for side in sides:
                 results[side].append(run(side, dtype, args))
         for side in sides:
             apart = difference(side, args)
-            assert apart < TOLERANCE[dtype], f"{side} and {SIDES[side]} differ by {apart:.1e} in {dtype}: not the same work"
+            assert apart < (INT8_TOLERANCE if side == INT8 else TOLERANCE[dtype]), f"{side} and {SIDES[side]} differ by {apart:.1e} in {dtype}: not the same work"
             cells = []
             for column in columns:
                 if results[side][0][column] is None:
