@@ -27,7 +27,7 @@ def estimate(pipe: L2PPipeline, picture: Picture, batch: int, free_text_encoder:
     for name, size in bytes_in_memory(layout, dtype).items():
         by_block[".".join(name.split(".")[:2]) if name.startswith(BLOCKS) else ""] += size
     weights, elsewhere = by_block.total(), 0
-    if pipe.offload:
+    if pipe.streamed:
         elsewhere = weights
         weights = by_block.pop("") + sum(size for _, size in by_block.most_common(2))
     files = encoder_files(pipe.text_encoder_path) if pipe.text_encoder_path.exists() else []

@@ -79,12 +79,17 @@ class L2PPipeline:
         return cls(layout, find_encoder(text_encoder), Path(tokenizer) if tokenizer else None, device, torch_dtype, progress,
                    decoder_tile, offload, batch_guidance, compile_blocks)
 
+    @property
+    def streamed(self) -> bool:
+        """Whether the model's weights stay in the CPU's memory: as `offload` says, or where they would fill the GPU."""
+        return fills(self.device, sum(bytes_in_memory(self.layout, self.dtype).values())) if self.offload is None else self.offload
+
     @cached_property
     def transformer(self) -> L2PTransformer:
-        offload = fills(self.device, sum(bytes_in_memory(self.layout, self.dtype).values())) if self.offload is None else self.offload
-        model = load_model(self.layout, "cpu" if offload else self.device, self.dtype, progress=self._progress)
+        streamed = self.streamed
+        model = load_model(self.layout, "cpu" if streamed else self.device, self.dtype, progress=self._progress)
         model.decoder_tile = self.decoder_tile
-        if offload:
+        if streamed:
             stream_blocks(model, self.device)
         if self.compile_blocks:
             for block in (*model.noise_refiner, *model.context_refiner, *model.layers):

@@ -221,6 +221,19 @@ def largest_asked_for(path: str, size: int, **options) -> int:
     return int(max(least for _, least in asked))
 
 
+def core_knows_l2p(detected: dict | str | None) -> bool:
+    """What the pack makes of a ComfyUI that detects this in an L2P model, or fails with this message."""
+    def detect(*_):
+        if isinstance(detected, str):
+            raise KeyError(detected)
+        return detected
+    before, comfy.model_detection.detect_unet_config = comfy.model_detection.detect_unet_config, detect
+    try:
+        return sys.modules[f"{nodes.NODE_CLASS_MAPPINGS['L2PKSampler'].__module__.rpartition('.')[0]}.comfy_model"].core_knows_l2p()
+    finally:
+        comfy.model_detection.detect_unet_config = before
+
+
 def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)

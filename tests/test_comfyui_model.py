@@ -45,6 +45,14 @@ def test_every_loader_reads_every_naming(compare, write, tiny_model, tiny_weight
     assert loaded["class"] == "L2PModel"
 
 
+@pytest.mark.parametrize("detected, known", [
+    ({"image_model": "lumina2", "patch_size": 2}, False), ({"image_model": "lumina2", "patch_size": 16}, True),
+    ({"image_model": "zimage_pixel"}, True), (None, False), ("layers.0.attention.qkv.weight", False)])
+def test_a_comfyui_that_knows_l2p_is_told_from_one_that_does_not(comfyui, detected, known):
+    """The last one stands for one that fails at the question."""
+    assert comfyui.call("core_knows_l2p", detected=detected) is known
+
+
 @pytest.mark.parametrize("loader", LOADERS)
 def test_mixed_dtypes(compare, write, tiny_weights, loader):
     """FP32 main layers among BF16, as in the published file; q, k and v of unlike dtypes are packed as the wider."""

@@ -10,7 +10,7 @@ from comfyui_l2p.l2p_core.cli import main
 from comfyui_l2p.l2p_core.estimate import estimate
 from comfyui_l2p.l2p_core.generate import Picture
 from comfyui_l2p.l2p_core.meter import Meter, bytes_of
-from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL, fills
+from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
 from comfyui_l2p.l2p_core.sampler import euler, guided_velocity, schedule
 from comfyui_l2p.quant.quantize import quantize
 
@@ -52,10 +52,15 @@ def test_streamed_blocks_wait_in_the_cpus_memory():
     assert streamed["model"] == whole["model"] - sum(blocks[:-2])
 
 
-@pytest.mark.parametrize("device, free, streamed", [("cuda", 10**10, True), ("cuda", 2 * 10**10, False), ("cpu", 10**10, False)])
+@pytest.mark.parametrize("device, free, streamed", [("cuda", 1.2, True), ("cuda", 1.3, False), ("cpu", 1.2, False)])
 def test_weights_that_would_fill_a_gpu_are_streamed(monkeypatch, device, free, streamed):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, free))
-    assert fills(torch.device(device), 123 * 10**8) is streamed
+    """free: times the weights."""
+    pipe = L2PPipeline.from_pretrained()
+    weights = estimate(pipe, picture(96, 2.0), 1, free_text_encoder=True)[0]["model"]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(free * weights),) * 2)
+    pipe.device = torch.device(device)
+    parts, _ = estimate(pipe, picture(96, 2.0), 1, free_text_encoder=True)
+    assert parts.get("in the CPU's memory") == (weights if streamed else None)
 
 
 def test_int8_counts_as_it_is_kept(tmp_path):
