@@ -533,7 +533,7 @@ def in_two_processes(settings):
     Once in some hundred runs one of them was aborted from within torch. Such a run goes on where it was, once, and its words are shown."""
     toml = Path(settings.output).with_suffix(".toml")
     toml.write_text(to_toml(settings))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "comfyui_l2p.l2p_core.cli", "train", str(toml)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "comfyui_l2p.l2p_core.cli", "train", str(toml)]
     for _ in range(2):
         done = subprocess.run(command, capture_output=True, text=True,
                               env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONFAULTHANDLER": "1"})
