@@ -220,17 +220,16 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     if not args.checkpoint.exists():
         make(args.checkpoint, args.scale)
-    if INT8 in args.programs and not int8_of(args.checkpoint).exists():
-        from comfyui_l2p.quant import quantize
-        quantize(args.checkpoint, int8_of(args.checkpoint))
-    sides = [side for side in SIDES if side in args.programs and (args.published or SIDES[side] != "published")]
-    if missing := {SIDES[side] for side in sides} - set(sides):
+    chosen = [side for side in SIDES if side in args.programs and (args.published or SIDES[side] != "published")]
+    if missing := {SIDES[side] for side in chosen} - set(chosen):
         parser.error(f"it takes {', '.join(missing)} to compare with")
+    if INT8 in chosen and not int8_of(args.checkpoint).exists():
+        from comfyui_l2p.quant.quantize import quantize
+        quantize(args.checkpoint, int8_of(args.checkpoint))
     columns = ("evaluation", "picture", "start to file", "memory")
     threads = "processor time of 1 thread" if args.processor_time else f"{torch.get_num_threads()} threads"
     print(f"{args.scale}, {args.size} pixels, {args.steps} steps, {args.device}, {threads}\n"
           f"| dtype | program | {' | '.join(columns)} | difference |\n" + "|---" * (3 + len(columns)) + "|", flush=True)
-    chosen = sides
     for dtype in [args.dtype] if args.dtype else TOLERANCE:
         sides = [side for side in chosen if side != INT8 or dtype == "bfloat16"]
         results: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
