@@ -530,7 +530,7 @@ def test_a_damaged_run_is_refused_in_words(data, file, words):
 def in_two_processes(settings):
     """Train in two processes on the CPU.
 
-    Once in some hundred runs one of them was aborted from within torch. Such a run goes on where it was, once, and its words are shown."""
+    One was aborted once from within torch, and why was not found: such a run goes on where it was, one time, and shows all it said."""
     toml = Path(settings.output).with_suffix(".toml")
     toml.write_text(to_toml(settings))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "comfyui_l2p.l2p_core.cli", "train", str(toml)]
