@@ -14,6 +14,7 @@ import math
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from types import ModuleType
@@ -26,8 +27,8 @@ PROMPT = "a large red circle on a blue background, left"
 CAPTION_WIDTH = 96  # the bundled text encoder's
 # Width and main layers; heads of 128 and the decoder are the published ones.
 SCALES = {"small": (384, 4), "quarter": (1024, 8), "wide": (3840, 1), "full": (3840, 30)}
-# Each with what it is held against. ab2 draws as benchmarks/solvers.py has it: 18 steps for 30, at shift 2, come as near.
 INT8 = "ours, INT8"
+# Each with what it is held against. ab2 draws as benchmarks/solvers.py has it: 18 steps for 30, at shift 2, come as near.
 SIDES = {"published": "published", "ours": "published", "ours, ab2": "published", INT8: "published",
          "diffusers, transformer": "diffusers, transformer", "ours, transformer": "diffusers, transformer"}
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.03}  # of the first evaluation, root mean square against root mean square
@@ -163,7 +164,8 @@ def diffusers_transformer(args: argparse.Namespace) -> tuple[list[float], None, 
     return seconds, None, features[0][:, :(args.size // 16) ** 2]
 
 
-RUNS = dict(zip(SIDES, (published, ours, lambda args: ours(args, "ab2"), lambda args: ours(args, int8=True), diffusers_transformer, our_transformer)))
+RUNS = {"published": published, "ours": ours, "ours, ab2": partial(ours, sampler="ab2"), INT8: partial(ours, int8=True),
+        "diffusers, transformer": diffusers_transformer, "ours, transformer": our_transformer}
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -238,7 +240,8 @@ def main() -> None:
                 results[side].append(run(side, dtype, args))
         for side in sides:
             apart = difference(side, args)
-            assert apart < (INT8_TOLERANCE if side == INT8 else TOLERANCE[dtype]), f"{side} and {SIDES[side]} differ by {apart:.1e} in {dtype}: not the same work"
+            assert apart < (INT8_TOLERANCE if side == INT8 else TOLERANCE[dtype]), (
+                f"{side} and {SIDES[side]} differ by {apart:.1e} in {dtype}: not the same work")
             cells = []
             for column in columns:
                 if results[side][0][column] is None:

@@ -33,6 +33,12 @@ def import_pack() -> list[str]:
     return sorted(set(nodes.NODE_CLASS_MAPPINGS) - before)
 
 
+def of_pack(module: str):
+    """A module of the pack, as ComfyUI imported it."""
+    package = nodes.NODE_CLASS_MAPPINGS["L2PKSampler"].__module__.removesuffix(".nodes.sample")
+    return importlib.import_module(f"{package}.{module}")
+
+
 def describe(names: list[str]) -> dict[str, list]:
     """What the interface is told of these nodes: their label, whether each input has a tooltip, and the outputs' names."""
     infos = {name: nodes.NODE_CLASS_MAPPINGS[name].GET_NODE_INFO_V1() for name in names}
@@ -146,7 +152,7 @@ def quantize_while_stopping(path: str) -> None:
 def nodes_under(version: str) -> list[list[str]]:
     """(nodes that the pack gives a ComfyUI of that version, what it logs)."""
     import logging
-    pack_module = next(module for name, module in sys.modules.items() if name.endswith(".nodes") and hasattr(module, "L2PExtension"))
+    pack_module = of_pack("nodes")
     said, real, log = [], pack_module.comfyui_version, logging.error
     pack_module.comfyui_version, logging.error = version, said.append
     try:
@@ -177,17 +183,15 @@ def memory(config: dict, size: int, dtype: str, batch: int = 1) -> list[int]:
     on tensors without contents."""
     import comfy.ldm.lumina.model
     import comfy.ops
-    pack_name, pack_module = next((name.removesuffix(".nodes.comfy_model"), module) for name, module in sys.modules.items()
-                                  if name.endswith("nodes.comfy_model"))
-    peak_bytes = importlib.import_module(f"{pack_name}.l2p_core.meter").peak_bytes
-    l2p_config = pack_module.L2PConfig(**config, decoder=sys.modules[pack_module.L2PConfig.__module__].PUBLISHED_DECODERS[config["patch_size"]])
+    pack_module = of_pack("nodes.comfy_model")
+    l2p_config = pack_module.L2PConfig(**config, decoder=of_pack("l2p_core.config").PUBLISHED_DECODERS[config["patch_size"]])
     dtype = getattr(torch, dtype)
     whole_scores = comfy.ldm.lumina.model.optimized_attention_masked
     comfy.ldm.lumina.model.optimized_attention_masked = lambda q, *_, **__: q.movedim(1, 2).flatten(2)  # none, as on a GPU
     with torch.device("meta"), torch.no_grad():
         network = pack_module.NextDiTL2P(l2p_config, dtype=dtype, operations=comfy.ops.disable_weight_init, device="meta")
         image, caption = torch.empty(batch, 3, size, size, dtype=dtype), torch.empty(batch, 100, l2p_config.cap_feat_dim, dtype=dtype)
-        counted, _ = peak_bytes(lambda: network(image, torch.ones(batch), caption, 100, transformer_options={}))
+        counted, _ = of_pack("l2p_core.meter").peak_bytes(lambda: network(image, torch.ones(batch), caption, 100, transformer_options={}))
     comfy.ldm.lumina.model.optimized_attention_masked = whole_scores
     model = pack_module.L2PModel.__new__(pack_module.L2PModel)
     torch.nn.Module.__init__(model)
@@ -197,7 +201,7 @@ def memory(config: dict, size: int, dtype: str, batch: int = 1) -> list[int]:
 
 def shortage(path: str, have: int, batch_size: int, **plan) -> str | None:
     """What the sampler says of that drawing on a device of so many bytes."""
-    sampler = next(module for name, module in sys.modules.items() if name.endswith("nodes.sample"))
+    sampler = of_pack("nodes.sample")
     model = load(path, "diffusion")[0]
     _, _, trained = sampler.sizes_of(model)
     return sampler.shortage(model, sampler.plan_stages(steps=4, strength=1.0, stage_strength=0.2, trained=trained, multiple=16, **plan),
@@ -229,7 +233,7 @@ def core_knows_l2p(detected: dict | str | None) -> bool:
         return detected
     before, comfy.model_detection.detect_unet_config = comfy.model_detection.detect_unet_config, detect
     try:
-        return sys.modules[f"{nodes.NODE_CLASS_MAPPINGS['L2PKSampler'].__module__.rpartition('.')[0]}.comfy_model"].core_knows_l2p()
+        return of_pack("nodes.comfy_model").core_knows_l2p()
     finally:
         comfy.model_detection.detect_unet_config = before
 

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -528,18 +527,12 @@ def test_a_damaged_run_is_refused_in_words(data, file, words):
 
 
 def in_two_processes(settings):
-    """Train in two processes on the CPU.
-
-    One was aborted once from within torch, and why was not found: such a run goes on where it was, one time, and shows all it said."""
+    """Train in two processes on the CPU, which meet at a port of their own."""
     toml = Path(settings.output).with_suffix(".toml")
     toml.write_text(to_toml(settings))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "comfyui_l2p.l2p_core.cli", "train", str(toml)]
-    for _ in range(2):
-        done = subprocess.run(command, capture_output=True, text=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONFAULTHANDLER": "1"})
-        if "Signal 6 (SIGABRT)" not in done.stderr:
-            break
-        warnings.warn(done.stderr, stacklevel=2)
+    done = subprocess.run(command, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONFAULTHANDLER": "1"})
     assert done.returncode == 0, done.stderr[-12000:]  # the launcher's own words come last, and are long
 
 
