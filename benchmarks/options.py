@@ -77,7 +77,7 @@ def main() -> None:
             opened, drawn = OPTIONS[name]
             pipe = open_pipe(Path(folder), **opened)
             caches = []
-            with patch.object(sampler, "StepCache", lambda threshold: caches.append(StepCache(threshold)) or caches[-1]):
+            with patch.object(sampler, "StepCache", lambda *args, **kw: caches.append(StepCache(*args, **kw)) or caches[-1]):
                 pictures = draw(pipe, captions, **settle(drawn))
             left_out = sum(cache.skipped for cache in caches) / max(1, sum(cache.skipped + cache.ran for cache in caches))
             wanted = wanted or pictures

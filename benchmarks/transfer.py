@@ -75,10 +75,10 @@ class LatentTransformer(L2PTransformer):
         self.all_final_layer = nn.ModuleDict({key: nn.ModuleDict({
             "linear": nn.Linear(config.dim, numbers), "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(config.t_dim, config.dim))})})
 
-    def forward(self, latents: Tensor, t: Tensor, captions: list[Tensor], cache: None = None) -> Tensor:
+    def forward(self, latents: Tensor, t: Tensor, captions: list[Tensor]) -> Tensor:
         last, = self.all_final_layer.values()
         tokens = self.features(latents, t, captions).movedim(1, -1)  # (B, h, w, D)
-        scale = 1 + last["adaLN_modulation"](self.t_embedder(t))[:, None, None]
+        scale = 1 + last["adaLN_modulation"](self.t_embedder(t, latents.dtype))[:, None, None]
         out = last["linear"](F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6) * scale)
         return F.pixel_shuffle(out.unflatten(-1, (PATCH**2, CHANNELS)).transpose(-1, -2).flatten(-2).movedim(-1, 1), PATCH)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .config import L2PConfig, block_numbers
-from .quantization import Int8Linear, comfy_kitchen, dequantize
+from .quantization import Int8Linear, dequantize, kernel
 from .header import SHARD_NAME, CheckpointError, Entry
 from .layout import FLOATS, UNSCALED, Layout, read_layout
 from .model import L2PTransformer
@@ -49,7 +49,7 @@ def load_model(path: str | Path | Layout, device: str | torch.device = "cpu", dt
             if source.format is None:
                 tensors[name] = read(source.entry, source.third, dtype)
             elif source.format == KEPT_IN_8_BITS and isinstance(model.get_submodule(layer), nn.Linear):
-                comfy_kitchen()
+                kernel("int8_linear")  # says so now where it is not installed
                 shared = source.scale.count == 1
                 scale = read(source.scale, None if shared else source.third, torch.float32).reshape(1 if shared else (-1, 1))
                 tensors[name] = read(source.entry, source.third)

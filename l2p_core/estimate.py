@@ -34,13 +34,13 @@ def estimate(pipe: L2PPipeline, picture: Picture, batch: int, free_text_encoder:
     encoder = sum(entry.count * dtype.itemsize for file in files for entry in read_header(file)[0].values())
     with torch.device("meta"):
         model = L2PTransformer(layout.config).to(dtype).requires_grad_(False)
-    model.decoder_tile = pipe.decoder_tile
     *_, last = plan = picture.plan(pipe)
     multiple, sigmas = layout.config.size_multiple, schedule(2)
     with shapes_only(model), Meter() as meter:
         captions = [torch.empty(MAX_TOKENS, layout.config.cap_feat_dim, dtype=dtype) for _ in range(batch)]
         noise = torch.empty(batch, 3, last.height, last.width)
-        velocity, asked = guided_velocity(model, captions, captions, picture.cfg_scale, batch_guidance=pipe.batch_guidance), set()
+        velocity, asked = guided_velocity(model, captions, captions, picture.cfg_scale, batch_guidance=pipe.batch_guidance,
+                                          decoder_tile=pipe.decoder_tile), set()
 
         def once(x: Tensor, sigma: float) -> Tensor:
             """The velocity of each step's first window; the others hold the same."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .config import L2PConfig, block_numbers
+from .files.naming import COMFYUI_NAMES, PACKED, layer_name
 from .header import CheckpointError, Entry, find_files, read_header, reading, stamp
 from .quantization import FORMATS
 
@@ -21,11 +22,6 @@ UNSCALED = ("F8_E4M3", "F8_E5M2")  # where there is no scale: simply cast
 MAX_MARKER_BYTES = 10_000  # of a comfy_quant, which takes 100
 CONVROT_GROUPSIZES = (4, 16, 64, 256, 1024)
 KNOWN_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "pipe.dit.", "")  # any other is found as well
-
-# ComfyUI's names for what T2I-L2P calls otherwise; q, k and v lie packed in `qkv`, in this order.
-COMFYUI_NAMES = {".attention.out.": ".attention.to_out.0.", ".attention.q_norm.": ".attention.norm_q.",
-                 ".attention.k_norm.": ".attention.norm_k."}
-PACKED = (".attention.qkv.weight", (".attention.to_q.weight", ".attention.to_k.weight", ".attention.to_v.weight"))
 
 
 class Source(NamedTuple):
@@ -218,13 +214,6 @@ def quantization_markers(entries: dict[str, Entry], metadata: dict[str, str]) ->
             except (ValueError, TypeError, RecursionError):
                 raise CheckpointError(f"{key} is not the JSON that ComfyUI writes there") from None
     return markers
-
-
-def layer_name(key: str) -> str:
-    """A layer's name without any prefix."""
-    found = re.search(r"(?:^|\.)((?:layers|noise_refiner|context_refiner|t_embedder|cap_embedder|x_embedder|"
-                      r"all_x_embedder|local_decoder)\..+)", key)
-    return found[1] if found else key
 
 
 def quantized_source(source: Source, scale: Entry | None, scale_2: Entry | None, marker: dict | None,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .model import rope_of_caption, rope_of_image
+from .model import rope_of_prompt, rope_of_image
 
 
 class Meter(TorchDispatchMode):
@@ -68,7 +68,7 @@ def peak_bytes(run: Callable[[], Tensor]) -> tuple[int, Tensor]:
 def shapes_only(*models: nn.Module):
     """Within it tensors have only a shape, the models' too, which may come from the meta device."""
     from torch._subclasses.fake_tensor import FakeTensorMode
-    tables = (rope_of_image, rope_of_caption)  # they keep what they made, and here that has no numbers
+    tables = (rope_of_image, rope_of_prompt)  # they keep what they made, and here that has no numbers
     for table in tables:
         table.cache_clear()
     try:

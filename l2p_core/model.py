@@ -1,7 +1,10 @@
-"""The L2P transformer: a Z-Image backbone that reads patches of 16 to 160 pixels and hands its features to a pixel decoder.
+"""The L2P transformer: a Z-Image backbone that reads patches of 16 to 160 pixels, and a decoder that writes pixels.
 
-Letters: B batch, H W picture size, h w patch grid, N image tokens (h * w padded to 32), M caption tokens (padded to
-32), S = N + M, D width. Time t runs from 0 (noise) to 1 (picture). The output approximates picture - noise.
+Letters in shapes: B batch, H W image size, h w patch grid, N image tokens (h * w padded to 32), M prompt tokens
+(padded to 32), S = N + M, D width. Time t runs from 0 (noise) to 1 (image). The output predicts image - noise.
+
+The same modules run in ComfyUI: every constructor takes the `operations` that its linears and norms come from, with
+their device and dtype, and what ComfyUI does in its own way is handed to each pass as `Hooks`.
 """
 import math
 from collections.abc import Callable
@@ -13,201 +16,251 @@ from torch import Tensor, nn
 
 from .config import L2PConfig
 from .decoder import LocalDecoder
-from .step_cache import StepCache
 
-TOKEN_MULTIPLE = 32  # image and caption tokens are each padded to a multiple of this
+TOKEN_MULTIPLE = 32  # image and prompt tokens are each padded to a multiple of this
 NORM_EPS = 1e-5
 ROPE_THETA = 256.0
-TOKENS_AT_ONCE = 8192  # above any 64 x 64 picture with its caption, so those are computed whole
+TOKENS_AT_ONCE = 8192  # more than a 64 x 64 grid with its prompt has, so those are computed in one piece
+
+
+class Hooks:
+    """What one forward pass does in its own way. This class runs the network as published.
+
+    A pass gets its hooks as an argument, so the network itself keeps no state. The step cache and ComfyUI's attention,
+    patches and RoPE options are subclasses."""
+
+    def __init__(self, rope_scale: tuple[float, float] = (1.0, 1.0), rope_shift: tuple[float, float] = (0.0, 0.0),
+                 decoder_tile: int | None = None):
+        """rope_scale: RoPE interpolation of rows and columns, below 1 for images above the trained resolution.
+        rope_shift: added to the scaled rows and columns. decoder_tile: as `LocalDecoder.forward` takes it."""
+        self.rope_scale = rope_scale
+        self.rope_shift = rope_shift
+        self.decoder_tile = decoder_tile
+
+    def run_block(self, stack: str, index: int, block: "Block", x: Tensor, rope: Tensor, mask: Tensor | None,
+                  time: Tensor | None) -> Tensor:
+        """Run one block of a stack: noise_refiner, context_refiner or layers. Returns the new x, (B, S, D)."""
+        return block(x, rope, mask, time, self)
+
+    def project(self, x: Tensor, layers: tuple[nn.Module, ...]) -> list[Tensor]:
+        """Apply several linear layers to the same input."""
+        return [layer(x) for layer in layers]
+
+    def norm_and_rotate(self, attention: "Attention", q: Tensor, k: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalize queries and keys, each (B, S, heads, head), and rotate them by their positions."""
+        return rotate(attention.norm_q(q), rope), rotate(attention.norm_k(k), rope)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention over (B, heads, S, head) → (B, S, D). mask: True where a key may be attended to; None for all."""
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+PUBLISHED = Hooks()
 
 
 class L2PTransformer(nn.Module):
-    """Predicts picture - noise from a noisy picture, its time and its captions. Parameter names are the checkpoint's."""
+    """Predicts image - noise from a noisy image, its time and its prompt. Parameter names are the checkpoint's."""
 
-    def __init__(self, config: L2PConfig):
+    def __init__(self, config: L2PConfig, operations=nn, **factory):
+        """operations: the namespace of Linear, RMSNorm and Conv2d, torch's or ComfyUI's. factory: device and dtype."""
         super().__init__()
         self.config = config
         dim = config.dim
+
+        def pad_token() -> nn.Parameter:
+            token = torch.empty(1, dim, **factory)
+            return nn.Parameter(token.normal_(std=0.02) if operations is nn else token)
+
+        def blocks(count: int, modulated: bool = True) -> nn.ModuleList:
+            return nn.ModuleList(Block(config, modulated, operations, **factory) for _ in range(count))
+
         self.all_x_embedder = nn.ModuleDict({
-            f"{config.patch_size}-1": nn.Linear(3 * config.patch_size**2, dim)})
-        self.x_pad_token = nn.Parameter(torch.empty(1, dim).normal_(std=0.02))
-        self.t_embedder = TimeEmbedder(config)
-        self.cap_embedder = nn.Sequential(nn.RMSNorm(config.cap_feat_dim, NORM_EPS), nn.Linear(config.cap_feat_dim, dim))
-        self.cap_pad_token = nn.Parameter(torch.empty(1, dim).normal_(std=0.02))
-        self.noise_refiner = nn.ModuleList(Block(config) for _ in range(config.n_refiner_layers))
-        self.context_refiner = nn.ModuleList(Block(config, modulated=False) for _ in range(config.n_refiner_layers))
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.local_decoder = LocalDecoder(config)
-        self.decoder_tile: int | None = None  # as `LocalDecoder.forward` takes it
-        self.rope_scale = 1.0  # of rows and columns; below 1 brings a large picture's within those that were trained
+            f"{config.patch_size}-1": operations.Linear(3 * config.patch_size**2, dim, **factory)})
+        self.x_pad_token = pad_token()
+        self.t_embedder = TimeEmbedder(config, operations, **factory)
+        self.cap_embedder = nn.Sequential(
+            operations.RMSNorm(config.cap_feat_dim, NORM_EPS, **factory),
+            operations.Linear(config.cap_feat_dim, dim, **factory))
+        self.cap_pad_token = pad_token()
+        self.noise_refiner = blocks(config.n_refiner_layers)
+        self.context_refiner = blocks(config.n_refiner_layers, modulated=False)
+        self.layers = blocks(config.n_layers)
+        self.local_decoder = LocalDecoder(config, operations, **factory)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype the model computes in; INT8 weights are scaled to it."""
+        """The dtype that `forward` computes in; INT8 weights are scaled to it."""
         return self.x_pad_token.dtype
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.x_pad_token.device
 
-    def forward(self, image: Tensor, t: Tensor, captions: list[Tensor], cache: StepCache | None = None) -> Tensor:
-        """Predict picture - noise.
+    def forward(self, image: Tensor, t: Tensor, prompt_embeds: list[Tensor], hooks: Hooks = PUBLISHED) -> Tensor:
+        """Predict image - noise.
 
         image: (B, 3, H, W) in about [-1, 1], H and W multiples of `config.size_multiple`. t: (B,) in 0..1, 0 = noise.
-        captions: B tensors (L_i, cap_feat_dim), L_i at least 1. cache: of the steps before, on the same batch.
-        Returns (B, 3, H, W) in the model's dtype.
+        prompt_embeds: B tensors (L_i, cap_feat_dim), L_i at least 1. Returns (B, 3, H, W) in the model's dtype.
         Raises ValueError where these do not fit each other or the model."""
-        self._check(image, t, captions)
-        image = image.to(self.dtype)
-        return self.local_decoder(image, self.features(image, t, captions, cache), self.decoder_tile)
+        self._check(image, t, prompt_embeds)
+        return self.predict(image.to(self.dtype), t, prompt_embeds, hooks)
 
-    def features(self, image: Tensor, t: Tensor, captions: list[Tensor], cache: StepCache | None = None) -> Tensor:
-        """The transformer without its decoder: (B, D, h, w)."""
-        patch = self.config.patch_size
+    def predict(self, image: Tensor, t: Tensor, prompt_embeds: list[Tensor], hooks: Hooks = PUBLISHED) -> Tensor:
+        """`forward` without its checks, in the image's own dtype."""
+        features = self.features(image, t, prompt_embeds, hooks)
+        return self.local_decoder(image, features, hooks.decoder_tile)
+
+    def features(self, image: Tensor, t: Tensor, prompt_embeds: list[Tensor], hooks: Hooks = PUBLISHED) -> Tensor:
+        """Run the transformer without its decoder: (B, D, h, w)."""
+        patch, dtype, device = self.config.patch_size, image.dtype, image.device
         h, w = image.shape[-2] // patch, image.shape[-1] // patch
-        time = self.t_embedder(t)  # (B, t_dim)
+        time = self.t_embedder(t, dtype)  # (B, t_dim)
 
         x = F.pixel_unshuffle(image, patch)  # (B, 3 * p * p, h, w), channel slowest
         x = x.unflatten(1, (image.shape[1], -1)).permute(0, 3, 4, 2, 1).flatten(3).flatten(1, 2)  # (B, h * w, p * p * 3)
         x = pad_tokens(self.all_x_embedder[f"{patch}-1"](x), self.x_pad_token)  # (B, N, D)
 
-        lengths = torch.tensor([len(caption) for caption in captions], device=x.device)
-        caption = self.cap_embedder(nn.utils.rnn.pad_sequence(captions, batch_first=True).to(self.dtype))
-        caption = pad_tokens(caption, self.cap_pad_token)  # (B, M, D)
-        real = torch.arange(caption.shape[1], device=x.device) < lengths[:, None]  # (B, M)
-        caption = torch.where(real[..., None], caption, self.cap_pad_token.to(caption.dtype))
+        lengths = torch.tensor([len(embeds) for embeds in prompt_embeds], device=device)
+        prompt = self.cap_embedder(nn.utils.rnn.pad_sequence(prompt_embeds, batch_first=True).to(dtype))
+        prompt = pad_tokens(prompt, self.cap_pad_token)  # (B, M, D)
+        real = torch.arange(prompt.shape[1], device=device) < lengths[:, None]  # (B, M)
+        prompt = torch.where(real[..., None], prompt, self.cap_pad_token.to(prompt))
 
-        rope_x, rope_caption, x_mask, caption_mask = self._rope_and_masks(h, w, [padded(len(c)) for c in captions])
-        for block in self.noise_refiner:
-            x = block(x, rope_x, None, time)
-        for block in self.context_refiner:
-            caption = block(caption, rope_caption, caption_mask)
-        x = torch.cat([x, caption], dim=1)  # (B, S, D)
-        rope = torch.cat([rope_x, rope_caption], dim=1)
-        before = x if cache else None
-        for block in self.layers:
-            x = block(x, rope, x_mask, time)
-            if cache and block is self.layers[0]:
-                known, before = cache.recall(before, x), None
-                if known is not None:
-                    x = known
-                    break
-        else:
-            if cache:
-                cache.note(x)
+        padded_lengths = [padded(len(embeds)) for embeds in prompt_embeds]
+        rope_x, rope_prompt = self._rope(h, w, padded_lengths, hooks, device)
+        mask, prompt_mask = masks(h * w, padded_lengths, device)
+
+        for index, block in enumerate(self.context_refiner):
+            prompt = hooks.run_block("context_refiner", index, block, prompt, rope_prompt, prompt_mask, None)
+        for index, block in enumerate(self.noise_refiner):
+            x = hooks.run_block("noise_refiner", index, block, x, rope_x, None, time)
+
+        x = torch.cat([x, prompt], dim=1)  # (B, S, D)
+        rope = torch.cat([rope_x, rope_prompt], dim=1)
+        for index, block in enumerate(self.layers):
+            x = hooks.run_block("layers", index, block, x, rope, mask, time)
         return x[:, :h * w].transpose(1, 2).unflatten(2, (h, w))
 
-    def _rope_and_masks(self, h: int, w: int, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Rotations (B or 1, N, head/2, 2) and (B or 1, M, head/2, 2), and what may be attended to: None for all.
+    def _rope(self, h: int, w: int, lengths: list[int], hooks: Hooks, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Rotations of image and prompt tokens: (B or 1, N, head/2, 2) and (B or 1, M, head/2, 2).
 
-        A caption padded to 32 is attended to whole, padding included. Only the rows that fill a shorter caption up
-        to the batch's longest are masked, so that each member gets what it gets alone."""
-        axes, device, longest = self.config.axes_dims, self.device, max(lengths)
-        rope_caption = rope_of_caption(longest, axes, device)[None]
-        if len(set(lengths)) == 1:
-            return rope_of_image(h, w, longest, self.rope_scale, axes, device)[None], rope_caption, None, None
-        rope_x = torch.stack([rope_of_image(h, w, length, self.rope_scale, axes, device) for length in lengths])
-        mask = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]  # (B, M)
-        image_mask = mask.new_ones(len(lengths), padded(h * w))
-        return (rope_x, rope_caption.expand(len(lengths), -1, -1, -1),
-                torch.cat([image_mask, mask], dim=1)[:, None, None], mask[:, None, None])
+        lengths: of each prompt, padded. B is 1 where all are the same."""
+        axes = self.config.axes_dims
+        grid = h, w, hooks.rope_scale, hooks.rope_shift
+        different = dict.fromkeys(lengths)
+        of_prompt = rope_of_prompt(max(lengths), axes, device)[None]
+        if len(different) == 1:
+            return rope_of_image(*grid, lengths[0], axes, device)[None], of_prompt
+        of_image = torch.stack([rope_of_image(*grid, length, axes, device) for length in lengths])
+        return of_image, of_prompt.expand(len(lengths), -1, -1, -1)
 
-    def _check(self, image: Tensor, t: Tensor, captions: list[Tensor]) -> None:
+    def _check(self, image: Tensor, t: Tensor, prompt_embeds: list[Tensor]) -> None:
         multiple, width = self.config.size_multiple, self.config.cap_feat_dim
-        if image.dim() != 4 or image.shape[1] != 3 or image.shape[-2] % multiple or image.shape[-1] % multiple:
+        odd_sides = image.shape[-2] % multiple or image.shape[-1] % multiple
+        if image.dim() != 4 or image.shape[1] != 3 or odd_sides:
             raise ValueError(f"image is {tuple(image.shape)}; expected (batch, 3, height, width) with height and width "
                              f"multiples of {multiple}")
-        if t.shape != image.shape[:1] or len(captions) != len(image):
-            raise ValueError(f"{len(image)} images came with t of shape {tuple(t.shape)} and {len(captions)} captions; "
-                             "expected one of each per image")
-        for caption in captions:
-            if caption.dim() != 2 or len(caption) == 0 or caption.shape[1] != width:
-                raise ValueError(f"a caption is {tuple(caption.shape)}; expected (length, {width}), at least one row. "
-                                 "Encode the prompt with the text encoder this checkpoint was trained with")
+        if t.shape != image.shape[:1] or len(prompt_embeds) != len(image):
+            raise ValueError(f"{len(image)} images came with t of shape {tuple(t.shape)} and {len(prompt_embeds)} "
+                             "prompts; expected one of each per image")
+        for embeds in prompt_embeds:
+            if embeds.dim() != 2 or len(embeds) == 0 or embeds.shape[1] != width:
+                raise ValueError(f"the embeddings of a prompt are {tuple(embeds.shape)}; expected (length, {width}), at "
+                                 "least one row. Encode the prompt with the text encoder this checkpoint was trained with")
 
 
 class Block(nn.Module):
     """Attention and feed-forward, each between two norms; scaled and gated by the time where modulated."""
 
-    def __init__(self, config: L2PConfig, modulated: bool = True):
+    def __init__(self, config: L2PConfig, modulated: bool = True, operations=nn, **factory):
         super().__init__()
-        self.attention = Attention(config)
-        self.feed_forward = FeedForward(config.dim, config.ffn_dim)
-        self.attention_norm1 = nn.RMSNorm(config.dim, NORM_EPS)
-        self.attention_norm2 = nn.RMSNorm(config.dim, NORM_EPS)
-        self.ffn_norm1 = nn.RMSNorm(config.dim, NORM_EPS)
-        self.ffn_norm2 = nn.RMSNorm(config.dim, NORM_EPS)
+        dim = config.dim
+        self.attention = Attention(config, operations, **factory)
+        self.feed_forward = FeedForward(dim, config.ffn_dim, operations, **factory)
+        self.attention_norm1 = operations.RMSNorm(dim, NORM_EPS, **factory)
+        self.attention_norm2 = operations.RMSNorm(dim, NORM_EPS, **factory)
+        self.ffn_norm1 = operations.RMSNorm(dim, NORM_EPS, **factory)
+        self.ffn_norm2 = operations.RMSNorm(dim, NORM_EPS, **factory)
         if modulated:
-            self.adaLN_modulation = nn.Sequential(nn.Linear(config.t_dim, 4 * config.dim))
+            self.adaLN_modulation = nn.Sequential(operations.Linear(config.t_dim, 4 * dim, **factory))
 
-    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, time: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, time: Tensor | None = None,
+                hooks: Hooks = PUBLISHED) -> Tensor:
+        """x: (B, S, D). rope: (B or 1, S, head/2, 2). mask: (B, 1, 1, S) or None. time: (B, t_dim) where modulated."""
         scale_a = gate_a = scale_f = gate_f = 1
         if time is not None:
             scale_a, gate_a, scale_f, gate_f = self.adaLN_modulation(time)[:, None].chunk(4, dim=-1)  # each (B, 1, D)
             scale_a, gate_a, scale_f, gate_f = 1 + scale_a, gate_a.tanh(), 1 + scale_f, gate_f.tanh()
 
         def before(x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return self.attention.project(self.attention_norm1(x) * scale_a, rope)
+            return self.attention.project(self.attention_norm1(x) * scale_a, rope, hooks)
 
         def after(x: Tensor, attended: Tensor) -> Tensor:
             x = x + gate_a * self.attention_norm2(self.attention.to_out[0](attended))
             return x + gate_f * self.ffn_norm2(self.feed_forward(self.ffn_norm1(x) * scale_f))
 
-        attended = self.attention.mix(*by_tokens(before, x, rope), mask)
+        q, k, v = by_tokens(before, x, rope)  # each (B, S, heads, head)
+        attended = hooks.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
+        del q, k, v
         return by_tokens(after, x, attended)
 
 
 class Attention(nn.Module):
-    def __init__(self, config: L2PConfig):
+    """The weights of attention, and what each token takes from itself: its query, key and value."""
+
+    def __init__(self, config: L2PConfig, operations=nn, **factory):
         super().__init__()
         dim, self.n_heads = config.dim, config.n_heads
-        self.to_q = nn.Linear(dim, dim, bias=False)
-        self.to_k = nn.Linear(dim, dim, bias=False)
-        self.to_v = nn.Linear(dim, dim, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=False)])
-        self.norm_q = nn.RMSNorm(config.head_dim, NORM_EPS)
-        self.norm_k = nn.RMSNorm(config.head_dim, NORM_EPS)
+        self.to_q = operations.Linear(dim, dim, bias=False, **factory)
+        self.to_k = operations.Linear(dim, dim, bias=False, **factory)
+        self.to_v = operations.Linear(dim, dim, bias=False, **factory)
+        self.to_out = nn.ModuleList([operations.Linear(dim, dim, bias=False, **factory)])
+        self.norm_q = operations.RMSNorm(config.head_dim, NORM_EPS, **factory)
+        self.norm_k = operations.RMSNorm(config.head_dim, NORM_EPS, **factory)
 
-    def project(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, S, D) → q, k and v, each (B, S, heads, head), q and k turned by their positions."""
-        q, k, v = (project(x).unflatten(-1, (self.n_heads, -1)) for project in (self.to_q, self.to_k, self.to_v))
-        return rotate(self.norm_q(q), rope).to(v.dtype), rotate(self.norm_k(k), rope).to(v.dtype), v
-
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """What each token takes from all others: (B, S, D), before `to_out`."""
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, heads, S, head)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+    def project(self, x: Tensor, rope: Tensor, hooks: Hooks = PUBLISHED) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, S, D) → q, k and v, each (B, S, heads, head), q and k rotated by their positions."""
+        projected = hooks.project(x, (self.to_q, self.to_k, self.to_v))
+        q, k, v = (each.unflatten(-1, (self.n_heads, -1)) for each in projected)
+        q, k = hooks.norm_and_rotate(self, q, k, rope)
+        return q.to(v.dtype), k.to(v.dtype), v
 
 
 class FeedForward(nn.Module):
-    def __init__(self, dim: int, hidden_dim: int):
+    """SwiGLU."""
+
+    def __init__(self, dim: int, hidden_dim: int, operations=nn, **factory):
         super().__init__()
-        self.w1 = nn.Linear(dim, hidden_dim, bias=False)
-        self.w2 = nn.Linear(hidden_dim, dim, bias=False)
-        self.w3 = nn.Linear(dim, hidden_dim, bias=False)
+        self.w1 = operations.Linear(dim, hidden_dim, bias=False, **factory)
+        self.w2 = operations.Linear(hidden_dim, dim, bias=False, **factory)
+        self.w3 = operations.Linear(dim, hidden_dim, bias=False, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
 class TimeEmbedder(nn.Module):
+    """Sinusoids of the time, and an MLP."""
+
     FREQUENCIES = 128
 
-    def __init__(self, config: L2PConfig):
+    def __init__(self, config: L2PConfig, operations=nn, **factory):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(2 * self.FREQUENCIES, config.t_hidden_dim), nn.SiLU(),
-                                 nn.Linear(config.t_hidden_dim, config.t_dim))
+        self.mlp = nn.Sequential(
+            operations.Linear(2 * self.FREQUENCIES, config.t_hidden_dim, **factory), nn.SiLU(),
+            operations.Linear(config.t_hidden_dim, config.t_dim, **factory))
 
-    def forward(self, t: Tensor) -> Tensor:
-        """(B,) → (B, t_dim). Exact in float32; a bfloat16 t is scaled in bfloat16, as the published pipeline does."""
+    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B,) → (B, t_dim) in `dtype`. Exact in float32; a bfloat16 t is scaled in bfloat16, as published."""
         k = torch.arange(self.FREQUENCIES, dtype=torch.float32, device=t.device)
         angle = (1000 * t).float()[:, None] * torch.exp(-math.log(10000) * k / self.FREQUENCIES)
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.mlp[0].bias.dtype))
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(dtype))
 
 
 def by_tokens(function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-    """`function` of (B, S, ...) inputs that takes each token by itself: in runs where there are many and no gradient is wanted,
-    so that what it holds in between does not grow with the picture."""
+    """Apply a function that takes each token of (B, S, ...) inputs by itself: where there are many tokens and no
+    gradient is wanted, in runs, so that what it holds in between does not grow with the image."""
     tokens = inputs[0].shape[1]
     if tokens <= TOKENS_AT_ONCE or torch.is_grad_enabled():
         return function(*inputs)
@@ -223,36 +276,51 @@ def by_tokens(function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Ten
 
 
 def padded(length: int) -> int:
+    """The number of tokens that so many are padded to."""
     return -(-length // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
 
 
 def pad_tokens(x: Tensor, pad_token: Tensor) -> Tensor:
     """(B, L, D) → (B, padded(L), D), new rows being the learned pad token."""
     missing = padded(x.shape[1]) - x.shape[1]
-    return torch.cat([x, pad_token.to(x.dtype).expand(len(x), missing, -1)], dim=1)
+    return torch.cat([x, pad_token.to(x).expand(len(x), missing, -1)], dim=1)
+
+
+def masks(image_tokens: int, lengths: list[int], device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """What may be attended to in the main layers, (B, 1, 1, S), and in the context refiner, (B, 1, 1, M); None for all.
+
+    A prompt padded to 32 is attended to whole, padding included. Only the rows that fill a shorter prompt up to the
+    batch's longest are masked, so that each member gets what it gets alone."""
+    if len(set(lengths)) == 1:
+        return None, None
+    of_prompt = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]  # (B, M)
+    of_image = of_prompt.new_ones(len(lengths), padded(image_tokens))
+    return torch.cat([of_image, of_prompt], dim=1)[:, None, None], of_prompt[:, None, None]
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn neighbouring pairs of (B, S, heads, head) by the angles of rope (B or 1, S, head/2, 2), in float32."""
+    """Rotate neighbouring pairs of (B, S, heads, head) by the angles of rope (B or 1, S, head/2, 2), in float32."""
     turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * torch.view_as_complex(rope)[:, :, None]
     return torch.view_as_real(turned).flatten(-2)
 
 
 @lru_cache(maxsize=16)
-def rope_of_caption(length: int, axes_dims: tuple[int, int, int], device: torch.device) -> Tensor:
-    """(length, head/2, 2). Caption token i sits at (1 + i, 0, 0), padding included."""
+def rope_of_prompt(length: int, axes_dims: tuple[int, int, int], device: torch.device) -> Tensor:
+    """(length, head/2, 2). Prompt token i sits at (1 + i, 0, 0), padding included."""
     positions = torch.zeros(length, 3, dtype=torch.float64)
     positions[:, 0] = torch.arange(1, length + 1)
     return rope_of(positions, axes_dims, device)
 
 
 @lru_cache(maxsize=4)  # 34 MB each at 4096 pixels in patches of 16
-def rope_of_image(h: int, w: int, caption_length: int, scale: float, axes_dims: tuple[int, int, int],
-                  device: torch.device) -> Tensor:
-    """(padded(h * w), head/2, 2). Row r, column c sit at (padded caption length + 1, scale * r, scale * c); padding at (0, 0, 0)."""
+def rope_of_image(h: int, w: int, scale: tuple[float, float], shift: tuple[float, float], prompt_length: int,
+                  axes_dims: tuple[int, int, int], device: torch.device) -> Tensor:
+    """(padded(h * w), head/2, 2). Row r, column c sit at (padded prompt length + 1, r, c), rows and columns scaled and
+    then shifted; padding at (0, 0, 0)."""
     positions = torch.zeros(padded(h * w), 3, dtype=torch.float64)
-    positions[:h * w, 0] = caption_length + 1
-    positions[:h * w, 1:] = scale * torch.cartesian_prod(torch.arange(h), torch.arange(w))
+    positions[:h * w, 0] = prompt_length + 1
+    grid = torch.cartesian_prod(torch.arange(h, dtype=torch.float64), torch.arange(w, dtype=torch.float64))
+    positions[:h * w, 1:] = grid * torch.tensor(scale, dtype=torch.float64) + torch.tensor(shift, dtype=torch.float64)
     return rope_of(positions, axes_dims, device)
 
 

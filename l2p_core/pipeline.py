@@ -88,7 +88,6 @@ class L2PPipeline:
     def transformer(self) -> L2PTransformer:
         streamed = self.streamed
         model = load_model(self.layout, "cpu" if streamed else self.device, self.dtype, progress=self._progress)
-        model.decoder_tile = self.decoder_tile
         if streamed:
             stream_blocks(model, self.device)
         if self.compile_blocks:
@@ -200,7 +199,8 @@ class L2PPipeline:
         for stage in plan:
             size, sigmas = stage[:2], schedule(stage.steps, stage.strength, shift)
             velocity = guided_velocity(self.transformer, captions, negatives, cfg_scale, bf16_rounding, cfg_truncation,
-                                       self.batch_guidance, 0.0 if stage.window else cache_threshold)
+                                       self.batch_guidance, 0.0 if stage.window else cache_threshold, stage.rope_scale,
+                                       self.decoder_tile)
             if stage.window:
                 velocity = in_windows(velocity, stage.window, self.layout.config.size_multiple)
             noise = draw_noise((len(captions), 3, *size), seed, rand_device).to(self.device)
@@ -217,11 +217,7 @@ class L2PPipeline:
             start = None  # what is of no more use is not held while drawing
             if inpaint_mask is None:
                 noise = picture = None
-            self.transformer.rope_scale = stage.rope_scale
-            try:
-                x = solve(velocity, x, sigmas, callback and (lambda step, _, x0: callback(done + step, in_all, x0)))
-            finally:
-                self.transformer.rope_scale = 1.0
+            x = solve(velocity, x, sigmas, callback and (lambda step, _, x0: callback(done + step, in_all, x0)))
             done += stage.steps
             if not x.isfinite().all():
                 raise ValueError(f"the picture came out as NaN: the model's numbers overflow in {self.dtype}"

@@ -46,7 +46,7 @@ class Int8Linear(nn.Module):
         self.convrot_groupsize = convrot_groupsize
 
     def forward(self, x: Tensor) -> Tensor:
-        return comfy_kitchen().int8_linear(
+        return kernel("int8_linear")(
             x, self.weight, self.weight_scale, self.bias, out_dtype=x.dtype,
             convrot=self.convrot_groupsize > 0, convrot_groupsize=self.convrot_groupsize or 256)
 
@@ -63,17 +63,14 @@ def dequantize(kind: str, weight: Tensor, scale: Tensor, scale_2: Tensor | None,
     if kind == "mxfp8":
         if not hasattr(torch, "float8_e8m0fnu"):
             raise ImportError(f"mxfp8 needs torch 2.7 or newer, and this is {torch.__version__}")
-        return comfy_kitchen().dequantize_mxfp8(weight, scale.view(torch.float8_e8m0fnu), dtype)
+        return kernel("dequantize_mxfp8")(weight, scale.view(torch.float8_e8m0fnu), dtype)
     if kind == "nvfp4":
-        return comfy_kitchen().dequantize_nvfp4(weight, scale_2, scale.view(torch.float8_e4m3fn), dtype)
+        return kernel("dequantize_nvfp4")(weight, scale_2, scale.view(torch.float8_e4m3fn), dtype)
     scale = scale.float().flatten()
     if kind == "convrot_w4a4":
-        return comfy_kitchen().dequantize_convrot_w4a4_weight(weight, scale, convrot_groupsize, output_dtype=dtype)
-    if not convrot_groupsize:
-        return (weight.float() * scale.reshape(-1, *[1] * (weight.dim() - 1))).to(dtype)
-    code = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}[dtype]
-    comfy_kitchen()
-    return torch.ops.comfy_kitchen.dequantize_int8_convrot_weight_dtype(weight, scale[:, None], convrot_groupsize, code)
+        return kernel("dequantize_convrot_w4a4_weight")(weight, scale, convrot_groupsize, output_dtype=dtype)
+    weight = weight.float() * scale.reshape(-1, *[1] * (weight.dim() - 1))
+    return (rotate(weight, convrot_groupsize) if convrot_groupsize else weight).to(dtype)
 
 
 def rotate(rows: Tensor, groupsize: int) -> Tensor:
@@ -89,11 +86,30 @@ def hadamard(size: int) -> Tensor:
     return four / 2 if size == 4 else torch.kron(hadamard(size // 4), four) / 2
 
 
-def comfy_kitchen():
-    """The comfy_kitchen module. Raises ImportError with the command that installs it."""
+def kernel(name: str) -> Callable:
+    """comfy-kitchen's function of that name. Raises ImportError, with the command that installs it, without one."""
     try:
         import comfy_kitchen
     except ImportError:
         raise ImportError("quantized checkpoints run on comfy-kitchen, which is not installed: "
                           "pip install comfy-kitchen") from None
-    return comfy_kitchen
+    if not hasattr(comfy_kitchen, name):
+        raise ImportError(f"the installed comfy-kitchen is too old for this checkpoint: it lacks {name}. Update it, "
+                          "in ComfyUI by updating ComfyUI, or use the BF16 version of the model")
+    return getattr(comfy_kitchen, name)
+
+
+def split_block_scales(scales: Tensor, rows: int, parts: int) -> list[Tensor]:
+    """Split the block scales of a weight of `rows` rows into those of `parts` weights, one below another.
+
+    scales: 8-bit numbers in cuBLAS's order, tiles of 128 x 4 that interleave their rows, (rows padded to 128, columns
+    padded to 4). Source of the order: NVIDIA cuBLAS documentation, "1D Block Scaling Factors Layout"."""
+    columns = scales.shape[1]
+    tiles = scales.view(torch.uint8).reshape(-1, columns // 4, 32, 4, 4)
+    by_rows = tiles.permute(0, 3, 2, 1, 4).reshape(-1, columns)[:rows]
+    out = []
+    for part in by_rows.chunk(parts):
+        part = nn.functional.pad(part, (0, 0, 0, -len(part) % 128))
+        tiles = part.reshape(-1, 4, 32, columns // 4, 4).permute(0, 3, 2, 1, 4)
+        out.append(tiles.reshape(-1, columns).view(scales.dtype))
+    return out

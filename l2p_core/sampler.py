@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .model import L2PTransformer
+from .model import Hooks, L2PTransformer
 from .step_cache import StepCache
 
 Velocity = Callable[[Tensor, float], Tensor]  # (x, sigma) → dx/dsigma, float32
@@ -33,15 +33,21 @@ def shifted(even: Tensor, shift: float | Tensor) -> Tensor:
 
 def guided_velocity(model: L2PTransformer, captions: list[Tensor], negatives: list[Tensor], scale: float,
                     bf16_rounding: bool = False, cfg_truncation: float = 1.0, batch_guidance: bool = False,
-                    cache_threshold: float = 0.0) -> Velocity:
+                    cache_threshold: float = 0.0, rope_scale: float = 1.0, decoder_tile: int | None = None) -> Velocity:
     """The model's velocity with classifier-free guidance: negative + scale * (positive - negative), computed in its own
     dtype and given in float32.
 
     captions, negatives: one (L, cap_feat_dim) for each picture. scale: 1 leaves the negatives out and takes one pass a
     step. bf16_rounding: round the time as the published bfloat16 pipeline does, which moves it by up to 0.003.
     cfg_truncation: see `is_guided`. batch_guidance: both passes as one of twice the batch.
-    cache_threshold: above 0, leave out layers as `StepCache` says; such a velocity is of one sampling."""
-    caches = {name: StepCache(cache_threshold) if cache_threshold else None for name in ("positive", "negative", "both")}
+    cache_threshold: above 0, skip layers as `StepCache` says; such a velocity is of one sampling. rope_scale: RoPE
+    interpolation of rows and columns. decoder_tile: as `LocalDecoder.forward` takes it."""
+    options = {"rope_scale": (rope_scale, rope_scale), "decoder_tile": decoder_tile}
+
+    def hooks() -> Hooks:
+        return StepCache(cache_threshold, model.config.n_layers, **options) if cache_threshold else Hooks(**options)
+
+    of_positive, of_negative, of_both = hooks(), hooks(), hooks()
 
     def velocity(x: Tensor, sigma: float) -> Tensor:
         if bf16_rounding:
@@ -51,12 +57,12 @@ def guided_velocity(model: L2PTransformer, captions: list[Tensor], negatives: li
         t = t.to(x.device).expand(len(x))
         image = x.to(model.dtype)
         if not is_guided(sigma, scale, cfg_truncation):
-            return -model(image, t, captions, caches["positive"]).float()
+            return -model(image, t, captions, of_positive).float()
         if batch_guidance:
-            positive, negative = model(image.repeat(2, 1, 1, 1), t.repeat(2), [*captions, *negatives], caches["both"]).chunk(2)
+            positive, negative = model(image.repeat(2, 1, 1, 1), t.repeat(2), [*captions, *negatives], of_both).chunk(2)
         else:
-            positive = model(image, t, captions, caches["positive"])
-            negative = model(image, t, negatives, caches["negative"])
+            positive = model(image, t, captions, of_positive)
+            negative = model(image, t, negatives, of_negative)
         return -(negative + scale * (positive - negative)).float()
     return velocity
 

@@ -1,112 +1,170 @@
-"""How ComfyUI recognises L2P files, and how it runs our decoder on its own Z-Image backbone.
+"""How ComfyUI recognises L2P files, and how it runs the network of `l2p_core`.
 
-ComfyUI calls: sigma runs 1 → 0, the model gives noise - picture, pixels in flight are a LATENT (B, 3, H, W) in [-1, 1].
+ComfyUI's convention: sigma goes from 1 to 0, the model predicts noise - image, and the image being sampled is a LATENT
+(B, 3, H, W) in [-1, 1].
 """
 import json
-import logging
 import math
-from functools import partial
+from functools import cache
 from pathlib import Path
 
+import comfy.conds
 import comfy.latent_formats
-import comfy.lora
 import comfy.model_base
 import comfy.model_detection
-import comfy.model_management
-import comfy.quant_ops
 import comfy.supported_models
 import torch
-from comfy.ldm.common_dit import pad_to_patch_size
-from comfy.ldm.lumina.model import NextDiT, TimestepEmbedder
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..l2p_core.checkpoint import check, expected_shapes
-from ..l2p_core.config import L2PConfig
-from ..l2p_core.decoder import LocalDecoder, decoder_bytes
-from ..l2p_core.quantization import FORMATS, dequantize
+from ..l2p_core.config import L2PConfig, Level
+from ..l2p_core.decoder import decoder_bytes
+from ..l2p_core.files.naming import PACKED, layer_name, lora_names, name_in
 from ..l2p_core.header import CheckpointError, Entry
-from ..l2p_core.layout import FLOATS, Layout, describe, find_prefix, layer_name
-from ..l2p_core.model import NORM_EPS, ROPE_THETA, TOKEN_MULTIPLE, TOKENS_AT_ONCE, by_tokens
+from ..l2p_core.layout import FLOATS, Layout, Source, describe, find_prefix
+from ..l2p_core.model import TOKENS_AT_ONCE, Attention, Block, Hooks, L2PTransformer
+from ..l2p_core.quantization import FORMATS, dequantize, split_block_scales
 from ..l2p_core.text import MAX_TOKENS
-from ..quant.export import marker, name_in, packs
-from ..quant.lora import names_of
+from ..quant.export import PREFIXES, marker
 from ..quant.stream import TORCH_DTYPES
+from . import comfyui
 
 LANDMARK = "local_decoder.enc1.0.weight"  # in every L2P model, in no other
-INSTALLED = "_l2p_installed"  # set on ComfyUI's own module: a pack may be imported twice
-MARGIN = 1.1  # for what is small beside: rotary tables, modulation, float32 inside norms
-TOKENS_IN_ATTENTION = 10  # times all tokens that core's attention holds: packed q, k and v, what is turned and copied of them, its input
-PICTURES_IN_FLIGHT = 4  # for each that a pass takes, float32: what goes in and comes out, noise, x
+MARGIN = 1.1  # for what is small beside: RoPE tables, modulation, float32 inside norms
+IMAGES_IN_FLIGHT = 14  # float32 images that ComfyUI's samplers hold for each one in a pass, counted: 13 with euler
 SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
-class NextDiTL2P(NextDiT):
-    """ComfyUI's Z-Image transformer with the local decoder in place of its last layer."""
+class ComfyHooks(Hooks):
+    """One pass inside ComfyUI: its attention, block patches and RoPE options."""
 
-    def __init__(self, l2p_config: L2PConfig, device=None, dtype=None, operations=None, **_):
-        config = self.l2p_config = l2p_config
-        super().__init__(
-            patch_size=config.patch_size, in_channels=3, dim=config.dim, n_layers=config.n_layers,
-            n_refiner_layers=config.n_refiner_layers, n_heads=config.n_heads, n_kv_heads=config.n_heads,
-            multiple_of=config.ffn_dim, ffn_dim_multiplier=config.ffn_dim / config.dim, norm_eps=NORM_EPS, qk_norm=True,
-            cap_feat_dim=config.cap_feat_dim, axes_dims=list(config.axes_dims), axes_lens=[1536, 512, 512],
-            rope_theta=ROPE_THETA, z_image_modulation=True, time_scale=1000.0, pad_tokens_multiple=TOKEN_MULTIPLE,
-            device=device, dtype=dtype, operations=operations)
-        factory = {"device": device, "dtype": dtype, "operations": operations}
-        self.t_embedder = TimestepEmbedder(config.t_hidden_dim, output_size=config.t_dim, **factory)
-        for block in (*self.noise_refiner, *self.context_refiner, *self.layers):
-            block.attention.q_norm.eps = block.attention.k_norm.eps = NORM_EPS  # core leaves it at float32's epsilon
-            block.feed_forward.forward = partial(by_tokens, block.feed_forward.forward)
-        self.final_layer = PassOn()
-        self.local_decoder = LocalDecoder(config, **factory)
+    def __init__(self, image: Tensor, options: dict):
+        """image: (B, 3, H, W), padded. options: ComfyUI's transformer_options."""
+        rope = options.get("rope_options") or {}
+        super().__init__(rope_scale=(rope.get("scale_y", 1.0), rope.get("scale_x", 1.0)),
+                         rope_shift=(rope.get("shift_y", 0.0), rope.get("shift_x", 0.0)))
+        self.image, self.options = image, options
+        self.patches = options.get("patches", {})
+        self.prompt: Tensor | None = None  # (B, M, D), after the context refiner
+        self.before: Tensor | None = None  # the input of a stack, kept only where a patch reads it
 
-    def _forward(self, x: Tensor, *args, transformer_options: dict = {}, **kwargs) -> Tensor:
-        refuse_controlnet(transformer_options)
-        height, width = x.shape[-2:]
-        x = pad_to_patch_size(x, (self.l2p_config.size_multiple,) * 2)
-        return super()._forward(x, *args, transformer_options=transformer_options, **kwargs)[..., :height, :width]
-
-    def patchify_and_embed(self, x: Tensor, *args, **kwargs) -> tuple:
-        embedded = list(super().patchify_and_embed(x, *args, **kwargs))
-        embedded[2] = x, embedded[2]  # the picture goes with its size to unpatchify
-        return tuple(embedded)
-
-    def unpatchify(self, tokens: Tensor, image_and_sizes: tuple[Tensor, list], cap_size: list[int], return_tensor=False) -> Tensor:
-        image, _ = image_and_sizes
-        h, w = (side // self.patch_size for side in image.shape[-2:])
-        features = tokens[:, cap_size[0]:cap_size[0] + h * w].transpose(1, 2).unflatten(2, (h, w))
-        return self.local_decoder(image, features)
-
-
-class PassOn(nn.Module):
-    """Hands on its first argument."""
-
-    def forward(self, x: Tensor, *_, **__) -> Tensor:
+    def run_block(self, stack: str, index: int, block: Block, x: Tensor, rope: Tensor, mask: Tensor | None,
+                  time: Tensor | None) -> Tensor:
+        """Run a block, and after it the patches that other nodes gave for its stack."""
+        patches = self.patches.get({"layers": "double_block", "noise_refiner": "noise_refiner"}.get(stack), ())
+        if index == 0:
+            self.before = x if patches else None
+        if stack == "layers":
+            self.options["block_type"], self.options["block_index"] = "double", index
+        x = super().run_block(stack, index, block, x, rope, mask, time)
+        if stack == "context_refiner" and self.patches:
+            self.prompt = x
+        for patch in patches:
+            x = self._patched(patch, stack, index, x, rope, time)
         return x
 
+    def _patched(self, patch, stack: str, index: int, x: Tensor, rope: Tensor, time: Tensor) -> Tensor:
+        """What a patch makes of x. It gets and gives image tokens and prompt tokens apart."""
+        image_tokens = x.shape[1] - (self.prompt.shape[1] if stack == "layers" else 0)
+        given = {"img": x[:, :image_tokens], "img_input": self.before[:, :image_tokens],
+                 "txt": self.prompt if stack == "noise_refiner" else x[:, image_tokens:],
+                 "pe": comfyui.rotation_matrices(rope[:, :image_tokens]), "vec": time, "x": self.image,
+                 "block_index": index, "transformer_options": self.options}
+        if stack == "noise_refiner":
+            given["block_type"] = stack
+        changed = patch(given)
+        image = changed.get("img", given["img"])
+        if stack == "noise_refiner":
+            return image
+        return torch.cat([image, changed.get("txt", given["txt"])], dim=1)
 
-class L2PModel(comfy.model_base.Lumina2):
-    """Derived from Lumina2, by which ComfyUI knows how LoRAs of Z-Image name their layers."""
-    window = 0  # side in pixels of the windows that pictures are drawn in; 0 for the whole at once
+    def project(self, x: Tensor, layers: tuple[torch.nn.Module, ...]) -> list[Tensor] | tuple[Tensor, ...]:
+        """Apply q, k and v, as one product where they are INT8 and lie together."""
+        joint = comfyui.joint_int8(x, layers)
+        return super().project(x, layers) if joint is None else joint.chunk(len(layers), dim=-1)
+
+    def norm_and_rotate(self, attention: Attention, q: Tensor, k: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalize and rotate by ComfyUI's fused kernel, where it has one."""
+        return comfyui.norm_and_rotate(attention, q, k, rope)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention as ComfyUI was started with, or as a node overrides it."""
+        return comfyui.attend(q, k, v, mask, self.options)
+
+
+class L2PNetwork(L2PTransformer):
+    """The transformer of `l2p_core`, built from ComfyUI's operations and called as ComfyUI calls its networks."""
+
+    dtype = None  # of the weights, as ComfyUI chose it; the pass itself computes in the image's dtype
+
+    def __init__(self, l2p_config: L2PConfig, device=None, dtype=None, operations=None, **_):
+        super().__init__(l2p_config, operations, device=device, dtype=dtype)
+        self.dtype = dtype
+
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, num_tokens: int | None = None,
+                attention_mask: Tensor | None = None, transformer_options: dict = {}, **kwargs) -> Tensor:
+        """Predict noise - image, (B, 3, H, W), inside the wrappers that other nodes put around the network.
+
+        x: (B, 3, H, W) of any size. timesteps: (B,) sigma, 1 to 0. context: (B, L, cap_feat_dim) prompt embeddings.
+        attention_mask: (B, L), 0 where a prompt shorter than L was padded. num_tokens: not used."""
+        return comfyui.run_wrapped(self._forward, self, transformer_options, x, timesteps, context, num_tokens,
+                                   attention_mask, **kwargs)
+
+    def _forward(self, x: Tensor, timesteps: Tensor, context: Tensor, num_tokens: int | None = None,
+                 attention_mask: Tensor | None = None, transformer_options: dict = {}, control=None, **_) -> Tensor:
+        comfyui.reject_controlnet(transformer_options, control)
+        height, width = x.shape[-2:]
+        image = comfyui.pad_to_patch_size(x, (self.config.size_multiple,) * 2)
+        prompts = list(context.expand(len(image), -1, -1))
+        if attention_mask is not None:
+            real = attention_mask.bool().expand(len(image), -1)
+            prompts = [prompt[mask] for prompt, mask in zip(prompts, real)]
+        transformer_options["total_blocks"] = len(self.layers)
+        predicted = self.predict(image, 1 - timesteps, prompts, ComfyHooks(image, transformer_options))
+        return -predicted[..., :height, :width]
+
+
+class L2PModel(comfy.model_base.BaseModel):
+    """ComfyUI's wrapper of the network: conditioning and memory estimate."""
+
+    window = 0  # side in pixels of the tiles that an image is refined in; 0 for the whole image at once
 
     def __init__(self, model_config, model_type=comfy.model_base.ModelType.FLOW, device=None):
-        comfy.model_base.BaseModel.__init__(self, model_config, model_type, device=device, unet_model=NextDiTL2P)
+        super().__init__(model_config, model_type, device=device, unet_model=L2PNetwork)
+
+    def extra_conds(self, **kwargs) -> dict:
+        """Prompt embeddings, which are never repeated to another length, and their mask where a prompt was padded."""
+        if kwargs.get("reference_latents") or kwargs.get("unclip_conditioning"):
+            raise ValueError("the conditioning carries reference images, which L2P models were not trained with. Remove "
+                             "the node that adds them, such as ReferenceLatent")
+        out = super().extra_conds(**kwargs)
+        if (prompts := kwargs.get("cross_attn")) is not None:
+            out["c_crossattn"] = comfy.conds.CONDRegular(prompts)
+        mask = kwargs.get("attention_mask")
+        if mask is not None and not mask.all():
+            out["attention_mask"] = comfy.conds.CONDRegular(mask)
+        return out
 
     def memory_required(self, input_shape: list[int], cond_shapes: dict = {}) -> float:
-        """Bytes beside the weights that a batch of pictures (B, 3, H, W) takes: a few pictures, and of what a pass holds the largest. That
-        is a block's attention or its feed-forward, or the decoder, which cuts large pictures into tiles."""
-        config, dtype = self.diffusion_model.l2p_config, self.get_dtype_inference()
+        """Bytes beside the weights that a batch of images (B, 3, H, W) takes: a few images, and the most that a pass
+        holds at once. That is a block's attention or its feed-forward, or the decoder, which tiles large images."""
+        config, dtype = self.diffusion_model.config, self.get_dtype_inference()
         batch, channels, *size = input_shape
         height, width = (min(side, self.window or side) for side in size)
         image_tokens = -(-height // config.patch_size) * -(-width // config.patch_size)
         tokens = image_tokens + MAX_TOKENS
-        block = max(TOKENS_IN_ATTENTION * tokens * config.dim, 5 * tokens * config.dim + 4 * min(tokens, TOKENS_AT_ONCE) * config.ffn_dim)
+        attention = 5 * tokens * config.dim  # x, q, k, v and the result
+        feed_forward = 3 * tokens * config.dim + 4 * min(tokens, TOKENS_AT_ONCE) * config.ffn_dim
         decoder = decoder_bytes(config, height, width, dtype, batch) / dtype.itemsize + batch * image_tokens * config.dim
-        in_pass = max(batch * block, decoder + 2 * batch * channels * height * width)  # the decoder's output and its negative
-        return MARGIN * in_pass * dtype.itemsize + PICTURES_IN_FLIGHT * math.prod(input_shape) * torch.float32.itemsize
+        output = 2 * batch * channels * height * width  # the decoder's, and its negative
+        in_pass = max(batch * max(attention, feed_forward), decoder + output)
+        in_flight = IMAGES_IN_FLIGHT * math.prod(input_shape) * torch.float32.itemsize
+        return MARGIN * in_pass * dtype.itemsize + in_flight
 
 
 class L2P(comfy.supported_models.ZImage):
+    """ComfyUI's description of the model; the text encoder and the noise schedule are those of Z-Image."""
+
     unet_config = {"image_model": "l2p"}
     latent_format = comfy.latent_formats.ZImagePixelSpace
 
@@ -116,141 +174,176 @@ class L2P(comfy.supported_models.ZImage):
             self.quant_config = {"mixed_ops": True}
 
     def get_model(self, state_dict: dict, prefix: str = "", device=None) -> L2PModel:
+        """Build the model, its weights not loaded yet."""
         return L2PModel(self, device=device)
 
     def process_unet_state_dict(self, state_dict: dict) -> dict:
-        return comfyui_state_dict(state_dict, layout_of(state_dict))
+        """Rename the tensors of a file for the network."""
+        return published_state_dict(state_dict, layout_of(state_dict))
+
+    def process_unet_state_dict_for_saving(self, state_dict: dict) -> dict:
+        """Rename the network's tensors for a file that other programs read too."""
+        prefix = PREFIXES["comfyui"]
+        return {prefix + name: tensor for name, tensor in packed_state_dict(state_dict).items()}
 
     def process_vae_state_dict(self, state_dict: dict) -> dict:
-        return state_dict or {"pixel_space_vae": torch.tensor(1.0)}  # core's name for pixels as they are
+        """Give Load Checkpoint a VAE that passes pixels on."""
+        return state_dict or {"pixel_space_vae": torch.tensor(1.0)}  # core's name for it
 
 
 def install() -> None:
-    """Teach ComfyUI's loaders L2P, once, unless it knows L2P itself by now."""
-    detection = comfy.model_detection
-    if getattr(detection, INSTALLED, False):
-        return
-    if core_knows_l2p():
-        logging.info("ComfyUI-L2P: this ComfyUI loads L2P by itself, so the pack leaves loading to it")
-        return
-    prefix_from_state_dict, detect, lora_keys = (
-        detection.unet_prefix_from_state_dict, detection.detect_unet_config, comfy.lora.model_lora_keys_unet)
+    """Make ComfyUI's loaders and LoRA nodes recognise L2P models, once."""
+    def prefix_of(state_dict: dict) -> str | None:
+        return find_prefix(state_dict) if any(key.endswith(LANDMARK) for key in state_dict) else None
 
-    def with_l2p_prefix(state_dict):
-        return find_prefix(state_dict) if any(key.endswith(LANDMARK) for key in state_dict) else prefix_from_state_dict(state_dict)
+    def detect(state_dict: dict, prefix: str, metadata: dict[str, str] | None) -> dict | None:
+        return unet_config(state_dict, prefix, metadata) if prefix + LANDMARK in state_dict else None
 
-    def with_l2p_config(state_dict, key_prefix, metadata=None):
-        return (unet_config(state_dict, key_prefix, metadata) if key_prefix + LANDMARK in state_dict else
-                detect(state_dict, key_prefix, metadata=metadata))
+    def lora_keys(model) -> dict | None:
+        return l2p_lora_keys(model.diffusion_model.config) if isinstance(model, L2PModel) else None
 
-    def with_l2p_lora_keys(model, key_map={}):
-        key_map = lora_keys(model, key_map)
-        return {**l2p_lora_keys(model.diffusion_model.l2p_config), **key_map} if isinstance(model, L2PModel) else key_map
-
-    comfy.supported_models.models.insert(0, L2P)
-    detection.unet_prefix_from_state_dict = with_l2p_prefix
-    detection.detect_unet_config = with_l2p_config
-    comfy.lora.model_lora_keys_unet = with_l2p_lora_keys
-    setattr(detection, INSTALLED, True)
-
-
-def core_knows_l2p() -> bool:
-    """Whether ComfyUI tells an L2P model from a latent Z-Image, asked with tensors that weigh nothing."""
-    sizes = {}
-    for published, size in expected_shapes(L2PConfig(n_layers=1)).items():
-        name, place = name_in("comfyui", published)
-        sizes[name] = (size[0] * (place + 1), *size[1:])  # q, k and v come one after another, and v is the last
-    try:
-        known = comfy.model_detection.detect_unet_config({name: torch.empty(size, device="meta") for name, size in sizes.items()}, "")
-    except Exception as error:  # in code that is not written yet
-        logging.warning(f"ComfyUI-L2P: asked for an L2P model, ComfyUI fails with {error!r}; it is taken not to know them")
-        return False
-    return known is not None and (known.get("image_model") != "lumina2" or known.get("patch_size") == 16)
+    comfyui.install(L2P, prefix_of, detect, lora_keys)
 
 
 def unet_config(state_dict: dict, prefix: str, metadata: dict[str, str] | None) -> dict:
-    """What ComfyUI keeps of a model before it is built. Raises CheckpointError, saying why, where it can't be drawn with."""
+    """What ComfyUI keeps of a model before it is built. Raises CheckpointError, with the reason, for a file that can't
+    be used, and in a ComfyUI that can't run the network."""
+    if failure := self_test():
+        raise CheckpointError(failure)
     layout = layout_of(state_dict, prefix, metadata)
     check(layout)
     config = layout.config
-    quantized = layout.quantization is not None
-    if quantized and not has_kernels(layout):
-        multiply_out(state_dict, layout)
+    formats = {source.format for source in layout.tensors.values() if source.format}
+    quantized = bool(formats)
+    if quantized and not comfyui.has_kernels(formats):
+        dequantize_in_place(state_dict, layout)
         quantized = False
     return {"image_model": "l2p", "in_channels": 3, "patch_size": config.patch_size, "dim": config.dim,
             "n_layers": config.n_layers, "n_refiner_layers": config.n_refiner_layers, "l2p_config": config,
             "trained_size": layout.trained_size, "quantized": quantized}
 
 
+@cache
+def self_test() -> str | None:
+    """Build a tiny model through ComfyUI and compare one pass with the network run alone. Takes some milliseconds.
+
+    Returns None, or the sentence that says why this ComfyUI can't run L2P models, which is logged too."""
+    config = L2PConfig(patch_size=16, dim=32, n_heads=2, n_layers=1, n_refiner_layers=1, ffn_dim=32, cap_feat_dim=16,
+                       t_hidden_dim=32, decoder=(Level("1", 4, 4, 4),), bottleneck_dim=8)
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
+        torch.manual_seed(0)
+        network = L2PTransformer(config).eval()
+        image, prompt, sigma = torch.randn(1, 3, 32, 32), torch.randn(1, 5, 16), torch.tensor([0.5])
+        try:
+            description = L2P({"image_model": "l2p", "l2p_config": config})
+            description.set_inference_dtype(torch.float32, None)
+            model = description.get_model({}, device=torch.device("cpu"))
+            model.load_model_weights(network.state_dict())
+            denoised = model.apply_model(image, sigma, c_crossattn=prompt, transformer_options={})
+            expected = image + 0.5 * network(image, 1 - sigma, list(prompt))
+            difference = float((denoised - expected).abs().max())
+            if difference > 1e-4:
+                raise ValueError(f"its output differs by {difference:.2g}")
+        except Exception as error:  # whatever a future ComfyUI does differently
+            return comfyui.log_failed_self_test(error)
+    return None
+
+
 def layout_of(state_dict: dict[str, Tensor], prefix: str = "", metadata: dict[str, str] | None = None) -> Layout:
-    """The layout of tensors in memory, of those behind `prefix`, from a file with that metadata."""
+    """The layout of tensors in memory, of those with that key prefix, from a file with that metadata."""
     path = Path("the checkpoint")
-    entries = {key: Entry(path, key, SAFETENSORS_DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), 0, 0)
-               for key, tensor in state_dict.items() if key.startswith(prefix) and not key.endswith(".comfy_quant")}
-    eight_bits = {layer_name(key.removesuffix(".weight")) for key, entry in entries.items()
-                  if key.endswith(".weight") and entry.dtype not in FLOATS}
+    entries = {
+        key: Entry(path, key, SAFETENSORS_DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), 0, 0)
+        for key, tensor in state_dict.items() if key.startswith(prefix) and not key.endswith(".comfy_quant")}
+    quantized = {layer_name(key.removesuffix(".weight")) for key, entry in entries.items()
+                 if key.endswith(".weight") and entry.dtype not in FLOATS}
     markers = {layer_name(key.removesuffix(".comfy_quant")): json.loads(bytes(tensor.tolist()))
-               for key, tensor in state_dict.items() if key.endswith(".comfy_quant")}  # ComfyUI adds some with another prefix
-    return describe(path, [path], entries, metadata or {}, {layer: marker for layer, marker in markers.items() if layer in eight_bits}, {})
+               for key, tensor in state_dict.items() if key.endswith(".comfy_quant")}  # core adds some with other prefixes
+    markers = {layer: found for layer, found in markers.items() if layer in quantized}
+    return describe(path, [path], entries, metadata or {}, markers, {})
 
 
-def has_kernels(layout: Layout) -> bool:
-    """Whether this ComfyUI computes with all formats of the file. INT8, since v0.27, is told by its own layout: packs have registered
-    the name before."""
-    formats = {source.format for source in layout.tensors.values() if source.format}
-    return (hasattr(comfy.quant_ops, "TensorWiseINT8Layout") and getattr(comfy.quant_ops, "_CK_AVAILABLE", True)
-            and formats <= set(comfy.quant_ops.QUANT_ALGOS))
-
-
-def multiply_out(state_dict: dict[str, Tensor], layout: Layout) -> None:
-    """Turn quantized tensors into bfloat16 in place, without their scales and markers: for a ComfyUI that lacks their kernels."""
+def dequantize_in_place(state_dict: dict[str, Tensor], layout: Layout) -> None:
+    """Turn quantized tensors into bfloat16, for a ComfyUI that lacks their kernels. Scales and markers are removed."""
     for source in {source.entry.key: source for source in layout.tensors.values() if source.format}.values():
         key = source.entry.key
         scale, scale_2 = (entry and state_dict.pop(entry.key) for entry in (source.scale, source.scale_2))
-        state_dict[key] = dequantize(source.format, state_dict[key], scale, scale_2, source.convrot_groupsize, torch.bfloat16)
+        state_dict[key] = dequantize(source.format, state_dict[key], scale, scale_2, source.convrot_groupsize,
+                                     torch.bfloat16)
         state_dict.pop(f"{key.removesuffix('.weight')}.comfy_quant", None)
 
 
-def comfyui_state_dict(state_dict: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """The model's tensors under ComfyUI's names: q, k and v packed, and every quantized layer marked.
+def published_state_dict(state_dict: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """The model's tensors under their published names, every quantized layer marked.
 
-    state_dict: by the layout's own keys. Raises CheckpointError where q, k and v can't be packed."""
+    state_dict: by the layout's own keys. Packed q, k and v are split into views, which copies nothing."""
     out = {}
-    for name, sources in packs(layout.tensors, "comfyui").items():
-        out[name] = together([state_dict[key] for key in dict.fromkeys(source.entry.key for source in sources)])
-        if sources[0].format is None and len({source.format for source in sources}) == 1:
-            continue
-        apart = len({source.entry.key for source in sources}) > 1
-        if len({(source.format, source.convrot_groupsize) for source in sources}) > 1 or apart and FORMATS[sources[0].format].block:
-            raise CheckpointError(f"{name} packs q, k and v, which are quantized each in its own way. Multiply them out first: "
-                                  "l2p export --dtype bf16")
-        scales = {source.scale.key: state_dict[source.scale.key] for source in sources}
-        out[f"{name}_scale"] = together([
-            scale if len(scales) == 1 else scale.reshape(-1, 1).expand(sources[0].shape[0], 1) for scale in scales.values()])
-        if sources[0].scale_2:
-            out[f"{name}_scale_2"] = state_dict[sources[0].scale_2.key]
-        out[f"{name.removesuffix('.weight')}.comfy_quant"] = marker(sources[0].format, sources[0].convrot_groupsize)
+    for name, source in layout.tensors.items():
+        tensor = state_dict[source.entry.key]
+        out[name] = tensor if source.third is None else tensor.chunk(3)[source.third]
+        if source.format:
+            out[f"{name}_scale"] = scale_of(source, state_dict)
+            if source.scale_2:
+                out[f"{name}_scale_2"] = state_dict[source.scale_2.key]
+            out[f"{name.removesuffix('.weight')}.comfy_quant"] = marker(source.format, source.convrot_groupsize)
     return out
 
 
-def together(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+def scale_of(source: Source, state_dict: dict[str, Tensor]) -> Tensor:
+    """The `weight_scale` of one tensor, which may be a third of a packed one."""
+    scale = state_dict[source.scale.key]
+    if source.third is None or source.scale.count == 1:
+        return scale
+    if FORMATS[source.format].block:
+        return split_block_scales(scale, source.entry.shape[0], 3)[source.third]
+    return scale.chunk(3)[source.third]
 
 
-def l2p_lora_keys(config: L2PConfig) -> dict:
-    """Layers of the model as LoRA files name them → ComfyUI's key, of q, k and v with their rows in the packed tensor."""
-    found = {}
-    for weight in [name for name in expected_shapes(config) if name.endswith(".weight")]:
-        packed, place = name_in("comfyui", weight)
-        key = f"diffusion_model.{packed}"
-        target = (key, (0, place * config.dim, config.dim)) if packed.endswith(".qkv.weight") else key
-        found |= dict.fromkeys(names_of(weight.removesuffix(".weight")), target)
+def packed_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The network's tensors under ComfyUI's names, q, k and v packed, without a key prefix.
+
+    Where some q, k and v can't be packed, being quantized in different ways or with block scales, all keep their
+    published names, which every loader here reads."""
+    packed, parts = PACKED
+    ends = [part.removesuffix("weight") for part in parts]  # .attention.to_q.
+    out, groups = {}, {}
+    for key, tensor in state_dict.items():
+        end = next((end for end in ends if end in key), None)
+        if end is None:
+            out[name_in("comfyui", key)[0]] = tensor
+        else:
+            layer, suffix = key.split(end)
+            groups.setdefault(layer, {}).setdefault(suffix, []).append(tensor)
+    for layer, suffixes in groups.items():
+        for suffix, tensors in suffixes.items():
+            together = pack(suffix, [tensor.to("cpu") for tensor in tensors], suffixes["weight"])
+            if together is None:
+                return state_dict
+            out[layer + packed.removesuffix("weight") + suffix] = together
+    return out
+
+
+def pack(suffix: str, tensors: list[Tensor], weights: list[Tensor]) -> Tensor | None:
+    """The tensors of q, k and v with one suffix as one; None where they can't be packed."""
+    if len(tensors) != 3:
+        return None
+    if suffix == "weight":
+        return torch.cat(tensors)
+    if suffix == "comfy_quant":
+        return tensors[0] if all(torch.equal(tensor, tensors[0]) for tensor in tensors) else None
+    if suffix == "weight_scale" and all(scale.numel() in (1, len(weight)) for scale, weight in zip(tensors, weights)):
+        if all(scale.numel() == 1 and torch.equal(scale, tensors[0]) for scale in tensors):
+            return tensors[0]
+        return torch.cat([scale.reshape(-1, 1).expand(len(weight), 1) for scale, weight in zip(tensors, weights)])
+    return None
+
+
+def l2p_lora_keys(config: L2PConfig) -> comfyui.LoraKeys:
+    """Layers of the model as LoRA files name them → ComfyUI's key of their weight."""
+    found = comfyui.LoraKeys()
+    for weight in expected_shapes(config):
+        if weight.endswith(".weight"):
+            layers = {name.removesuffix(".weight") for name in (weight, name_in("comfyui", weight)[0])}
+            names = [name for layer in layers if not layer.endswith(".qkv") for name in lora_names(layer)]
+            found |= dict.fromkeys(names, f"diffusion_model.{weight}")
     return found
-
-
-def refuse_controlnet(transformer_options: dict) -> None:
-    """Raise ValueError for Z-Image's ControlNets, which read latents of 16 channels and patches of 2."""
-    for patches in transformer_options.get("patches", {}).values():
-        if any(type(patch).__name__ == "ZImageControlPatch" for patch in patches):
-            raise ValueError("a Z-Image ControlNet is connected, which reads latents of 16 channels; an L2P model draws "
-                             "pixels and can't follow it. Take the ControlNet out, or draw with Z-Image itself")

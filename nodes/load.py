@@ -6,7 +6,6 @@ from pathlib import Path
 
 import comfy.model_management
 import comfy.sd
-import comfy.text_encoders.llama
 import comfy.text_encoders.z_image
 import comfy.utils
 import folder_paths
@@ -21,7 +20,8 @@ from ..l2p_core.header import SHARD_NAME, CheckpointError, find_files
 from ..l2p_core.layout import read_layout
 from ..l2p_core.pipeline import BUNDLED_MODEL
 from ..l2p_core.text import LAYER, TEMPLATE, find_tokenizer, qwen3_sizes
-from .comfy_model import comfyui_state_dict
+from . import comfyui
+from .comfy_model import published_state_dict
 
 BUNDLED = "L2P shapes (bundled small model)"
 DTYPES = {"automatic": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32,
@@ -121,9 +121,14 @@ def load_model(paths: list[Path], dtype: torch.dtype | None, convrot_groupsize: 
     state_dict = {}
     for file in layout.files:
         state_dict |= comfy.utils.load_torch_file(str(file))
-    return comfy.sd.load_diffusion_model_state_dict(
-        comfyui_state_dict(state_dict, layout), {"dtype": dtype} if dtype else {}, metadata=layout.metadata,
+    model = comfy.sd.load_diffusion_model_state_dict(
+        published_state_dict(state_dict, layout), {"dtype": dtype} if dtype else {}, metadata=layout.metadata,
         disable_dynamic=disable_dynamic)
+    if model is None:
+        raise CheckpointError(f"ComfyUI v{comfyui.VERSION} did not recognise {layout.path.name} as an L2P model, though "
+                              f"it is one. Another node pack may have replaced ComfyUI's model detection; this pack was "
+                              f"tested with {comfyui.TESTED}. Try again with the other packs disabled")
+    return model
 
 
 def text_encoders() -> list[str]:
@@ -176,13 +181,13 @@ def small_qwen3(state_dict: dict[str, torch.Tensor], tokenizer_folder: Path) -> 
     sizes = qwen3_sizes({key.removeprefix("model."): tuple(tensor.shape) for key, tensor in state_dict.items()})
     head_dim = sizes.pop("head_dim")
 
-    class Qwen3(comfy.text_encoders.llama.Qwen3_4B):
+    class Qwen3(comfyui.Qwen3):
         def __init__(self, _, dtype, device, operations):
             torch.nn.Module.__init__(self)
-            config = comfy.text_encoders.llama.Qwen3_4BConfig(**sizes)
+            config = comfyui.Qwen3Config(**sizes)
             config.head_dim = head_dim
             self.num_layers, self.dtype = config.num_hidden_layers, dtype
-            self.model = comfy.text_encoders.llama.Llama2_(config, device=device, dtype=dtype, ops=operations)
+            self.model = comfyui.Llama(config, device=device, dtype=dtype, ops=operations)
 
     class Encoder(sd1_clip.SDClipModel):
         def __init__(self, device="cpu", dtype=None, model_options={}):

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import comfy.latent_formats
 import comfy.model_management
 import comfy.model_sampling
 import comfy.sample
@@ -18,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..l2p_core.image import check_size, size_for, to_pictures
+from ..l2p_core.model import L2PTransformer
 from ..l2p_core.sampler import ab2, schedule
 from ..l2p_core.stages import LARGEST, REDRAWS, STAGE_STRENGTH, Stage, by_windows, enlarge, misfit, plan_stages
 from .prompt import note
@@ -254,15 +254,13 @@ def noise_levels(model, scheduler: str, steps: int, denoise: float, shift: float
     return comfy.samplers.calculate_sigmas(sampling, scheduler, int(steps / denoise))[-(steps + 1):]
 
 
-def sizes_of(model) -> tuple[int, int | None, tuple[int, int]]:
+def sizes_of(model) -> tuple[int, int, tuple[int, int]]:
     """What height and width must be multiples of, the width of captions, and the height and width that the model was trained at.
     Raises ValueError for another model."""
     network = model.model.diffusion_model
-    if config := getattr(network, "l2p_config", None):
-        return config.size_multiple, config.cap_feat_dim, model.model.model_config.unet_config["trained_size"]
-    if isinstance(model.model.latent_format, comfy.latent_formats.ChromaRadiance):  # pixels: a ComfyUI that knows L2P itself
-        patch = getattr(network, "patch_size", 16)
-        return patch, None, (64 * patch, 64 * patch)
+    if isinstance(network, L2PTransformer):
+        trained = model.model.model_config.unet_config["trained_size"]
+        return network.config.size_multiple, network.config.cap_feat_dim, trained
     raise ValueError(f"the model is a {type(model.model).__name__}, which is no L2P model. Load one with Load L2P Checkpoint")
 
 
@@ -289,10 +287,10 @@ def shortage(model, plan: list[Stage], batch_size: int, have: int) -> str | None
             f"device has {have / 1e9:.1f} GB: it will run out of memory, or be very slow. Take {', or '.join(advice)}")
 
 
-def check_conditioning(conditioning: list, cap_feat_dim: int | None) -> None:
+def check_conditioning(conditioning: list, cap_feat_dim: int) -> None:
     """Raise ValueError unless a text encoder that fits the model made it."""
     for features, _ in conditioning:
-        if cap_feat_dim not in (None, features.shape[-1]):
+        if features.shape[-1] != cap_feat_dim:
             raise ValueError(f"the conditioning is {features.shape[-1]} wide, this model reads {cap_feat_dim}. Encode the "
                              "prompt with the text encoder it was trained with: Qwen3-4B, or the bundled one for the bundled model")
 

@@ -1,6 +1,5 @@
 """The same model under other names: `l2p export`. Also how every tool here lays tensors out in a file."""
 import json
-import re
 import warnings
 from collections.abc import Mapping
 from functools import reduce
@@ -11,7 +10,8 @@ from torch import Tensor
 
 from ..l2p_core.checkpoint import check
 from ..l2p_core.header import CheckpointError
-from ..l2p_core.layout import COMFYUI_NAMES, PACKED, Layout, Source, read_layout
+from ..l2p_core.files.naming import PACKED, name_in
+from ..l2p_core.layout import Layout, Source, read_layout
 from ..l2p_core.quantization import FORMATS
 from .stream import TORCH_DTYPES, Piece, Progress, read_scale, write
 
@@ -78,19 +78,6 @@ def packs(tensors: Mapping[str, Source], naming: str) -> dict[str, tuple[Source,
         name, place = name_in(naming, name)
         found.setdefault(name, {})[place] = source
     return {name: tuple(pack[place] for place in sorted(pack)) for name, pack in found.items()}
-
-
-def name_in(naming: str, name: str) -> tuple[str, int]:
-    """A published name as that naming has it, and its place among the tensors that are packed under it."""
-    if naming == "published":
-        return name, 0
-    packed, parts = PACKED
-    for place, part in enumerate(parts):
-        if name.endswith(part):
-            return name.removesuffix(part) + packed, place
-    for theirs, ours in COMFYUI_NAMES.items():
-        name = name.replace(ours, theirs)
-    return re.sub(r"^all_x_embedder\.\d+-1\.", "x_embedder.", name), 0
 
 
 def scale_piece(weight: str, sources: tuple[Source, ...]) -> Piece:

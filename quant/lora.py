@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..l2p_core.files.naming import lora_names, name_in
 from ..l2p_core.header import CheckpointError
 from ..l2p_core.layout import FLOATS, Layout, Source
-from .export import name_in
 from .stream import TORCH_DTYPES, Piece, read_floats
 
 FACTOR = re.compile(r"(.+)\.(?:(lora_A|lora_down)|(lora_B|lora_up))(?:\.default)?\.weight")
@@ -28,17 +28,9 @@ class Change(NamedTuple):
         return up * (strength * alpha / len(down)) @ down
 
 
-def names_of(layer: str) -> list[str]:
-    """How LoRA files name a layer of the model, given by its published name: behind nothing (DiffSynth), `diffusion_model.`
-    (ai-toolkit), `transformer.` (diffusers), `pipe.dit.` (T2I-L2P's trainer), `base_model.model.` (peft), and with underscores
-    behind `lora_unet_` (kohya), `lycoris_` and `lora_transformer_`."""
-    return [*(prefix + layer for prefix in ("", "diffusion_model.", "transformer.", "pipe.dit.", "base_model.model.")),
-            *(prefix + layer.replace(".", "_") for prefix in ("lora_unet_", "lycoris_", "lora_transformer_"))]
-
-
 def changes(lora: Layout, base: Layout) -> dict[str, Change]:
     """What the LoRA adds to which weight of the base, by published name. Raises CheckpointError where something has no place."""
-    weights = {name: weight for weight in base.tensors if weight.endswith(".weight") for name in names_of(weight.removesuffix(".weight"))}
+    weights = {name: weight for weight in base.tensors if weight.endswith(".weight") for name in lora_names(weight.removesuffix(".weight"))}
     parts: dict[str, dict[str, Source]] = {}
     for key, entry in lora.entries.items():
         if factor := FACTOR.fullmatch(key):

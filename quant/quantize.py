@@ -14,7 +14,7 @@ from torch import Tensor
 from ..l2p_core.checkpoint import check
 from ..l2p_core.header import DTYPE_BYTES, CheckpointError
 from ..l2p_core.layout import Layout, Source, read_layout
-from ..l2p_core.quantization import FORMATS, comfy_kitchen, dequantize, rotate
+from ..l2p_core.quantization import FORMATS, dequantize, kernel, rotate
 from .export import PREFIXES, arrange, marker_piece, note_left_out
 from .stream import TORCH_DTYPES, Piece, Progress, gigabytes, on_all_cores, read_floats, single_threaded, write
 
@@ -198,19 +198,18 @@ def round_block(block: Tensor, kind: str, shared: Tensor | None, groupsize: int)
     """Rows (R, K) float32 → what is stored of them, and their scales: comfy-kitchen's rounding. R is a multiple of 128 in
     all blocks but the last, so that block scales follow one another. shared: the scale of the whole tensor. groupsize: of
     convrot_w4a4's rotation."""
-    kitchen = comfy_kitchen()
     if kind in ("float8_e4m3fn", "float8_e5m2"):
-        return kitchen.quantize_per_tensor_fp8(block, shared, getattr(torch, kind)), shared
+        return kernel("quantize_per_tensor_fp8")(block, shared, getattr(torch, kind)), shared
     if kind == "mxfp8":
-        codes, scales = kitchen.quantize_mxfp8(block)
+        codes, scales = kernel("quantize_mxfp8")(block)
         return codes, scales.view(torch.uint8)
     if kind == "nvfp4":
-        return kitchen.quantize_nvfp4(block, shared)
+        return kernel("quantize_nvfp4")(block, shared)
     if kind == "convrot_w4a4":
-        return kitchen.quantize_convrot_w4a4_weight(block, groupsize)
+        return kernel("quantize_convrot_w4a4_weight")(block, groupsize)
     if shared is not None:
-        return kitchen.quantize_int8_tensorwise(block, shared)
-    return kitchen.quantize_int8_rowwise(block)
+        return kernel("quantize_int8_tensorwise")(block, shared)
+    return kernel("quantize_int8_rowwise")(block)
 
 
 def in_tiles(blocks: Iterator[Tensor]) -> Iterator[Tensor]:

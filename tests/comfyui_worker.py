@@ -17,9 +17,13 @@ comfy.options.enable_args_parsing()
 import comfy.lora  # noqa: E402
 import comfy.model_detection  # noqa: E402
 import comfy.model_management  # noqa: E402
+import comfy.patcher_extension  # noqa: E402
+import comfy.sample  # noqa: E402
 import comfy.sampler_helpers  # noqa: E402
+import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfy.utils  # noqa: E402
+import app.frontend_management  # noqa: E402, F401 - as the server does: with core's packs its `utils` is hidden
 import folder_paths  # noqa: E402
 import nodes  # noqa: E402
 import torch  # noqa: E402
@@ -68,11 +72,153 @@ def forward(path: str, loader: str, inputs: str, output: str, lora: str | None =
     tensors = load_file(inputs)
     with torch.no_grad():
         out = model.model.diffusion_model(tensors["image"], tensors["sigma"], tensors["caption"], tensors["caption"].shape[1],
-                                          transformer_options={})
+                                          tensors.get("mask"), transformer_options={})
     save_file({"output": out.float().contiguous()}, output)
     return {"class": type(model.model).__name__, "patches": len(model.patches), "vae": vae is not None,
             "formats": sorted({str(getattr(module.weight, "layout_cls", None) or module.weight.dtype)
                                for module in model.model.diffusion_model.modules() if hasattr(module, "weight")})}
+
+
+def forward_with(path: str, inputs: str, output: str, rope: dict | None = None, patches: dict | None = None,
+                 override: bool = False, wrapper: bool = False) -> dict:
+    """The network's output with options that other nodes set, and what those nodes saw.
+
+    rope: ComfyUI's rope_options. patches: name → how it changes a stack's tokens: "keep", "zero img" or "zero txt",
+    after the last block. override: attention that returns v. wrapper: adds to the network's input in place."""
+    model, tensors, seen = load(path, "diffusion")[0], load_file(inputs), []
+    comfy.model_management.load_models_gpu([model], force_full_load=True)
+    network = model.model.diffusion_model
+
+    def patch(action: str, last: int):
+        def run(given: dict) -> dict:
+            seen.append([given["block_index"], list(given["img"].shape), list(given["txt"].shape), list(given["pe"].shape)])
+            if action == "keep" or given["block_index"] < last:
+                return {}
+            part = action.removeprefix("zero ")
+            return {part: torch.zeros_like(given[part])}
+        return run
+
+    def attend_to_itself(function, q, k, v, *args, **kwargs):
+        seen.append(list(v.shape))
+        return v.movedim(1, 2).flatten(2)
+
+    def add_in_place(executor, x, *args, **kwargs):
+        out = executor(x.clone(), *args, **kwargs)
+        x += 1
+        return out
+
+    options = {"rope_options": rope} if rope else {}
+    if patches:
+        stacks = {"double_block": network.layers, "noise_refiner": network.noise_refiner}
+        options["patches"] = {name: [patch(action, len(stacks[name]) - 1)] for name, action in patches.items()}
+    if override:
+        options["optimized_attention_override"] = attend_to_itself
+    if wrapper:
+        kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+        comfy.patcher_extension.add_wrapper(kind, add_in_place, options)
+    image = tensors["image"].clone()
+    with torch.no_grad():
+        out = network(image, tensors["sigma"], tensors["caption"], transformer_options=options)
+    save_file({"output": out.contiguous()}, output)
+    return {"seen": seen, "input_changed": not torch.equal(image, tensors["image"])}
+
+
+def copied_at_load(path: str) -> int:
+    """Bytes of the network's tensors that are not the file's own memory."""
+    module = of_pack("nodes.comfy_model")
+    state_dict = comfy.utils.load_torch_file(path)
+    own = {tensor.untyped_storage().data_ptr() for tensor in state_dict.values()}
+    out = module.published_state_dict(state_dict, module.layout_of(state_dict))
+    return sum(tensor.nbytes for tensor in out.values() if tensor.untyped_storage().data_ptr() not in own)
+
+
+def int8_products(path: str, inputs: str) -> dict:
+    """How many INT8 products a pass takes, with q, k and v together and apart, and by how much the outputs differ."""
+    model, tensors, private = load(path, "diffusion")[0], load_file(inputs), of_pack("nodes.comfyui")
+    comfy.model_management.load_models_gpu([model], force_full_load=True)
+    joint, found = private.joint_int8, {"together": 0}
+
+    def counted(x, layers):
+        out = joint(x, layers)
+        found["together"] += out is not None
+        return out
+
+    def run():
+        with torch.no_grad():
+            return model.model.diffusion_model(tensors["image"], tensors["sigma"], tensors["caption"], transformer_options={})
+    private.joint_int8 = counted
+    try:
+        together = run()
+        private.joint_int8 = lambda x, layers: None
+        apart = run()
+    finally:
+        private.joint_int8 = joint
+    return {**found, "difference": float((together - apart).abs().max())}
+
+
+def saved_names(path: str, output: str, lora: str | None = None) -> list[str]:
+    """The tensor names of what Save Checkpoint writes."""
+    model, _, vae = load(path, "checkpoint")
+    if lora:
+        model, _ = comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(lora), 1.0, 0)
+    comfy.sd.save_checkpoint(output, model, vae=vae)
+    return sorted(load_file(output))
+
+
+def broken_self_test(path: str) -> list[str]:
+    """What loading says, and what is logged, in a ComfyUI whose attention takes other arguments."""
+    import comfy.ldm.modules.attention as attention
+    import logging
+    module, logged = of_pack("nodes.comfy_model"), []
+    real, log = attention.optimized_attention_masked, logging.error
+    attention.optimized_attention_masked, logging.error = lambda only_one: only_one, logged.append
+    module.self_test.cache_clear()
+    said = []
+    try:
+        for _ in range(2):
+            try:
+                load(path, "diffusion")
+            except Exception as error:
+                said.append(str(error))
+    finally:
+        attention.optimized_attention_masked, logging.error = real, log
+        module.self_test.cache_clear()
+    return [*said, *logged]
+
+
+def self_test_time() -> float:
+    """Seconds that the self-test takes, in CPU time."""
+    import time
+    module = of_pack("nodes.comfy_model")
+    module.self_test.cache_clear()
+    begin = time.process_time()
+    assert module.self_test() is None
+    return time.process_time() - begin
+
+
+def not_recognised(path: str) -> None:
+    """Load with our loader where another pack makes ComfyUI recognise nothing."""
+    real = comfy.model_detection.model_config_from_unet
+    comfy.model_detection.model_config_from_unet = lambda *_, **__: None
+    try:
+        load(path, "node")
+    finally:
+        comfy.model_detection.model_config_from_unet = real
+
+
+def with_reference_image(path: str) -> None:
+    """Sample with a conditioning that carries a reference image."""
+    model = load(path, "diffusion")[0]
+    conditioning = [[torch.zeros(1, 4, 64), {"reference_latents": [torch.zeros(1, 3, 32, 32)]}]]
+    latent = torch.zeros(1, 3, 32, 32)
+    comfy.sample.sample_custom(model, latent, 1.0, comfy.samplers.sampler_object("euler"), torch.tensor([1.0, 0.0]),
+                               conditioning, conditioning, latent, disable_pbar=True)
+
+
+def formats() -> list[str]:
+    """The quantized formats that this ComfyUI computes with."""
+    import comfy.quant_ops
+    return sorted(comfy.quant_ops.QUANT_ALGOS)
 
 
 def vae_round_trip(path: str) -> float:
@@ -95,6 +241,14 @@ def detect(shapes: dict[str, list[int]], prefix: str = "") -> str | None:
     with torch.device("meta"):
         config = comfy.model_detection.model_config_from_unet({key: torch.empty(shape) for key, shape in shapes.items()}, prefix)
     return config and type(config).__name__
+
+
+def detect_as_core(shapes: dict[str, list[int]]) -> str | None:
+    """Which image_model ComfyUI's own detection takes these for, the pack's aside."""
+    wrapped = comfy.model_detection.detect_unet_config
+    core = next(cell.cell_contents for name, cell in zip(wrapped.__code__.co_freevars, wrapped.__closure__) if name == "core_detect")
+    found = core({key: torch.empty(shape, device="meta") for key, shape in shapes.items()}, "")
+    return found and found.get("image_model")
 
 
 def encode(prompt: str, output: str, text_encoder: str) -> list[int]:
@@ -181,22 +335,37 @@ def core_detection_tests() -> int | None:
 def memory(config: dict, size: int, dtype: str, batch: int = 1) -> list[int]:
     """(bytes ComfyUI is told a pass takes, bytes that are alive at its peak) for a model of the published widths, counted
     on tensors without contents."""
-    import comfy.ldm.lumina.model
+    import comfy.ldm.modules.attention as attention
     import comfy.ops
     pack_module = of_pack("nodes.comfy_model")
     l2p_config = pack_module.L2PConfig(**config, decoder=of_pack("l2p_core.config").PUBLISHED_DECODERS[config["patch_size"]])
     dtype = getattr(torch, dtype)
-    whole_scores = comfy.ldm.lumina.model.optimized_attention_masked
-    comfy.ldm.lumina.model.optimized_attention_masked = lambda q, *_, **__: q.movedim(1, 2).flatten(2)  # none, as on a GPU
+    whole_scores = attention.optimized_attention_masked
+    attention.optimized_attention_masked = lambda q, *_, **__: torch.empty_like(q).movedim(1, 2).flatten(2)  # no scores, as on a GPU
     with torch.device("meta"), torch.no_grad():
-        network = pack_module.NextDiTL2P(l2p_config, dtype=dtype, operations=comfy.ops.disable_weight_init, device="meta")
+        network = pack_module.L2PNetwork(l2p_config, dtype=dtype, operations=comfy.ops.disable_weight_init, device="meta")
         image, caption = torch.empty(batch, 3, size, size, dtype=dtype), torch.empty(batch, 100, l2p_config.cap_feat_dim, dtype=dtype)
         counted, _ = of_pack("l2p_core.meter").peak_bytes(lambda: network(image, torch.ones(batch), caption, 100, transformer_options={}))
-    comfy.ldm.lumina.model.optimized_attention_masked = whole_scores
+    attention.optimized_attention_masked = whole_scores
     model = pack_module.L2PModel.__new__(pack_module.L2PModel)
     torch.nn.Module.__init__(model)
     model.diffusion_model, model.get_dtype_inference = network, lambda: dtype
     return [int(model.memory_required([batch, 3, size, size])), counted]
+
+
+def images_in_flight(path: str, size: int) -> float:
+    """How many float32 images of that size ComfyUI's euler sampler holds, with guidance, as the network is entered."""
+    model, counts = load(path, "diffusion")[0], []
+    network = model.model.diffusion_model
+    forward = network._forward
+    positive, negative = ([[torch.zeros(1, length, network.config.cap_feat_dim), {}]] for length in (4, 6))
+    with torch.inference_mode(), of_pack("l2p_core.meter").Meter() as meter:
+        network._forward = lambda *args, **kwargs: (counts.append(meter.now()), forward(*args, **kwargs))[1]
+        latent = torch.zeros(1, 3, size, size)
+        noise = comfy.sample.prepare_noise(latent, 0)
+        comfy.sample.sample_custom(model, noise, 2.0, comfy.samplers.sampler_object("euler"),
+                                   torch.tensor([1.0, 0.8, 0.5, 0.0]), positive, negative, latent, disable_pbar=True)
+    return max(counts) / (3 * size**2 * 4)
 
 
 def shortage(path: str, have: int, batch_size: int, **plan) -> str | None:
@@ -223,19 +392,6 @@ def largest_asked_for(path: str, size: int, **options) -> int:
     finally:
         comfy.sampler_helpers.estimate_memory = estimate
     return int(max(least for _, least in asked))
-
-
-def core_knows_l2p(detected: dict | str | None) -> bool:
-    """What the pack makes of a ComfyUI that detects this in an L2P model, or fails with this message."""
-    def detect(*_):
-        if isinstance(detected, str):
-            raise KeyError(detected)
-        return detected
-    before, comfy.model_detection.detect_unet_config = comfy.model_detection.detect_unet_config, detect
-    try:
-        return of_pack("nodes.comfy_model").core_knows_l2p()
-    finally:
-        comfy.model_detection.detect_unet_config = before
 
 
 def main() -> None:

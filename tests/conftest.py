@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from comfyui_l2p.l2p_core.config import L2PConfig
 from comfyui_l2p.l2p_core.model import L2PTransformer
 
+import comfyui_stand_ins
 import real_comfyui
 import small_runs
 from golden import recipe
@@ -59,6 +60,19 @@ def real(kind, folder):
 def comfyui(tmp_path_factory):
     """A `real_comfyui.Worker`; tests that ask for it are skipped where there is no ComfyUI."""
     yield from real(real_comfyui.Worker, tmp_path_factory.mktemp("comfyui"))
+
+
+@pytest.fixture(scope="session")
+def newest_comfyui(tmp_path_factory):
+    """A `real_comfyui.Worker` in the stand-in for the newest ComfyUI; skips where there is none to make it from."""
+    found = real_comfyui.find()
+    if isinstance(found, str):
+        pytest.skip(found)
+    root, python = found
+    copy = comfyui_stand_ins.make_stand_in(root, tmp_path_factory.mktemp("stand_in"))
+    started = real_comfyui.Worker(copy, python, tmp_path_factory.mktemp("newest_comfyui"))
+    yield started
+    started.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,18 @@
-"""A real ComfyUI to test against: at $COMFYUI_PATH, in the folders above (as an installed pack), or at ~/comfy/ComfyUI."""
+"""A real ComfyUI to test against: at $COMFYUI_PATH, in the folders above (as an installed pack), or at ~/comfy/ComfyUI.
+
+Run as a program it tests several versions, each a folder with a checkout and its Python in .venv:
+
+    python tests/real_comfyui.py --versions ~/comfy/v0.16 ~/comfy/v0.33 --newest ~/comfy/v0.33 [-- pytest arguments]
+
+--newest: also the stand-in for the newest ComfyUI (`comfyui_stand_ins`), made from that checkout.
+"""
+import argparse
 import json
 import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -167,3 +176,33 @@ class Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+
+def test_versions(versions: list[Path], newest: Path | None, arguments: list[str]) -> int:
+    """Run the tests that need a ComfyUI on each, and print a line for each. Returns the number of those that failed."""
+    import comfyui_stand_ins
+    rows, failed = [], 0
+    with tempfile.TemporaryDirectory() as folder:
+        tested = [(root.name, root, root) for root in versions]
+        if newest:
+            tested.append((f"newest, from {newest.name}", comfyui_stand_ins.make_stand_in(newest, Path(folder)), newest))
+        for name, root, installed in tested:
+            python = installed / ".venv" / "bin" / "python"
+            environment = {**os.environ, "COMFYUI_PATH": str(root), "COMFYUI_PYTHON": str(python)}
+            files = [*sorted(Path(__file__).parent.glob("test_comfyui_*.py")), Path(__file__).with_name("test_workflows.py")]
+            run = subprocess.run([sys.executable, "-m", "pytest", "-q", *files, *arguments], env=environment, cwd=PACK,
+                                 stdout=subprocess.PIPE, text=True)
+            print(run.stdout, flush=True)
+            rows.append(f"{name}: {run.stdout.strip().splitlines()[-1]}")
+            failed += run.returncode != 0
+    print(*rows, sep="\n")
+    return failed
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--versions", nargs="*", type=Path, default=[], metavar="FOLDER")
+    parser.add_argument("--newest", type=Path, metavar="FOLDER")
+    parser.add_argument("pytest", nargs="*", help="arguments for pytest, after --")
+    given = parser.parse_args()
+    sys.exit(test_versions(given.versions, given.newest, given.pytest))

@@ -9,7 +9,7 @@ from comfyui_l2p.l2p_core.meter import peak_bytes
 from comfyui_l2p.l2p_core import decoder as decoder_module
 from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS, L2PConfig, Level
 from comfyui_l2p.l2p_core.decoder import LocalDecoder, decoder_bytes, tile_side
-from comfyui_l2p.l2p_core.model import L2PTransformer
+from comfyui_l2p.l2p_core.model import Hooks, L2PTransformer
 from comfyui_l2p.l2p_core.pipeline import L2PPipeline
 
 from golden import recipe
@@ -213,7 +213,7 @@ def test_the_tile_that_is_chosen(patch):
     assert tile_side(config, 2560, 2560, budget=0) <= 6 * step < 2560
 
 
-def test_the_model_hands_its_tile_to_its_decoder(tiny_model, monkeypatch):
+def test_the_model_hands_the_tile_to_its_decoder(tiny_model):
     config, generator = tiny_model.config, torch.Generator().manual_seed(0)
     image = torch.randn(1, 3, 96, 64, generator=generator)
     t, captions = torch.tensor([0.5]), [torch.randn(5, config.cap_feat_dim, generator=generator)]
@@ -221,15 +221,19 @@ def test_the_model_hands_its_tile_to_its_decoder(tiny_model, monkeypatch):
     hook = tiny_model.local_decoder.out_conv.register_forward_hook(lambda *_: passes.append(1))
     with torch.no_grad():
         whole = tiny_model(image, t, captions)
-        monkeypatch.setattr(tiny_model, "decoder_tile", 32)
-        cut = tiny_model(image, t, captions)
+        cut = tiny_model(image, t, captions, Hooks(decoder_tile=32))
     hook.remove()
     assert len(passes) == 1 + 3 * 2
     torch.testing.assert_close(cut, whole, atol=1e-5, rtol=0)
 
 
 def test_the_pipeline_hands_its_tile_to_the_model():
-    assert L2PPipeline.from_pretrained(device="cpu", decoder_tile=64).transformer.decoder_tile == 64
-    assert L2PPipeline.from_pretrained(device="cpu").transformer.decoder_tile is None
+    """Images of 96 x 96 pixels in tiles of 32: nine passes of the decoder's last layer each time instead of one."""
+    def passes(**options):
+        pipe, found = L2PPipeline.from_pretrained(device="cpu", **options), []
+        pipe.transformer.local_decoder.out_conv.register_forward_hook(lambda *_: found.append(1))
+        pipe("a large red circle", num_inference_steps=1, cfg_scale=1.0)
+        return len(found)
+    assert (passes(decoder_tile=32), passes()) == (9, 1)
     with pytest.raises(ValueError, match="decoder_tile is -1; expected"):
         L2PPipeline.from_pretrained(device="cpu", decoder_tile=-1)

@@ -4,7 +4,7 @@ import torch
 
 from comfyui_l2p.l2p_core import model
 from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS, L2PConfig
-from comfyui_l2p.l2p_core.model import L2PTransformer, rope_of_caption, rope_of_image
+from comfyui_l2p.l2p_core.model import L2PTransformer, rope_of_prompt, rope_of_image
 from comfyui_l2p.l2p_core.meter import Meter, shapes_only
 
 from golden import recipe
@@ -61,8 +61,8 @@ def test_rotations_are_the_published(golden, tiny_model, case):
     h, w = (int(side) // 16 for side in case.split(".")[0].split("x"))
     caption = recorded[f"inter.{case}.rope_caption"]
     axes, cpu = tiny_model.config.axes_dims, torch.device("cpu")
-    torch.testing.assert_close(rope_of_caption(caption.shape[1], axes, cpu), caption[0])
-    torch.testing.assert_close(rope_of_image(h, w, caption.shape[1], 1.0, axes, cpu), recorded[f"inter.{case}.rope_image"][0])
+    torch.testing.assert_close(rope_of_prompt(caption.shape[1], axes, cpu), caption[0])
+    torch.testing.assert_close(rope_of_image(h, w, (1.0, 1.0), (0.0, 0.0), caption.shape[1], axes, cpu), recorded[f"inter.{case}.rope_image"][0])
 
 
 @pytest.mark.parametrize("case", ["64x128.cap7.t0.3", "64x128.cap40.t0.97", "80x80.cap40.t0.3"])
@@ -116,8 +116,8 @@ def test_large_patches_draw_at_their_multiples(patch, height, width):
 @pytest.mark.parametrize("image, t, captions, said", [
     ((1, 3, 60, 64), (1,), [(5, 64)], "multiples of 16"),
     ((1, 4, 64, 64), (1,), [(5, 64)], "expected \\(batch, 3, height, width\\)"),
-    ((2, 3, 64, 64), (1,), [(5, 64)], "2 images came with t of shape \\(1,\\) and 1 captions"),
-    ((1, 3, 64, 64), (1,), [(5, 60)], "a caption is \\(5, 60\\); expected \\(length, 64\\)"),
+    ((2, 3, 64, 64), (1,), [(5, 64)], "2 images came with t of shape \\(1,\\) and 1 prompts"),
+    ((1, 3, 64, 64), (1,), [(5, 60)], "the embeddings of a prompt are \\(5, 60\\); expected \\(length, 64\\)"),
     ((1, 3, 64, 64), (1,), [(0, 64)], "at least one row"),
 ])
 def test_misfitting_inputs_are_refused_by_name(tiny_model, image, t, captions, said):
@@ -126,7 +126,7 @@ def test_misfitting_inputs_are_refused_by_name(tiny_model, image, t, captions, s
 
 
 def test_tables_made_for_inference_serve_training(tiny_model):
-    rope_of_caption.cache_clear(), rope_of_image.cache_clear()
+    rope_of_prompt.cache_clear(), rope_of_image.cache_clear()
     arguments = torch.randn(1, 3, 64, 64), torch.tensor([0.5]), [torch.randn(5, 64)]
     with torch.inference_mode():
         tiny_model(*arguments)

@@ -73,7 +73,7 @@ def test_a_large_threshold_runs_the_first_layer_alone_after_the_first_step(pipe,
 
 
 def test_a_step_left_out_adds_what_was_added_last():
-    cache, x = StepCache(0.1), torch.ones(1, 4, 2)
+    cache, x = StepCache(0.1, layers=4), torch.ones(1, 4, 2)
     assert cache.recall(x, x + 1) is None
     cache.note(20 * x)
     assert torch.equal(cache.recall(2 * x, 2 * x + 1.05), 2 * x + 1.05 + 18), "1.05 is within a tenth of 1"

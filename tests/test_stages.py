@@ -74,7 +74,7 @@ def test_windows_are_blended_by_how_far_inside_a_pixel_is():
 
 def test_positions_can_be_squeezed():
     axes, cpu = (16, 8, 8), torch.device("cpu")
-    small, large = rope_of_image(4, 8, 32, 1.0, axes, cpu)[:32], rope_of_image(8, 16, 32, 0.5, axes, cpu)[:128]
+    small, large = rope_of_image(4, 8, (1.0, 1.0), (0.0, 0.0), 32, axes, cpu)[:32], rope_of_image(8, 16, (0.5, 0.5), (0.0, 0.0), 32, axes, cpu)[:128]
     assert torch.equal(large.unflatten(0, (8, 16))[::2, ::2], small.unflatten(0, (4, 8)))
 
 

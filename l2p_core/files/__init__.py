@@ -1,0 +1,1 @@
+"""Checkpoint files: their names, layouts and formats."""

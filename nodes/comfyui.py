@@ -1,0 +1,169 @@
+"""Everything private that this pack uses of ComfyUI, in one place.
+
+Private is what ComfyUI may change between two releases without notice. Each entry says why the pack needs it. What is
+documented for node packs (`comfy_api`, `folder_paths`, `comfy.samplers`, `ModelPatcher`) is used where it is needed.
+"""
+import logging
+from collections.abc import Callable
+
+import comfy.lora
+import comfy.model_detection
+import comfy.ops
+import comfy.patcher_extension
+import comfy.quant_ops
+import comfy.supported_models
+import comfy.text_encoders.llama
+import torch
+from comfy.ldm.common_dit import pad_to_patch_size  # the padding that ComfyUI's other transformers have
+from comfy.ldm.modules import attention
+from comfyui_version import __version__ as VERSION
+from torch import Tensor
+
+from ..l2p_core.files.naming import split_packed_lora
+from ..l2p_core.model import NORM_EPS, Attention, rotate
+
+TESTED = "v0.16 to v0.33"
+INSTALLED = "_l2p_installed"  # set on ComfyUI's own module: a pack may be imported twice
+INT8_LAYOUT = "TensorWiseINT8Layout"
+
+# The text encoder of the bundled model: ComfyUI builds Qwen3 in the sizes it knows, from these two.
+Llama, Qwen3, Qwen3Config = (
+    comfy.text_encoders.llama.Llama2_, comfy.text_encoders.llama.Qwen3_4B, comfy.text_encoders.llama.Qwen3_4BConfig)
+
+
+class LoraKeys(dict):
+    """Layers as LoRA files name them → the model's weights; of an L2P model, whose q, k and v are not packed."""
+
+
+def install(model_class: type, find_prefix: Callable, detect: Callable, lora_keys: Callable) -> None:
+    """Make ComfyUI's loaders and LoRA nodes recognise L2P models.
+
+    There is no public way to add a model class. Core looks these four functions up on their modules at each call, so
+    they are wrapped there; for every other model they do what they did.
+
+    model_class: core's description of the model. find_prefix: state dict → key prefix, or None where it is no L2P
+    model. detect: state dict, key prefix, metadata → `unet_config`, or None. lora_keys: model → `LoraKeys`, or None."""
+    detection = comfy.model_detection
+    if getattr(detection, INSTALLED, False):
+        return
+    core_prefix, core_detect = detection.unet_prefix_from_state_dict, detection.detect_unet_config
+    core_keys, core_load = comfy.lora.model_lora_keys_unet, comfy.lora.load_lora
+
+    def unet_prefix_from_state_dict(state_dict):
+        prefix = find_prefix(state_dict)
+        return core_prefix(state_dict) if prefix is None else prefix
+
+    def detect_unet_config(state_dict, key_prefix, metadata=None):
+        found = detect(state_dict, key_prefix, metadata)
+        return core_detect(state_dict, key_prefix, metadata=metadata) if found is None else found
+
+    def model_lora_keys_unet(model, key_map={}):
+        keys = core_keys(model, key_map)
+        ours = lora_keys(model)
+        return keys if ours is None else LoraKeys({**ours, **keys})
+
+    def load_lora(lora, to_load, *args, **options):
+        lora = split_packed_lora(lora) if isinstance(to_load, LoraKeys) else lora
+        return core_load(lora, to_load, *args, **options)
+
+    comfy.supported_models.models.insert(0, model_class)
+    detection.unet_prefix_from_state_dict = unet_prefix_from_state_dict
+    detection.detect_unet_config = detect_unet_config
+    comfy.lora.model_lora_keys_unet = model_lora_keys_unet
+    comfy.lora.load_lora = load_lora
+    setattr(detection, INSTALLED, True)
+
+
+def has_kernels(formats: set[str]) -> bool:
+    """Whether this ComfyUI computes with all these formats.
+
+    INT8, which it has since v0.27, is told by its own layout: other packs registered the name before."""
+    available = getattr(comfy.quant_ops, "_CK_AVAILABLE", True)
+    return available and hasattr(comfy.quant_ops, INT8_LAYOUT) and formats <= set(comfy.quant_ops.QUANT_ALGOS)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: dict) -> Tensor:
+    """Attention over (B, heads, S, head) → (B, S, D) by the function that the user chose, overrides included.
+
+    mask: (B, 1, 1, S), True where a key may be attended to. It becomes additive and is expanded to every query: split
+    and sub-quadratic attention read a boolean mask wrongly."""
+    if mask is not None:
+        additive = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
+        mask = additive.expand(-1, -1, q.shape[2], -1)
+    return attention.optimized_attention_masked(
+        q, k, v, q.shape[1], mask, skip_reshape=True, transformer_options=options)
+
+
+def rotation_matrices(rope: Tensor) -> Tensor:
+    """Cosine and sine per pair, (B, S, head/2, 2) → (B, S, 1, head/2, 2, 2), the form that ComfyUI's functions take."""
+    cos, sin = rope.unbind(-1)
+    return torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2))[:, :, None]
+
+
+def norm_and_rotate(layer: Attention, q: Tensor, k: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+    """`Hooks.norm_and_rotate` by comfy-kitchen's fused kernel, which ComfyUI has since v0.29 and uses for Z-Image."""
+    fused = getattr(getattr(comfy.quant_ops, "ck", None), "rms_rope", None)
+    if fused is None or q.requires_grad:
+        return rotate(layer.norm_q(q), rope), rotate(layer.norm_k(k), rope)
+    q_weight, _, q_stream = comfy.ops.cast_bias_weight(layer.norm_q, q, offloadable=True)
+    k_weight, _, k_stream = comfy.ops.cast_bias_weight(layer.norm_k, k, offloadable=True)
+    q, k = fused(q, k, rotation_matrices(rope), q_weight, k_weight, NORM_EPS)
+    comfy.ops.uncast_bias_weight(layer.norm_q, q_weight, None, q_stream)
+    comfy.ops.uncast_bias_weight(layer.norm_k, k_weight, None, k_stream)
+    return q, k
+
+
+def joint_int8(x: Tensor, layers: tuple[torch.nn.Module, ...]) -> Tensor | None:
+    """Apply INT8 linears whose weights lie one after another in memory as one, so that the input is quantized once.
+
+    That is how packed q, k and v lie on a CPU, where quantizing takes a noticeable share of the time. Returns
+    (..., all rows), or None where the layers have to run one by one."""
+    weights = [getattr(layer, "weight", None) for layer in layers]
+    if x.device.type != "cpu" or any(getattr(weight, "_layout_cls", None) != INT8_LAYOUT for weight in weights):
+        return None
+    if any(layer.weight_function or layer.bias_function for layer in layers):
+        return None
+    parts, params = [weight._qdata for weight in weights], [weight._params for weight in weights]
+    first = parts[0]
+    adjacent = all(
+        part.is_contiguous() and part.shape == first.shape
+        and part.data_ptr() == first.data_ptr() + place * first.nbytes
+        and part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        for place, part in enumerate(parts))
+    rotations = {(each.convrot, each.convrot_groupsize) for each in params}
+    if not adjacent or len(rotations) > 1:
+        return None
+    rows, inputs = first.shape
+    weight = first.as_strided((len(parts) * rows, inputs), (inputs, 1))
+    scale = torch.cat([each.scale.reshape(-1).expand(rows) for each in params])
+    (convrot, groupsize), = rotations
+    return comfy.quant_ops.ck.int8_linear(
+        x, weight, scale, None, out_dtype=x.dtype, convrot=convrot, convrot_groupsize=groupsize)
+
+
+def run_wrapped(forward: Callable, network: torch.nn.Module, options: dict, *args, **kwargs) -> Tensor:
+    """Run `forward` inside the DIFFUSION_MODEL wrappers that nodes such as EasyCache put around it."""
+    wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options)
+    if wrappers:
+        image, *args = args
+        args = (image.clone(), *args)  # EasyCache adds to it in place, and in float32 it is the sampler's own tensor
+    executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(forward, network, wrappers)
+    return executor.execute(*args, transformer_options=options, **kwargs)
+
+
+def reject_controlnet(options: dict, control: object) -> None:
+    """Raise ValueError for ControlNets: those of Z-Image read latents of 16 channels, others a UNet's blocks."""
+    patches = (patch for listed in options.get("patches", {}).values() for patch in listed)
+    if any(type(patch).__name__ == "ZImageControlPatch" for patch in patches):
+        raise ValueError("a Z-Image ControlNet is connected, which reads latents of 16 channels, but an L2P model "
+                         "generates pixels. Remove the ControlNet, or use Z-Image itself")
+    if control is not None:
+        raise ValueError("a ControlNet is connected, and there is none for L2P models yet. Remove it")
+
+
+def log_failed_self_test(error: Exception) -> str:
+    """Log that this ComfyUI does not run the network, and return the sentence."""
+    sentence = (f"ComfyUI-L2P does not work with ComfyUI v{VERSION}: {type(error).__name__}: {error}. It was tested with "
+                f"{TESTED}. Update the node pack, or use one of these versions")
+    logging.error(sentence)
+    return sentence
