@@ -46,21 +46,6 @@ class Entry(NamedTuple):
         return math.prod(self.shape)
 
 
-@contextmanager
-def whole(path: Path, shared: bool = False) -> Iterator[Path]:
-    """A place to write the file that will be `path`: it takes the name at the end, on the disk by then, or is gone.
-
-    shared: several processes may write it at once, each its own; what a killed one leaves is then not written over by the next."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part" if shared else f".{path.name}.part")
-    try:
-        yield part
-        with part.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def find_files(path: Path) -> tuple[list[Path], set[str]]:
     """The .safetensors files of a checkpoint given as a file, an index or a folder, and the keys that an index promises.
 
