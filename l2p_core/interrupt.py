@@ -1,4 +1,6 @@
-"""Interrupts (Ctrl-C) and SIGTERM: what answers them while modules are imported, and while a run is training."""
+"""Interrupts (Ctrl-C) and SIGTERM: what answers them while modules are imported, and while a run
+is training."""
+
 import os
 import signal
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ class Terminated(KeyboardInterrupt):
 
 class Noted(Event):
     """Set by the first interrupt or SIGTERM."""
+
     number: int = signal.SIGINT
 
     def error(self) -> KeyboardInterrupt:
@@ -25,10 +28,13 @@ class Noted(Event):
 
 @contextmanager
 def ending_at_once() -> Iterator[None]:
-    """Within it an interrupt or SIGTERM ends the program at once, with one sentence; after it SIGTERM raises Terminated.
+    """Within it an interrupt or SIGTERM ends the program at once, with one sentence; after it
+    SIGTERM raises Terminated.
 
-    For the import of large libraries. An exception from a signal can't be trusted there: a half-imported library may
-    swallow it or turn it into an error of its own. Nothing was written yet, so nothing is lost."""
+    For the import of large libraries. An exception from a signal can't be trusted there: a
+    half-imported library may swallow it or turn it into an error of its own. Nothing was written
+    yet, so nothing is lost."""
+
     def leave(number: int, frame: FrameType | None) -> None:
         os.write(2, b"l2p: stopped. Nothing was changed\n")
         os._exit(STATUS[number])
@@ -36,7 +42,9 @@ def ending_at_once() -> Iterator[None]:
     def terminate(number: int, frame: FrameType | None) -> None:
         raise Terminated
 
-    answers_ctrl_c = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a background job ignores it
+    answers_ctrl_c = (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )  # a background job ignores it
     if answers_ctrl_c:
         signal.signal(signal.SIGINT, leave)
     signal.signal(signal.SIGTERM, leave)
@@ -52,8 +60,8 @@ def ending_at_once() -> Iterator[None]:
 def noted() -> Iterator[Noted]:
     """Within it the first interrupt or SIGTERM is only noted, so that the run can save.
 
-    A second interrupt raises KeyboardInterrupt. A second SIGTERM is noted too: a launcher sends its own after that of the
-    keyboard."""
+    A second interrupt raises KeyboardInterrupt. A second SIGTERM is noted too: a launcher sends
+    its own after that of the keyboard."""
     asked = Noted()
 
     def note(number: int, frame: FrameType | None) -> None:

@@ -2,7 +2,6 @@
 
 ComfyUI calls: sigma runs 1 → 0, the model gives noise - picture, pixels in flight are a LATENT (B, 3, H, W) in [-1, 1].
 """
-import json
 import logging
 import math
 from functools import partial
@@ -25,7 +24,7 @@ from ..l2p_core.config import L2PConfig
 from ..l2p_core.decoder import LocalDecoder, decoder_bytes
 from ..l2p_core.quantization import FORMATS, dequantize
 from ..l2p_core.header import CheckpointError, Entry
-from ..l2p_core.layout import FLOATS, Layout, describe, find_prefix, layer_name
+from ..l2p_core.layout import FLOATS, MAX_MARKER_BYTES, Layout, describe, find_prefix, layer_name, read_marker
 from ..l2p_core.model import NORM_EPS, ROPE_THETA, TOKEN_MULTIPLE, TOKENS_AT_ONCE, by_tokens
 from ..l2p_core.text import MAX_TOKENS
 from ..quant.export import marker, name_in, packs
@@ -189,9 +188,18 @@ def layout_of(state_dict: dict[str, Tensor], prefix: str = "", metadata: dict[st
                for key, tensor in state_dict.items() if key.startswith(prefix) and not key.endswith(".comfy_quant")}
     eight_bits = {layer_name(key.removesuffix(".weight")) for key, entry in entries.items()
                   if key.endswith(".weight") and entry.dtype not in FLOATS}
-    markers = {layer_name(key.removesuffix(".comfy_quant")): json.loads(bytes(tensor.tolist()))
+    markers = {layer_name(key.removesuffix(".comfy_quant")): read_marker(key, marker_bytes(key, tensor))
                for key, tensor in state_dict.items() if key.endswith(".comfy_quant")}  # ComfyUI adds some with another prefix
     return describe(path, [path], entries, metadata or {}, {layer: marker for layer, marker in markers.items() if layer in eight_bits}, {})
+
+
+def marker_bytes(key: str, tensor: Tensor) -> bytes:
+    """The text of a `comfy_quant` tensor. Raises CheckpointError where it is of another kind: one large integer would be taken for
+    a length."""
+    if tensor.dtype != torch.uint8 or tensor.dim() != 1 or len(tensor) > MAX_MARKER_BYTES:
+        raise CheckpointError(f"{key} is {tensor.dtype} of shape {tuple(tensor.shape)}; expected text of at most {MAX_MARKER_BYTES} bytes. "
+                              "The file is damaged")
+    return tensor.cpu().numpy().tobytes()
 
 
 def has_kernels(layout: Layout) -> bool:

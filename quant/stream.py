@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..l2p_core.ahead import ahead
-from ..l2p_core.files.atomic import WriteError, atomic_write, locked, readable_bytes
+from ..l2p_core.files.atomic import WriteError, atomic_write, locked
 from ..l2p_core.header import DTYPE_BYTES, CheckpointError, hash_files, reading, stamp
 from ..l2p_core.quantization import FORMATS, dequantize
 from ..l2p_core.layout import Layout, Source

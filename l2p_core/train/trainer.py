@@ -553,7 +553,9 @@ def read_state(file: Path, mmap: bool) -> dict:
     if not file.is_file():
         raise CheckpointError(f"{file} is no file; a run keeps its state there. Give another output")
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what a damaged file seems to be
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except MemoryError:
         raise
     except Exception as error:  # whatever torch makes of a damaged file
