@@ -397,13 +397,13 @@ def test_windows_has_neither_fcntl_nor_o_nofollow(tmp_path, monkeypatch):
 
     class Msvcrt:
         LK_NBLCK = 0
-        held: set[int] = set()
+        held: dict[int, int] = {}  # inode by descriptor
 
         def locking(self, descriptor, mode, count):
             number = os.fstat(descriptor).st_ino
-            if number in self.held:
+            if number in self.held.values():
                 raise PermissionError(errno.EACCES, "Permission denied")
-            self.held.add(number)
+            self.held[descriptor] = number
 
     unlink, close, replace, locks = Path.unlink, os.close, os.replace, Msvcrt()
 
@@ -422,7 +422,7 @@ def test_windows_has_neither_fcntl_nor_o_nofollow(tmp_path, monkeypatch):
         replace(source, target)
 
     def close_of_windows(descriptor):
-        locks.held.discard(os.fstat(descriptor).st_ino)
+        locks.held.pop(descriptor, None)
         close(descriptor)
 
     monkeypatch.setattr(atomic, "fcntl", None)
