@@ -1,6 +1,8 @@
 """A checkpoint file becomes a model: tensors stay memory-mapped until they are cast or moved."""
 import math
 from contextlib import ExitStack
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -115,9 +117,18 @@ def bytes_in_memory(layout: Layout, dtype: torch.dtype) -> dict[str, int]:
 
 
 def expected_shapes(config: L2PConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a model."""
+    """Name and shape of every tensor of a model. Only one block of each stack is built: a file may claim thousands."""
+    depths = {"layers": config.n_layers, "noise_refiner": config.n_refiner_layers, "context_refiner": config.n_refiner_layers}
     with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in L2PTransformer(config).state_dict().items()}
+        shallow = L2PTransformer(replace(config, n_layers=1, n_refiner_layers=1)).state_dict()
+    expected = {}
+    for stack, tensors in groupby(shallow.items(), key=lambda item: item[0].partition(".")[0]):
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors}
+        if stack not in depths:
+            expected.update(shapes)
+        for number in range(depths.get(stack, 0)):
+            expected.update({name.replace(".0.", f".{number}.", 1): shape for name, shape in shapes.items()})
+    return expected
 
 
 def missing_layers(layout: Layout) -> str:

@@ -1,4 +1,9 @@
-"""The command `l2p`: one subcommand per function, no logic of the model's."""
+"""The command `l2p`: one subcommand per function, no logic of the model's.
+
+Only light modules are imported here. torch takes seconds to import: `main` imports it once it can answer an interrupt.
+"""
+from __future__ import annotations
+
 import argparse
 import json
 import os
@@ -8,16 +13,34 @@ import warnings
 from dataclasses import fields
 from pathlib import Path
 
-import torch
-
 from .header import CheckpointError
-from .quantization import FORMATS
-from .stages import REDRAWS, STAGE_STRENGTH
+from .interrupt import STATUS, Terminated, ending_at_once
 from .workflow import PLACES
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run `l2p` with these arguments. Returns the exit status: 0 done, 1 refused with a message, 130 interrupted."""
+    """Run `l2p` with these arguments.
+
+    Returns the exit status: 0 done, 1 refused with a message, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM)."""
+    with ending_at_once():
+        import torch
+        args = make_parser().parse_args(arguments)
+        warnings.showwarning = lambda message, *_: print(f"l2p: note: {message}", file=sys.stderr)
+    try:
+        args.run(args)
+    except (CheckpointError, ValueError, OSError, ImportError) as error:
+        print(f"l2p: {error}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError:
+        print(f"l2p: out of GPU memory. {args.when_full}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as stop:
+        print(f"l2p: stopped. {args.when_stopped}", file=sys.stderr)
+        return STATUS[signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT]
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="l2p", description="Pictures from L2P checkpoints, straight to pixels.")
     parser.set_defaults(when_full="Try --free-text-encoder, --offload, a smaller --batch or size, --redraw windows, or the INT8 "
                                   "checkpoint; --estimate tells what each takes")
@@ -31,24 +54,11 @@ def main(arguments: list[str] | None = None) -> int:
     add_export(commands)
     add_synthesize(commands)
     add_train(commands)
-    args = parser.parse_args(arguments)
-    warnings.showwarning = lambda message, *_: print(f"l2p: note: {message}", file=sys.stderr)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite stop is an interrupt
-    try:
-        args.run(args)
-    except (CheckpointError, ValueError, OSError, ImportError) as error:
-        print(f"l2p: {error}", file=sys.stderr)
-        return 1
-    except torch.OutOfMemoryError:
-        print(f"l2p: out of GPU memory. {args.when_full}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"l2p: stopped. {args.when_stopped}", file=sys.stderr)
-        return 130
-    return 0
+    return parser
 
 
 def add_generate(commands: argparse._SubParsersAction) -> None:
+    from .stages import REDRAWS, STAGE_STRENGTH
     parser = commands.add_parser(
         "generate", help="draw pictures from prompts",
         description="Draw pictures from a prompt or a file of prompts. A run that was stopped continues: pictures that "
@@ -116,6 +126,8 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
                                                                  "checkpoint's header alone")
 
     def run(args: argparse.Namespace) -> None:
+        import torch
+
         from .generate import SETTINGS, draw, plan, read_rows
         from .pipeline import BUNDLED_MODEL, L2PPipeline
         if (args.prompt is None) == (args.prompts is None) and not args.estimate:
@@ -149,6 +161,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
 
 def share(device: str | None) -> tuple[int, int, str | None]:
     """This process's number, how many there are, and its device: a GPU of its own where there are GPUs."""
+    import torch
     if device == "cuda" or device is None and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), device
@@ -251,6 +264,7 @@ def add_merge(commands: argparse._SubParsersAction) -> None:
 
 def add_quantize(commands: argparse._SubParsersAction) -> None:
     from ..quant.quantize import PRESETS
+    from .quantization import FORMATS
     parser = commands.add_parser(
         "quantize", help="make an INT8, FP8 or 4-bit model, a third of the size or less",
         description="Write a whole model with its large linears in 8 or 4 bits, in a format that ComfyUI and this program load "
@@ -358,7 +372,8 @@ def add_train(commands: argparse._SubParsersAction) -> None:
             from .train.estimate import estimate
             print(table(estimate(read_config(args.config, {"data": "none", "output": "none", **flags}))))
         else:
-            sys.path.insert(0, "")  # a recipe may lie in the folder the program runs in
+            if args.recipe:  # it may lie in the folder the program runs in; what is installed comes first
+                sys.path.append(os.getcwd())
             print(train(read_config(args.config, flags)))
     parser.set_defaults(run=run, when_stopped="The same command goes on from the last save",
                         when_full="docs/training.md, Memory, says which settings take less; --estimate counts them")

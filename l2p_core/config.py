@@ -28,6 +28,9 @@ PUBLISHED_DECODERS: dict[int, tuple[Level, ...]] = {
 }
 
 
+MAX_SIZE = 2**17  # of every width, ten times the published ones
+
+
 @dataclass(frozen=True)
 class L2PConfig:
     """Everything needed to build an `L2PTransformer`. The defaults are the published 1K model."""
@@ -41,6 +44,16 @@ class L2PConfig:
     t_hidden_dim: int = 1024
     decoder: tuple[Level, ...] = PUBLISHED_DECODERS[16]
     bottleneck_dim: int = 512
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for sizes that no model has, before anything of them is built."""
+        sizes = {"patch_size": self.patch_size, "dim": self.dim, "n_heads": self.n_heads, "ffn_dim": self.ffn_dim,
+                 "cap_feat_dim": self.cap_feat_dim, "t_hidden_dim": self.t_hidden_dim, "bottleneck_dim": self.bottleneck_dim}
+        for level in self.decoder:
+            sizes |= {f"decoder level {level.name}, {part}": getattr(level, part) for part in ("enc", "up", "dec")}
+        for name, size in sizes.items():
+            if not 1 <= size <= MAX_SIZE:
+                raise ValueError(f"{name} is {size}; expected 1 to {MAX_SIZE}")
 
     @property
     def head_dim(self) -> int:

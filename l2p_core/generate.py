@@ -3,9 +3,10 @@ import csv
 import io
 import json
 import math
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import MISSING, Field, asdict, dataclass, fields
 from functools import cache, lru_cache
 from itertools import groupby, islice
@@ -16,7 +17,9 @@ import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
-from .header import hash_files, whole
+from .files.atomic import WAIT, atomic_write, locked, process_rank
+from .header import hash_files
+from .image import open_image
 from .pipeline import L2PPipeline, check_mask, usable_device
 from .sampler import check_shortcuts, schedule, solver
 from .stages import Stage
@@ -138,14 +141,15 @@ def draw(pictures: list[Picture], pipe: L2PPipeline, batch: int = 1, free_text_e
     """Draw and write the pictures that are not there yet, `batch` at a time, each file whole or not at all.
 
     free_text_encoder: encode all prompts first, then take the encoder out of memory. overwrite: draw all. progress: show
-    a bar. Raises ValueError, before anything is drawn, where a picture is there with other settings."""
+    a bar. Raises ValueError, before anything is drawn, where a picture is there with other settings, and AlreadyRunning where
+    another run still writes there after `WAIT` seconds."""
     if batch < 1:
         raise ValueError(f"--batch is {batch}; expected 1 or more")
     if not pictures:
         return
     stop = Event()
-    with ThreadPoolExecutor(1) as beside, ExitStack() as at_end:  # hashing leaves the interpreter free to draw
-        at_end.callback(stop.set)
+    with lock_outputs([picture.output for picture in pictures]), ThreadPoolExecutor(1) as beside, ExitStack() as at_end:
+        at_end.callback(stop.set)  # hashing, which leaves the interpreter free to draw
         checkpoint_hash = beside.submit(hash_files, pipe.layout.files, stop)
         encoder_hash = beside.submit(hash_files, encoder_files(pipe.text_encoder_path), stop)
         hash_once = cache(lambda file: hash_files([Path(file)], stop))  # a start picture may serve thousands
@@ -184,6 +188,18 @@ def draw(pictures: list[Picture], pipe: L2PPipeline, batch: int = 1, free_text_e
                 for picture, image in zip(group, drawn, strict=True):
                     save(image, picture.output, describe(picture))
                 bar.update(len(group))
+
+
+def lock_outputs(outputs: list[Path]) -> AbstractContextManager[None]:
+    """Keep other runs from writing these files: the file itself if there is one, else the folder that holds them all.
+
+    Processes that a launcher started share the work, so the first one locks for all of them."""
+    if process_rank() > 0:
+        return nullcontext()
+    several = len(outputs) > 1
+    place = Path(os.path.commonpath([output.parent.absolute() for output in outputs])) if several else outputs[0]
+    busy = f"another run is writing to {place}. Wait for it to finish, or give another --output"
+    return locked(place, busy, WAIT, folder=several)
 
 
 def read_rows(file: Path, any_column: bool = False) -> list[dict]:
@@ -236,9 +252,9 @@ def batches(pictures: list[Picture], size: int) -> Iterator[list[Picture]]:
 def is_drawn(output: Path, wanted: dict) -> bool:
     """True where the file has the very settings wanted. Raises ValueError where it has others, or none."""
     try:
-        with Image.open(output) as there:
+        with open_image(output, ("PNG",)) as there:
             settings = dict(json.loads(there.info[PNG_KEY]))
-    except (OSError, KeyError, ValueError, TypeError):
+    except (OSError, KeyError, ValueError, TypeError, RecursionError):
         raise ValueError(f"{output} exists and was not drawn by l2p; give another --output, or --overwrite") from None
     lacking = {each.name: each.default for each in fields(Picture) if each.default is not MISSING}  # in files of before they were settings
     for name in {**wanted, **settings}:
@@ -252,22 +268,24 @@ def is_drawn(output: Path, wanted: dict) -> bool:
 
 
 def save(image: Image.Image, output: Path, settings: dict) -> None:
-    """Write the PNG with its settings; the file is there whole or not at all."""
+    """Write the PNG with its settings, atomically."""
     info = PngImagePlugin.PngInfo()
     info.add_itxt(PNG_KEY, json.dumps(settings, ensure_ascii=False))
     output.parent.mkdir(parents=True, exist_ok=True)
-    with whole(output) as part:
-        image.save(part, "PNG", pnginfo=info)
+    with atomic_write(output) as stream:
+        image.save(stream, "PNG", pnginfo=info)
 
 
 def open_picture(file: str | Path) -> Image.Image:
     """The picture, read whole. Raises ValueError where it is none, or not there."""
     try:
-        with Image.open(file) as picture:
+        with open_image(file) as picture:
             picture = ImageOps.exif_transpose(picture)
     except FileNotFoundError:
         raise ValueError(f"there is no {file}") from None
-    except (OSError, Image.DecompressionBombError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever Pillow makes of a damaged file
         raise ValueError(f"{file} is no picture that Pillow can read: {error}") from None
     if picture.mode.startswith("I"):  # 16 bits a pixel
         picture = Image.fromarray((np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8))

@@ -20,6 +20,8 @@ DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U64": 8, "I32
                "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8}
 # Far above any real model's: the header of the 1K checkpoint takes 60 kB. Parsed, a header takes 30 times its bytes.
 MAX_HEADER_BYTES = 10_000_000
+MAX_TENSORS = 20_000  # the 1K checkpoint has 453, in INT8 three times as many
+MAX_BRACKETS = 100_000  # of a header: each costs time and memory as it is parsed, whatever it turns out to be
 MAX_DIMENSIONS, MAX_NUMBER = 8, 2**48  # of a shape; of its numbers, and of byte offsets
 SHARD_NAME = re.compile(r"-\d{5}-of-(\d{5})\.safetensors$")
 
@@ -44,21 +46,6 @@ class Entry(NamedTuple):
     @property
     def count(self) -> int:
         return math.prod(self.shape)
-
-
-@contextmanager
-def whole(path: Path, shared: bool = False) -> Iterator[Path]:
-    """A place to write the file that will be `path`: it takes the name at the end, on the disk by then, or is gone.
-
-    shared: several processes may write it at once, each its own; what a killed one leaves is then not written over by the next."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part" if shared else f".{path.name}.part")
-    try:
-        yield part
-        with part.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def find_files(path: Path) -> tuple[list[Path], set[str]]:
@@ -150,14 +137,19 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
                 raise CheckpointError(f"{file.name} is a PyTorch pickle, which can run any code when loaded. "
                                       "Use the .safetensors version of the model")
             raise refuse(f"its header should take {length} bytes, the file has {size}")
+        encoded = stream.read(length)
+        if encoded.count(b"{") + encoded.count(b"[") > MAX_BRACKETS:
+            raise refuse("its header holds more than any model's")
         try:
-            header = json.loads(stream.read(length), object_pairs_hook=without_duplicates)
+            header = json.loads(encoded, object_pairs_hook=without_duplicates)
         except CheckpointError:
             raise
         except (ValueError, RecursionError):  # not UTF-8, not JSON, numbers of thousands of digits
             raise refuse("its header is not JSON") from None
     if not isinstance(header, dict):
         raise refuse("its header is not a table of tensors")
+    if len(header) > MAX_TENSORS:
+        raise refuse(f"its header names {len(header):,} tensors, and models have at most {MAX_TENSORS:,}")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise refuse("its metadata is not a table of strings")

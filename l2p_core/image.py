@@ -1,8 +1,34 @@
 """Pictures and pixels: 8-bit levels outside, float32 in [-1, 1] inside."""
+import errno
+from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+# Pillow hands EPS to Ghostscript, an interpreter of programs, whatever the file's name. So it tries these formats only.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM")
+
+
+def open_image(file: str | Path, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """Open an image file of one of these formats; nothing but its header is read yet.
+
+    Raises OSError where it is of another format, damaged or missing, and ValueError where it has far too many pixels."""
+    if not Path(file).is_file():  # a FIFO would wait for ever
+        raise FileNotFoundError(errno.ENOENT, "No such file", str(file))
+    Image.init()
+    known = [name for name in formats if name in Image.OPEN]
+    try:
+        return Image.open(file, formats=known)
+    except Image.UnidentifiedImageError:
+        raise OSError(f"it is not a {', '.join(known)} image") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from None
+    except OSError:
+        raise
+    except Exception as error:  # whatever Pillow makes of a damaged header
+        raise OSError(f"its header is damaged ({error})") from None
 
 
 def to_pixels(picture: Image.Image, dtype: torch.dtype = torch.float32) -> Tensor:

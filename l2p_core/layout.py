@@ -20,6 +20,7 @@ from .quantization import FORMATS
 FLOATS = ("F64", "F32", "F16", "BF16")
 UNSCALED = ("F8_E4M3", "F8_E5M2")  # where there is no scale: simply cast
 MAX_MARKER_BYTES = 10_000  # of a comfy_quant, which takes 100
+MAX_SIDE = 16_384  # pixels; the largest published model is trained at 10,240
 CONVROT_GROUPSIZES = (4, 16, 64, 256, 1024)
 KNOWN_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "pipe.dit.", "")  # any other is found as well
 
@@ -66,15 +67,18 @@ class Layout:
         except KeyError as missing:
             raise CheckpointError(f"{self.path.name} lacks {missing.args[0]}, which every L2P model has: "
                                   "it is damaged or not whole. Get the file again") from None
-        except (ValueError, IndexError, ZeroDivisionError) as odd:
+        except ValueError as odd:
             raise CheckpointError(f"{self.path.name} does not fit an L2P model: {odd}") from None
+        except (IndexError, ZeroDivisionError):
+            raise CheckpointError(f"{self.path.name} does not fit an L2P model: a tensor that tells its sizes has none, or too few "
+                                  "dimensions. Get the file again") from None
 
     @property
     def trained_size(self) -> tuple[int, int]:
         """Height and width in pixels: the file's modelspec.resolution, else the square of 64 x 64 tokens."""
         width, _, height = self.metadata.get("modelspec.resolution", "").partition("x")
         sides = [int(side) for side in (height, width) if re.fullmatch(r"[0-9]{1,5}", side)]
-        if len(sides) == 2 and all(side > 0 and side % self.config.size_multiple == 0 for side in sides):
+        if len(sides) == 2 and all(0 < side <= MAX_SIDE and side % self.config.size_multiple == 0 for side in sides):
             return sides[0], sides[1]
         return self.config.nominal_size, self.config.nominal_size
 
@@ -209,11 +213,16 @@ def quantization_markers(entries: dict[str, Entry], metadata: dict[str, str]) ->
             with reading(entry.file) as stream:
                 stream.seek(entry.begin)
                 content = stream.read(min(entry.end - entry.begin, MAX_MARKER_BYTES))
-            try:
-                markers[layer_name(key.removesuffix(".comfy_quant"))] = dict(json.loads(content))
-            except (ValueError, TypeError, RecursionError):
-                raise CheckpointError(f"{key} is not the JSON that ComfyUI writes there") from None
+            markers[layer_name(key.removesuffix(".comfy_quant"))] = read_marker(key, content)
     return markers
+
+
+def read_marker(key: str, content: bytes) -> dict:
+    """What a `comfy_quant` tensor of these bytes says. Raises CheckpointError."""
+    try:
+        return dict(json.loads(content))
+    except (ValueError, TypeError, RecursionError):
+        raise CheckpointError(f"{key} is not the JSON that ComfyUI writes there. The file is damaged") from None
 
 
 def quantized_source(source: Source, scale: Entry | None, scale_2: Entry | None, marker: dict | None,
@@ -244,7 +253,7 @@ def quantized_source(source: Source, scale: Entry | None, scale_2: Entry | None,
     if (scale_2 is not None and scale_2.dtype == "F32" and scale_2.count == 1) != (name == "nvfp4"):
         raise CheckpointError(f"{key} is {name} but its weight_scale_2 is {scale_2 and (scale_2.dtype, scale_2.shape)}; expected "
                               f"{'one F32 number' if name == 'nvfp4' else 'none'}. The file is damaged")
-    if groupsize and (groupsize not in CONVROT_GROUPSIZES or len(shape) != 2 or inputs % groupsize):
+    if groupsize and (type(groupsize) is not int or groupsize not in CONVROT_GROUPSIZES or len(shape) != 2 or inputs % groupsize):
         raise CheckpointError(f"{key}, {source.shape}, can't be rotated in groups of {groupsize}; expected a power of 4 that "
                               "divides its inputs")
     return source._replace(convrot_groupsize=groupsize)

@@ -19,8 +19,9 @@ from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
-from .generate import PNG_KEY, is_drawn, open_picture, output_files, read_rows
-from .header import hash_files, whole
+from .files.atomic import atomic_write
+from .generate import PNG_KEY, is_drawn, lock_outputs, open_picture, output_files, read_rows
+from .header import hash_files
 from .workflow import fill, places, read_workflow, title
 
 PICTURES = ("input_image", "inpaint_mask")  # files of ours, uploaded
@@ -70,11 +71,12 @@ def queue(workflow: Path, output: Path, servers: list[str], prompts: Path | None
             raise ValueError(f"--set {assignment}: expected NODE.INPUT=VALUE, such as 3.steps=20")
         values.append((name, value))
     jobs = plan(read_workflow(workflow), read_rows(prompts, any_column=True) if prompts else [{}], values, count, output, overwrite)
-    missing = [job for job in jobs if overwrite or not job.output.exists() or not is_drawn(job.output, job.record)]
-    if len(missing) < len(jobs):
-        print(f"{len(jobs) - len(missing)} of {len(jobs)} pictures are there already")
-    if missing:
-        draw(missing, [Server(url, len(servers) > 1) for url in dict.fromkeys(servers)], timeout, progress)
+    with lock_outputs([job.output for job in jobs]):
+        missing = [job for job in jobs if overwrite or not job.output.exists() or not is_drawn(job.output, job.record)]
+        if len(missing) < len(jobs):
+            print(f"{len(jobs) - len(missing)} of {len(jobs)} pictures are there already")
+        if missing:
+            draw(missing, [Server(url, len(servers) > 1) for url in dict.fromkeys(servers)], timeout, progress)
 
 
 def plan(graph: dict, rows: list[dict], values: list[tuple[str, object]], count: int, output: Path,
@@ -325,8 +327,8 @@ def write(pictures: list[bytes], job: Job) -> None:
     chunk = (len(settings) - 4).to_bytes(4, "big") + settings + zlib.crc32(settings).to_bytes(4, "big")
     for number, picture in reversed(list(enumerate(pictures, 1))):
         output = job.output if number == 1 else job.output.with_stem(f"{job.output.stem}_{number}")
-        with whole(output) as part:
-            part.write_bytes(picture[:33] + chunk + picture[33:])  # behind the header, which is 33 bytes
+        with atomic_write(output) as stream:
+            stream.write(picture[:33] + chunk + picture[33:])  # behind the header, which is 33 bytes
 
 
 def failure(entry: dict, graph: dict) -> str | None:
@@ -379,7 +381,7 @@ def explain(reply: dict, graph: dict) -> str:
 def read_json(text: bytes, url: str) -> dict:
     try:
         return dict(json.loads(text))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise Refused(f"{url} answers {text[:40]!r}; is it a ComfyUI server?") from None
 
 

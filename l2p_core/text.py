@@ -20,6 +20,9 @@ if TYPE_CHECKING:  # it takes seconds to import, so not before it is needed
 # What Qwen3's own chat template gives for one user turn with thinking enabled. The prompt goes in as it is.
 TEMPLATE = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 MAX_TOKENS = 512  # of the whole templated prompt; the published pipeline cuts the rest off, and so do we
+MAX_SIZES = {  # far above Qwen3-4B's; a hostile file may say anything
+    "vocab_size": 1_000_000, "hidden_size": 32_768, "head_dim": 4096, "num_hidden_layers": 500, "intermediate_size": 262_144,
+    "num_attention_heads": 1024, "num_key_value_heads": 1024}
 LAYER = -2  # the features are what the last layer takes in: no final norm
 
 
@@ -39,8 +42,9 @@ class TextEncoder:
         encoder_files(encoder)
         tokenizer_folder = find_tokenizer(encoder, tokenizer)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # whatever transformers makes of a damaged file
+            refuse_code(tokenizer_folder)
             raise CheckpointError(f"{tokenizer_folder} holds no tokenizer that transformers can read: {error}") from None
         model = load_folder(encoder, dtype) if encoder.is_dir() else load_single_file(encoder, dtype)
         return cls(model.to(device).eval(), tokenizer)
@@ -84,6 +88,27 @@ def find_tokenizer(encoder: Path, tokenizer: str | Path | None) -> Path:
                           "Give the tokenizer/ folder of Tongyi-MAI/Z-Image-Turbo or Qwen/Qwen3-4B")
 
 
+def refuse_code(folder: Path) -> None:
+    """Raise CheckpointError where a folder's settings name Python code that comes with it (`auto_map`)."""
+    for name in ("tokenizer_config.json", "config.json"):
+        try:
+            settings = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(settings, dict) and "auto_map" in settings:
+            raise CheckpointError(f"{folder / name} names Python code of its own (auto_map), which this program never runs. "
+                                  "Use the tokenizer/ and text_encoder/ folders of Tongyi-MAI/Z-Image-Turbo")
+
+
+def check_sizes(sizes: Mapping[str, object], name: str) -> None:
+    """Raise CheckpointError where a Qwen3's configuration is of no size that a model has, before it is built."""
+    for key, most in MAX_SIZES.items():
+        value = sizes.get(key, 1)
+        if type(value) is not int or not 1 <= value <= most:
+            raise CheckpointError(f"{name} is no Qwen3 text encoder: its {key} is {str(value)[:40]}; expected a whole number "
+                                  f"from 1 to {most}. Give the text_encoder/ folder of Tongyi-MAI/Z-Image-Turbo")
+
+
 def load_folder(folder: Path, dtype: torch.dtype) -> transformers.Qwen3Model:
     """A Hugging Face folder: config.json with one or more .safetensors files."""
     from transformers import Qwen3Config, Qwen3Model
@@ -92,13 +117,16 @@ def load_folder(folder: Path, dtype: torch.dtype) -> transformers.Qwen3Model:
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # what it would warn of is an error here
     try:
-        config = Qwen3Config.from_pretrained(folder, local_files_only=True)
-        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = settings.get("model_type")
         if kind != "qwen3":
             raise CheckpointError(f"{folder} holds a model of type {kind}, expected qwen3. Give the text_encoder/ folder of "
                                   "Tongyi-MAI/Z-Image-Turbo")
-        model, loaded = Qwen3Model.from_pretrained(folder, config=config, dtype=dtype, local_files_only=True,
-                                                   use_safetensors=True, output_loading_info=True)
+        check_sizes(settings, str(folder))
+        config = Qwen3Config.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model, loaded = Qwen3Model.from_pretrained(  # attn_implementation: else config.json may name a kernel to download
+            folder, config=config, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True,
+            trust_remote_code=False, attn_implementation="sdpa")
     except CheckpointError:
         raise
     except Exception as error:  # whatever transformers makes of a damaged file
@@ -124,9 +152,13 @@ def load_single_file(file: Path, dtype: torch.dtype) -> transformers.Qwen3Model:
     if odd := next((key for key, entry in entries.items() if entry.dtype not in ("F32", "F16", "BF16")), None):
         raise CheckpointError(f"{file.name} is quantized ({odd} is {entries[odd].dtype}); give the BF16 qwen_3_4b.safetensors")
     try:
-        config = Qwen3Config(**qwen3_sizes(shapes))
+        sizes = qwen3_sizes(shapes)
     except KeyError as missing:
         raise CheckpointError(f"{file.name} is not a whole Qwen3 text encoder: it lacks {missing.args[0]}. Get it again") from None
+    except (ValueError, IndexError, ZeroDivisionError):
+        raise CheckpointError(f"{file.name} is no Qwen3 text encoder: its tensors have other shapes. Get it again") from None
+    check_sizes(sizes, file.name)
+    config = Qwen3Config(**sizes)
     with torch.device("meta"):
         model = Qwen3Model(config)
     model.rotary_emb = type(model.rotary_emb)(model.config)  # its table is computed, not loaded
@@ -145,7 +177,7 @@ def qwen3_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int | float]
     vocab_size, hidden_size = shapes["embed_tokens.weight"]
     return {
         "vocab_size": vocab_size, "hidden_size": hidden_size, "head_dim": head_dim,
-        "num_hidden_layers": 1 + max(int(key.split(".")[1]) for key in shapes if re.match(r"layers\.\d+\.", key)),
+        "num_hidden_layers": 1 + max(int(key.split(".")[1]) for key in shapes if re.match(r"layers\.[0-9]{1,4}\.", key)),
         "intermediate_size": shapes["layers.0.mlp.gate_proj.weight"][0],
         "num_attention_heads": shapes["layers.0.self_attn.q_proj.weight"][0] // head_dim,
         "num_key_value_heads": shapes["layers.0.self_attn.k_proj.weight"][0] // head_dim,

@@ -19,7 +19,7 @@ def read_workflow(file: Path) -> dict:
     """The graph {node id: {class_type, inputs}}. Raises ValueError where the file holds something else."""
     try:
         graph = json.loads(file.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file.name} is not JSON: {error}") from None
     if isinstance(graph, dict) and isinstance(graph.get("nodes"), list):
         raise ValueError(f"{file.name} is a workflow for ComfyUI's canvas, which the server does not take. Use the file of "

@@ -3,7 +3,6 @@
 ComfyUI's convention: sigma goes from 1 to 0, the model predicts noise - image, and the image being sampled is a LATENT
 (B, 3, H, W) in [-1, 1].
 """
-import json
 import math
 from functools import cache
 from pathlib import Path
@@ -21,7 +20,7 @@ from ..l2p_core.config import L2PConfig, Level
 from ..l2p_core.decoder import decoder_bytes
 from ..l2p_core.files.naming import PACKED, layer_name, lora_names, name_in
 from ..l2p_core.header import CheckpointError, Entry
-from ..l2p_core.layout import FLOATS, Layout, Source, describe, find_prefix
+from ..l2p_core.layout import FLOATS, MAX_MARKER_BYTES, Layout, Source, describe, find_prefix, read_marker
 from ..l2p_core.model import TOKENS_AT_ONCE, Attention, Block, Hooks, L2PTransformer
 from ..l2p_core.quantization import FORMATS, dequantize, split_block_scales
 from ..l2p_core.text import MAX_TOKENS
@@ -257,10 +256,18 @@ def layout_of(state_dict: dict[str, Tensor], prefix: str = "", metadata: dict[st
         for key, tensor in state_dict.items() if key.startswith(prefix) and not key.endswith(".comfy_quant")}
     quantized = {layer_name(key.removesuffix(".weight")) for key, entry in entries.items()
                  if key.endswith(".weight") and entry.dtype not in FLOATS}
-    markers = {layer_name(key.removesuffix(".comfy_quant")): json.loads(bytes(tensor.tolist()))
+    markers = {layer_name(key.removesuffix(".comfy_quant")): read_marker(key, marker_bytes(key, tensor))
                for key, tensor in state_dict.items() if key.endswith(".comfy_quant")}  # core adds some with other prefixes
     markers = {layer: found for layer, found in markers.items() if layer in quantized}
     return describe(path, [path], entries, metadata or {}, markers, {})
+
+
+def marker_bytes(key: str, tensor: Tensor) -> bytes:
+    """The text of a `comfy_quant` tensor. Raises CheckpointError for anything else, such as one huge number."""
+    if tensor.dtype != torch.uint8 or tensor.dim() != 1 or len(tensor) > MAX_MARKER_BYTES:
+        raise CheckpointError(f"{key} is {tensor.dtype} of shape {tuple(tensor.shape)}; expected text of at most "
+                              f"{MAX_MARKER_BYTES} bytes. The file is damaged")
+    return tensor.cpu().numpy().tobytes()
 
 
 def dequantize_in_place(state_dict: dict[str, Tensor], layout: Layout) -> None:

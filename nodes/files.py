@@ -6,10 +6,11 @@ import comfy.utils
 import folder_paths
 from comfy_api.latest import io, ui
 
+from ..l2p_core.files.atomic import readable_bytes
 from ..l2p_core.header import CheckpointError
 from ..l2p_core.quantization import FORMATS
 from ..quant import convert, merge, quantize
-from ..quant.stream import Progress, gigabytes
+from ..quant.stream import Progress
 from .load import model_files, model_paths, stamps
 
 FILENAME = io.String.Input("filename", default="", tooltip="Name of the new file in models/diffusion_models; empty for the "
@@ -149,7 +150,7 @@ def bar() -> Progress:
 def written(output: Path, report: str | None = None) -> io.NodeOutput:
     """Name of the new file, which the loaders list from now on, and what to tell the user."""
     folder_paths.filename_list_cache.pop("diffusion_models", None)
-    said = report or f"{output}: {gigabytes(output.stat().st_size)}"
+    said = report or f"{output}: {readable_bytes(output.stat().st_size)}"
     return io.NodeOutput(output.name, *([report] if report else []), ui=ui.PreviewText(said))
 
 

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from ..l2p_core.checkpoint import check
+from ..l2p_core.files.atomic import atomic_write, readable_bytes
 from ..l2p_core.header import DTYPE_BYTES, CheckpointError
 from ..l2p_core.layout import Layout, Source, read_layout
 from ..l2p_core.quantization import FORMATS, dequantize, kernel, rotate
 from .export import PREFIXES, arrange, marker_piece, note_left_out
-from .stream import TORCH_DTYPES, Piece, Progress, gigabytes, on_all_cores, read_floats, single_threaded, write
+from .stream import TORCH_DTYPES, Piece, Progress, on_all_cores, read_floats, single_threaded, write
 
 # Which tensors become 8 bits, by ComfyUI's names: the linears of the blocks. Norms, biases, modulation, embedders and the
 # decoder are a hundredth of the model's work and the most sensitive to rounding.
@@ -283,7 +284,7 @@ def table(facts: dict, worst: int = 10) -> str:
     return "\n".join([
         f"{facts['output']}: {facts['format']}, {facts['granularity']}, preset {facts['preset']}"
         + (", verified" if facts["verified"] else ""),
-        f"  {gigabytes(facts['bytes_before'])} became {gigabytes(facts['bytes_after'])}; {facts['quantized']} tensors quantized, "
+        f"  {readable_bytes(facts['bytes_before'])} became {readable_bytes(facts['bytes_after'])}; {facts['quantized']} tensors quantized, "
         f"signal to noise {decibels(facts['snr_db'])}",
         f"  the {len(tensors)} that lost most:",
         *(f"    {tensor['name']:{width}}  {decibels(tensor['snr_db']):>8}  {' x '.join(map(str, tensor['shape']))}"
@@ -291,4 +292,5 @@ def table(facts: dict, worst: int = 10) -> str:
 
 
 def save_report(facts: dict, file: Path) -> None:
-    file.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    with atomic_write(file) as stream:
+        stream.write((json.dumps(facts, indent=1) + "\n").encode())

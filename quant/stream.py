@@ -1,24 +1,20 @@
-"""A safetensors file written from a plan, a block of rows at a time: whole under its name, or not there at all.
+"""A safetensors file written from a plan, a block of rows at a time, atomically (l2p_core/files/atomic.py).
 
-A plan is a list of pieces, one for each tensor; nothing is read before `write`. The file grows beside its place as
-`.NAME.l2p-part`, which one run at a time holds, and takes its name once it is on the disk, so the output may be one of the
-inputs. What a killed run left is removed by the next one in that folder. Sources are read, not mapped: a mapped file that
-shrinks would end the program.
+A plan is a list of pieces, one for each tensor; nothing is read before `write`. The output may be one of the inputs, and
+one run at a time writes it. Sources are read, not mapped: a mapped file that shrinks would end the program.
 
 At full size the disk and the system's cache set the pace. So inputs are read front to back, the hashing of each just ahead
 of its tensors, what is written goes to the disk as it comes, and the cache is given back once both have passed: filling
 gigabytes of it takes longer than reading them (docs/measurements.md, "File tools").
 """
-import errno
 import json
 import math
 import os
-import shutil
 import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
 from typing import BinaryIO, NamedTuple, TypeVar
@@ -27,12 +23,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows, where a file that someone has open can't be removed
-    fcntl = None
-
 from ..l2p_core.ahead import ahead
+from ..l2p_core.files.atomic import WriteError, atomic_write, locked
 from ..l2p_core.header import DTYPE_BYTES, CheckpointError, hash_files, reading, stamp
 from ..l2p_core.quantization import FORMATS, dequantize
 from ..l2p_core.layout import Layout, Source
@@ -105,7 +97,7 @@ def write(path: Path, pieces: list[Piece], inputs: list[Layout], command: str, o
                 yield piece.name, block
         wanted.update(dict.fromkeys(wanted, NOTHING))
 
-    with unfinished(path, total) as stream, single_threaded(), ThreadPoolExecutor(len(files) + 1) as beside:
+    with exclusive(path, total) as stream, single_threaded(), ThreadPoolExecutor(len(files) + 1) as beside:
         try:
             wanted.update(steps[0][1])
             hashes = [beside.submit(hash_beside, file) for file, _ in files]
@@ -198,76 +190,24 @@ def on_all_cores(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
 
 
 @contextmanager
-def unfinished(path: Path, total: int) -> Iterator[BinaryIO]:
-    """The file that will be `path`, empty, for one run alone. It takes the name at the end and is gone after any failure.
+def exclusive(path: Path, total: int) -> Iterator[BinaryIO]:
+    """Open the file that becomes `path` for this run alone. total: bytes it will take.
 
-    total: bytes it will take. Raises CheckpointError where it can't be made there or another run is making it."""
-    folder, part = path.parent, path.with_name(f".{path.name}.l2p-part")
+    Raises CheckpointError where it can't be written or another run is writing it."""
+    folder = path.parent
     if path.suffix != ".safetensors":
         raise CheckpointError(f"the output is {path}; expected a name that ends in .safetensors")
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no folder, so {path.name} can't be written there. Make it first: mkdir -p {folder}")
+        raise CheckpointError(f"{folder} is no folder, so {path.name} can't be written there. "
+                              f"Make it first: mkdir -p {folder}")
     if path.is_dir():
         raise CheckpointError(f"the output {path} is a folder; give the name of a file in it")
+    busy = f"another run is writing {path}. Wait for it, or give another output"
     try:
-        for leftover in folder.glob(".*.l2p-part"):
-            if not fcntl:  # Windows, where an open file can't be taken away
-                with suppress(PermissionError):
-                    leftover.unlink()
-            elif (stream := open_alone(leftover)) is not None:
-                with stream:
-                    leftover.unlink()
-        stream = open_alone(part)
-    except OSError as error:
-        raise CheckpointError(f"{folder} can't be written to ({error.strerror}). Give an output in another folder") from None
-    if stream is None:
-        raise CheckpointError(f"another run is writing {path}. Wait for it, or give another output")
-
-    def settle(last: Callable[[], object]) -> None:
-        """Rename or remove it while it is ours; Windows must close it first."""
-        if not fcntl:
-            stream.close()
-        last()
-        stream.close()
-
-    try:
-        if (free := shutil.disk_usage(folder).free) < total:
-            raise CheckpointError(f"{path.name} takes {gigabytes(total)}, but {folder} has {gigabytes(free)} free. "
-                                  f"Free {gigabytes(total - free)} there, or write elsewhere")
-        yield stream
-        stream.flush()
-        os.fsync(stream.fileno())
-        settle(lambda: part.replace(path))
-        sync_folder(folder)
-    except BaseException as error:
-        with suppress(OSError):
-            settle(lambda: part.unlink(missing_ok=True))
-        if not isinstance(error, OSError):
-            raise
-        why = "is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"can't be written to ({error.strerror})"
-        raise CheckpointError(f"{folder} {why}: {path.name} needs {gigabytes(total)}. Nothing was left behind. "
-                              "Make room, or write elsewhere") from None
-
-
-def open_alone(part: Path) -> BinaryIO | None:
-    """That file, made anew or emptied, locked until it is closed. None where another run holds it."""
-    if not fcntl:
-        try:
-            part.unlink(missing_ok=True)
-        except PermissionError:
-            return None
-        return part.open("wb")
-    while True:
-        stream = os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT, 0o666), "wb")
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if part.exists() and os.path.samestat(part.stat(), os.fstat(stream.fileno())):
-                stream.truncate()
-                return stream
-        except BlockingIOError:
-            stream.close()
-            return None
-        stream.close()  # it was finished, or cleared away, between our opening and locking it
+        with locked(path, busy), atomic_write(path, total) as stream:
+            yield stream
+    except WriteError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def encode_header(pieces: list[Piece], metadata: dict[str, str]) -> bytes:
@@ -376,17 +316,3 @@ def carried_modelspec(first: Layout, changes: dict[str, str]) -> dict[str, str]:
 def modelspec(layout: Layout) -> dict[str, str]:
     """A file's modelspec fields, without that prefix."""
     return {key.removeprefix("modelspec."): value for key, value in layout.metadata.items() if key.startswith("modelspec.")}
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut; Windows keeps no handle on folders."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def gigabytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count:,} bytes"

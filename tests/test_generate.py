@@ -178,12 +178,12 @@ def test_pictures_of_before_a_setting_was_one_are_taken_for_these(tmp_path, caps
 
 
 def test_a_failing_write_leaves_nothing(tmp_path, monkeypatch, capsys):
-    def full(self, path, *_, **__):
-        path.write_bytes(b"half")
+    def full(self, stream, *_, **__):
+        stream.write(b"half")
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(Image.Image, "save", full)
     assert main(["generate", "a circle", "-o", str(tmp_path / "out.png"), *FEW]) == 1
-    assert "No space left" in capsys.readouterr().err and os.listdir(tmp_path) == []
+    assert "is full, so out.png was not written" in capsys.readouterr().err and os.listdir(tmp_path) == []
 
 
 def test_ctrl_c_leaves_no_half_file(tmp_path):

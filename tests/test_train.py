@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from comfyui_l2p.l2p_core import L2PConfig, L2PTransformer, load_model
 from comfyui_l2p.l2p_core.cli import main
 from comfyui_l2p.l2p_core.image import to_pixels
+from comfyui_l2p.l2p_core.interrupt import noted
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL, L2PPipeline, draw_noise
 from comfyui_l2p.l2p_core.sampler import schedule
 from comfyui_l2p.l2p_core.shapes.pictures import scenes
@@ -510,7 +511,7 @@ def test_half_a_line_of_the_log_is_forgotten(data):
 
 
 def test_a_launchers_stop_after_the_keyboards_does_not_abort_the_save():
-    with trainer.interrupts() as asked:
+    with noted() as asked:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
             os.kill(os.getpid(), number)
         assert asked.is_set()

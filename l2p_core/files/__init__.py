@@ -1,1 +1,1 @@
-"""Checkpoint files: their names, layouts and formats."""
+"""Files: written atomically; the names, layouts and formats of checkpoints."""

@@ -4,6 +4,7 @@ Pictures drawn elsewhere, by ComfyUI for one, are judged in two steps: `--write-
 with seeds and file names, and `--pictures FOLDER` judges the folder that holds them."""
 import argparse
 import csv
+import io
 import json
 from collections import Counter
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from ..files.atomic import atomic_write
+from ..image import open_image
 from ..pipeline import L2PPipeline
 from .pictures import SIZE, Scene, judge, test_scenes
 
@@ -71,18 +74,22 @@ def main() -> None:
     scenes = test_scenes(args.count)
     names = [f"{number:03d}.png" for number in range(len(scenes))]
     if args.write_prompts:
-        with args.write_prompts.open("w", newline="", encoding="utf-8") as stream:
-            csv.writer(stream).writerows([("file_name", "prompt", "seed"), *(
-                (name, scene.caption(), number) for number, (name, scene) in enumerate(zip(names, scenes)))])
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([("file_name", "prompt", "seed"), *(
+            (name, scene.caption(), number) for number, (name, scene) in enumerate(zip(names, scenes)))])
+        with atomic_write(args.write_prompts) as stream:
+            stream.write(text.getvalue().encode())
         return
     if args.pictures:
-        pictures = [Image.open(args.pictures / name).convert("RGB") for name in names]
+        pictures = [open_image(args.pictures / name).convert("RGB") for name in names]
     else:
         pipe = L2PPipeline.from_pretrained(args.checkpoint, args.text_encoder, torch_dtype=getattr(torch, args.dtype))
         pictures = draw(pipe, [scene.caption() for scene in scenes], num_inference_steps=args.steps, sampler=args.sampler,
                         shift=args.shift)
     if args.sheet:
-        contact_sheet(pictures[:24], [scene.caption() for scene in scenes[:24]]).save(args.sheet)
+        with atomic_write(args.sheet) as stream:
+            sheet = contact_sheet(pictures[:24], [scene.caption() for scene in scenes[:24]])
+            sheet.save(stream, Image.registered_extensions().get(args.sheet.suffix.lower(), "PNG"))
     print(json.dumps(score(pictures, scenes)))
 
 

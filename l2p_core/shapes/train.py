@@ -1,24 +1,27 @@
 """The recipe of the small model, from nothing: `l2p train l2p_core/shapes/shapes.toml`"""
 import json
 import os
+import secrets
+import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
 from ..config import L2PConfig, Level
 from ..decoder import LocalDecoder
-from ..header import whole
+from ..files.atomic import TEMPORARY, atomic_write, locked
+from ..files.save import save_tensors
 from ..model import L2PTransformer
 from ..sampler import shifted
 from ..text import TEMPLATE, TextEncoder
 from ..train.config import TrainConfig
 from ..train.data import Batch
-from ..train.trainer import Run
+from ..train.trainer import WAIT, Run
 from .pictures import SIZE, Scene, draw, scenes, test_scenes, training_scenes
 from .score import draw as draw_all
 from .score import score
@@ -28,6 +31,7 @@ CONFIG = L2PConfig(
     decoder=(Level("1", 16, 16, 32), Level("2", 32, 32, 24), Level("3", 48, 48, 48), Level("4", 64, 64, 64)))
 LAYOUT_SHIFT, SHIFT, FINISH_SHIFT = 12.0, 3.0, 0.35  # noise levels that lean to where captions decide, even, to the last steps
 UNEVEN, PATCHY = 0.4, 8  # share by which noise is uneven then, and over how many pixels
+SCRATCH = ".text-encoder."  # beginning of the folder's name in which the text encoder is made
 SCORED = 100  # prompts, each time samples are drawn
 GATED, QUIET = 8.0, 0.5  # a gate of the decoder reads the noisy pixels this quiet, and its opening counts this much
 
@@ -47,11 +51,24 @@ def make_text_encoder(folder: Path, captions: list[str]) -> TextEncoder:
         encoder.embed_tokens.weight.mul_(5)  # words stand out from what attention mixes in
     encoder.config.rope_theta = 1e6  # transformers 5 writes it elsewhere, 4 reads it here
     (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
-    tokenizer.backend_tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
-    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}, indent=1))
-    encoder.to(torch.bfloat16).save_pretrained(folder / "text_encoder")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH, suffix=TEMPORARY) as scratch:
+        scratch = Path(scratch)
+        tokenizer.backend_tokenizer.save(str(scratch / "tokenizer.json"))
+        (scratch / "tokenizer_config.json").write_text(json.dumps({
+            "tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}, indent=1))
+        move_files(scratch, folder / "tokenizer")
+        encoder.to(torch.bfloat16).save_pretrained(scratch)
+        move_files(scratch, folder / "text_encoder")
     return TextEncoder.load(folder / "text_encoder", folder / "tokenizer", dtype=torch.float32)
+
+
+def move_files(source: Path, target: Path) -> None:
+    """Move all files of a folder into another, each atomically and with the permissions of a new file."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(source.iterdir()):
+        with atomic_write(target / file.name) as stream:
+            stream.write(file.read_bytes())
+        file.unlink()
 
 
 def initialise(model: L2PTransformer) -> None:
@@ -207,23 +224,34 @@ def noise_levels(batch: int, finishing: bool, generator: torch.Generator) -> tor
 
 def make_files(checkpoint: Path, data: Path, seed: int) -> None:
     """What a run begins with: tokenizer, text encoder and an untrained model, and a picture of every scene to train on."""
+    data.parent.mkdir(parents=True, exist_ok=True)
+    leftovers = [*data.parent.glob(f".{data.name}.*{TEMPORARY}"), *checkpoint.parent.glob(f"{SCRATCH}*{TEMPORARY}")]
+    for leftover in leftovers:
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover, ignore_errors=True)
     known = training_scenes()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         make_text_encoder(checkpoint.parent, sorted({caption for scene in scenes() for caption in captions_of(scene)}))
         model = L2PTransformer(CONFIG)
         initialise(model)
-    unfinished = data.with_name(f"{data.name}.part")
-    (unfinished / "images").mkdir(parents=True, exist_ok=True)
-    rows = []
-    for number, scene in enumerate(known):
-        rows.append({"file_name": f"{number:04d}.png", "text": captions_of(scene)})
-        draw(scene).save(unfinished / "images" / rows[-1]["file_name"])
-    (unfinished / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    with whole(checkpoint) as part:
-        save_file(model.state_dict(), part, metadata={
-            "format": "pt", "modelspec.title": "L2P shapes", "modelspec.resolution": f"{SIZE}x{SIZE}", "modelspec.license": "Apache-2.0"})
-    unfinished.rename(data)
+    temporary = data.with_name(f".{data.name}.{secrets.token_hex(8)}{TEMPORARY}")
+    temporary.mkdir()
+    try:
+        (temporary / "images").mkdir()
+        rows = []
+        for number, scene in enumerate(known):
+            rows.append({"file_name": f"{number:04d}.png", "text": captions_of(scene)})
+            draw(scene).save(temporary / "images" / rows[-1]["file_name"])
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (temporary / "metadata.jsonl").write_text(lines, encoding="utf-8")
+        with atomic_write(checkpoint) as stream:
+            save_tensors(stream, model.state_dict(), {
+                "format": "pt", "modelspec.title": "L2P shapes", "modelspec.resolution": f"{SIZE}x{SIZE}",
+                "modelspec.license": "Apache-2.0"})
+        temporary.rename(data)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def captions_of(scene: Scene) -> list[str]:
@@ -244,8 +272,8 @@ class ScoredRun(Run):
                                 height=SIZE, width=SIZE, num_inference_steps=16, sampler="ab2", shift=2.0)
         self.pipe.unload_text_encoder()
         if self.main:
-            with whole(self.output / "samples" / f"step-{self.step:07d}.json") as part:
-                part.write_text(json.dumps(score(pictures, tests)), encoding="utf-8")
+            with atomic_write(self.output / "samples" / f"step-{self.step:07d}.json") as stream:
+                stream.write(json.dumps(score(pictures, tests)).encode())
 
 
 class ShapesRun(ScoredRun):
@@ -261,7 +289,10 @@ class ShapesRun(ScoredRun):
         if not data.exists() and config.text_encoder:
             raise ValueError(f"{checkpoint} and {data} are not there, which another run leaves: l2p train l2p_core/shapes/shapes.toml")
         if not data.exists():
-            make_files(checkpoint, data, config.seed)
+            busy = f"another run is making {data}. Wait for it to finish, or give another data folder"
+            with locked(data, busy, WAIT):
+                if not data.exists():
+                    make_files(checkpoint, data, config.seed)
         super().__init__(config, progress)
 
     def make_optimizer(self) -> CombinedOptimizer:

@@ -7,6 +7,9 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 
 
+OWN_RECIPES = ("comfyui_l2p.l2p_core.shapes.train:ShapesRun", "comfyui_l2p.l2p_core.shapes.train:ScoredRun")
+
+
 def knob(default: object, says: str, **choices: object) -> object:
     return field(default=default, metadata={"help": says, **choices})
 
@@ -32,8 +35,8 @@ class TrainConfig:
     seed: int = knob(0, "of the data's order, the noise levels and the noise that is not paired")
 
     freeze: str = knob("5:-5", "main layers that stay as they are, as a Python slice; '' trains everything")
-    recipe: str = knob("", "another way to train: module:Class, of a subclass of trainer.Run, such as the small model's own in "
-                       "l2p_core/shapes/shapes.toml")
+    recipe: str = knob("", "another way to train: module:Class, of a subclass of trainer.Run, in an installed package or the current "
+                       "folder. It is code, so only this flag names it, and a TOML file names none but the small model's own")
     lora_rank: int = knob(0, "train a LoRA of this rank on the main layers' attention, feed-forward and adaLN; all weights stay frozen. 0: "
                          "train the weights")
     noise: str = knob("auto", "paired: each picture meets the noise of its own seed each time, as published at 1K; random; "
@@ -145,15 +148,18 @@ def layers_of(text: str) -> slice:
     return slice(start, stop)
 
 
-def read_config(file: Path | None, overrides: dict[str, object]) -> TrainConfig:
-    """The file's values with the overrides over them. Raises ValueError for what is no TOML, no knob or of another type."""
+def read_config(file: Path | None, overrides: dict[str, object], of_run: bool = False) -> TrainConfig:
+    """The file's values with the overrides over them. Raises ValueError for what is no TOML, no knob or of another type.
+
+    A recipe is code, and a TOML file may come from anyone. So one in the file is rejected unless the overrides name a recipe
+    too, or it is the program's own. of_run: the file is a run's record, of which nothing is run."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
         import tomli as tomllib
     try:
         values = {} if file is None else tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of tomllib, of UTF-8, of numbers with thousands of digits
         raise ValueError(f"{file} is no TOML: {error}") from None
     known = {each.name: each for each in fields(TrainConfig)}
     for name in values:
@@ -161,6 +167,10 @@ def read_config(file: Path | None, overrides: dict[str, object]) -> TrainConfig:
             near = difflib.get_close_matches(name, known, 1)
             raise ValueError(f"{file}: there is no setting {name}" + (f"; did you mean {near[0]}?" if near else
                              f"; there are {', '.join(known)}"))
+    recipe = values.get("recipe")
+    if recipe and recipe not in OWN_RECIPES and "recipe" not in overrides and not of_run:
+        raise ValueError(f"{file} names the recipe {recipe!r}, which is Python code, and a settings file must not run code. Read that "
+                         f"code first; if you trust it, name it yourself: --recipe {recipe}")
     return TrainConfig(**{name: cast(known[name], value) for name, value in {**values, **overrides}.items()})
 
 

@@ -16,12 +16,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
+from ..files.atomic import atomic_write, remove_leftovers
+from ..files.save import save_tensors
 from ..generate import open_picture, read_rows
-from ..header import CheckpointError, hash_files, whole
+from ..header import CheckpointError, hash_files
 from ..image import to_pixels
 from ..pipeline import L2PPipeline, draw_noise
 from ..text import LAYER, MAX_TOKENS, TEMPLATE, encoder_files, find_tokenizer
@@ -39,6 +41,8 @@ class Example:
     captions: tuple[str, ...]  # one of them is drawn each time
     seed: int | None  # of its paired noise
     size: tuple[int, int]
+    name: str = ""  # in the metadata
+    digest: str = ""  # SHA-256 of the file, the captions and the seed
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,9 @@ def read_examples(folder: Path, fixed: tuple[int, int] | None, max_pixels: int, 
         size = fixed or target_size(picture.height, picture.width, max_pixels, multiple)
         if not all(size):
             return f"{name}: {picture.width} x {picture.height} pixels, and sides are multiples of {multiple}"
-        return Example(file, captions, seed, size)
+        digest = hashlib.sha256(file.read_bytes())
+        digest.update(json.dumps([captions, seed]).encode())
+        return Example(file, captions, seed, size, name, digest.hexdigest())
 
     with ThreadPoolExecutor() as readers:
         checked = list(tqdm(readers.map(check, rows), "checking pictures", len(rows), disable=not progress))
@@ -144,10 +150,11 @@ class Encodings:
         """Encode and store those that are not there, then take the encoder out of memory."""
         missing = [caption for caption in dict.fromkeys(captions) if not self.file(caption).exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.folder)
         for caption in tqdm(missing, "encoding captions", disable=not progress or not missing):
             features = self.pipe.text_encoder.encode(caption).cpu()
-            with whole(self.file(caption), shared=True) as part:
-                save_file({"features": features}, part, metadata={"caption": caption, **self.maker})
+            with atomic_write(self.file(caption), clean=False) as stream:
+                save_tensors(stream, {"features": features}, {"caption": caption, **self.maker})
         self.pipe.unload_text_encoder()
 
     def __getitem__(self, caption: str) -> Tensor:

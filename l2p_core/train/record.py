@@ -1,13 +1,15 @@
 """What a run leaves to look at: the log, its curve, and samples as training goes on."""
 import csv
+import io
 import math
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from ..header import whole
+from ..files.atomic import append, atomic_write
+from ..image import open_image
 
 WINDOW, DIVERGED = 100, 3  # a mean loss over so many steps that is so many times the lowest before it
 RECENT = 10  # steps that show where it is going
@@ -48,7 +50,8 @@ class Log:
 
     def __exit__(self, *_: object) -> None:
         if self.board:
-            self.board.close()
+            with suppress(OSError):  # a full disk, which the next save names
+                self.board.close()
 
     def note(self, row: Row) -> None:
         self.rows.append(row)
@@ -94,15 +97,20 @@ def read_table(file: Path, types: list[type]) -> list[tuple]:
     """Its whole rows, none where there is no file; the last one of a killed run may be half written."""
     if not file.exists():
         return []
-    with file.open(newline="", encoding="utf-8") as stream:
-        _, *rows = csv.reader(stream)
-    return [tuple(kind(value) for kind, value in zip(types, row)) for row in rows if len(row) == len(types) and all(row)]
+    try:
+        with file.open(newline="", encoding="utf-8") as stream:
+            rows = list(csv.reader(stream))[1:]
+        return [tuple(kind(value) for kind, value in zip(types, row)) for row in rows if len(row) == len(types) and all(row)]
+    except (csv.Error, ValueError) as error:
+        raise ValueError(f"{file} can't be read ({error}). Restore it, or delete it: training does not need its rows") from None
 
 
 def write_table(file: Path, rows: list[tuple | list], more: bool = False) -> None:
-    """more: below what is there."""
-    with nullcontext(file) if more else whole(file) as target, target.open("a" if more else "w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream).writerows(rows)
+    """more: append the rows instead of replacing the file."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    with append(file) if more else atomic_write(file) as stream:
+        stream.write(text.getvalue().encode())
 
 
 def draw_curves(curves: list[list[tuple[int, float]]], file: Path) -> None:
@@ -126,8 +134,8 @@ def draw_curves(curves: list[list[tuple[int, float]]], file: Path) -> None:
     pen.text((MARGIN - 12, HEIGHT - MARGIN - 6), "0", fill="black")
     pen.text((MARGIN, HEIGHT - MARGIN + 4), f"step {first}", fill="black")
     pen.text((WIDTH - MARGIN - 40, HEIGHT - MARGIN + 4), f"{last}", fill="black")
-    with whole(file) as part:
-        picture.save(part, "PNG")
+    with atomic_write(file) as stream:
+        picture.save(stream, "PNG")
 
 
 def samples_file(output: Path, step: int) -> Path:
@@ -138,16 +146,16 @@ def show_samples(drawn: list[Image.Image], output: Path, step: int) -> None:
     """Write pictures as one row, and all rows so far below one another."""
     file = samples_file(output, step)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with whole(file) as part:
-        grid([drawn]).save(part, "PNG")
+    with atomic_write(file) as stream:
+        grid([drawn]).save(stream, "PNG")
     files = sorted(file.parent.glob("step-*.png"))
     rows = []
     for number in sorted({round(place * (len(files) - 1) / (SHEET_ROWS - 1)) for place in range(SHEET_ROWS)}):
-        with Image.open(files[number]) as row:
+        with open_image(files[number], ("PNG",)) as row:
             row.thumbnail((len(drawn) * SHEET_SIDE, SHEET_SIDE))
             rows.append([row.copy()])
-    with whole(output / "samples.png") as part:
-        grid(rows).save(part, "PNG")
+    with atomic_write(output / "samples.png") as stream:
+        grid(rows).save(stream, "PNG")
 
 
 def grid(rows: list[list[Image.Image]]) -> Image.Image:

@@ -5,25 +5,22 @@
                          TensorBoard is installed
     samples/, samples.png   the same prompts drawn as training goes on, and the rows below one another
     step-N.safetensors   the trained tensors under the published names: l2p merge puts them over the checkpoint; or a LoRA
-    resume.pt            where a stopped run goes on, bit for bit on a CPU
+    resume.pt            the state from which a stopped run resumes, bit for bit on a CPU
 """
 import math
-import pickle
-import signal
+import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import fields, replace
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
 from itertools import count
 from pathlib import Path
-from threading import Event, current_thread, main_thread
 from time import monotonic
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils._pytree import tree_map
@@ -32,12 +29,15 @@ from tqdm import tqdm
 
 from ..ahead import ahead
 from ..checkpoint import load_model
-from ..header import CheckpointError, whole
+from ..files.atomic import WAIT, WriteError, atomic_write, locked, process_rank
+from ..files.save import save_tensors
+from ..header import CheckpointError, hash_files
+from ..interrupt import Noted, noted
 from ..layout import Layout
 from ..model import L2PTransformer
 from ..pipeline import L2PPipeline
-from .config import TrainConfig, layers_of, read_config, to_toml
-from .data import Batch, Batches, Encodings, hold_out, read_examples
+from .config import OWN_RECIPES, TrainConfig, layers_of, read_config, to_toml
+from .data import Batch, Batches, Encodings, Example, hold_out, read_examples
 from .loss import flow_matching_loss
 from .memory import FrugalAdamW, quantize_frozen
 from .record import Log, Row, draw_curves, samples_file, show_samples
@@ -46,30 +46,51 @@ from .shard import as_split_as, gather, is_split, reshard, shard
 # What may change when a run goes on: a loss that diverged may need other steps, and the rest is not learned from.
 FREE = ("steps", "learning_rate", "max_grad_norm", "batch", "save_every", "keep", "sample_every", "sample_prompts", "sample_steps",
         "device", "cache", "checkpointing", "offload_activations", "shard")  # of `batch`, `load` looks at what all processes take
+PATHS = ("checkpoint", "data", "text_encoder", "tokenizer", "output")  # compared by content, see `Run.identity`
 PATIENCE = timedelta(hours=6)  # of processes with the one that draws samples or writes files
 LORA_TARGETS = r"layers\.\d+\.(attention\.(to_[qkv]|to_out\.0)|feed_forward\.w[123]|adaLN_modulation\.0)"
 
 
 def train(config: TrainConfig, progress: bool = True) -> Path:
-    """Train, or go on where the run in `config.output` stopped. Returns the last step file.
+    """Train, or resume the run in `config.output`. Returns the last step file.
 
-    An interrupt is answered at the end of the step, when all is saved. Raises ValueError for settings and data that do not
-    fit, before anything is trained, and where the loss diverges; CheckpointError for files."""
-    return find_recipe(config.recipe)(config, progress).train()
+    An interrupt or SIGTERM saves the state and raises KeyboardInterrupt: in training at the end of the step, in sampling at
+    once. An error saves the state too, if the weights are those of a whole step. Raises ValueError for settings and data that
+    do not fit, before anything is trained, and where the loss diverges; CheckpointError for files; AlreadyRunning where
+    another run still trains in that folder after `WAIT` seconds."""
+    recipe, output = find_recipe(config.recipe), Path(config.output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file; give a folder as the output")
+    busy = f"another run is training in {output}. Wait for it to finish, or give another output"
+    with nullcontext() if process_rank() else locked(output, busy, WAIT, folder=True):  # the first process locks for all
+        return recipe(config, progress).train()
 
 
 def find_recipe(name: str) -> type["Run"]:
-    """The class that "module:Class" names, and `Run` by itself for "". Raises ValueError."""
+    """The class that "module:Class" names, and `Run` by itself for "". Raises ValueError.
+
+    This imports the module: whoever calls it must have the name from the user, not from a file (`read_config`)."""
     if not name:
         return Run
     module, _, attribute = name.partition(":")
     try:
-        found = getattr(import_module(module), attribute)
+        if name in OWN_RECIPES:
+            found = getattr(import_module("..shapes.train", __package__), attribute)
+        else:
+            found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"recipe is {name!r}, which can't be had ({error}); expected module:Class") from None
     if not (isinstance(found, type) and issubclass(found, Run)):
         raise ValueError(f"recipe is {name!r}, which is no subclass of {__name__}.Run")
     return found
+
+
+class Diverged(ValueError):
+    """The loss is not one to go on with."""
+
+
+class Stopped(Exception):
+    """An interrupt or SIGTERM while samples are generated: nothing of the state changes then, so it needs no end of a step."""
 
 
 class Run:
@@ -96,6 +117,7 @@ class Run:
             raise ValueError(f"accelerate is set up for {self.accelerator.distributed_type.value}; set it up for several processes alone, "
                              "and split the model by shard")
         self.progress = progress and self.main
+        self.interrupted, self.consistent = Noted(), True  # consistent: no optimizer step is half done
         check_run(self.output, config)
         self.pipe = L2PPipeline.from_pretrained(config.checkpoint, config.text_encoder or None, config.tokenizer or None,
                                                 self.device, self.dtype, progress=self.progress, offload=False)
@@ -131,7 +153,8 @@ class Run:
         self.saved_tensors = self.trained | {f"ema.{name}": tensor for name, tensor in self.ema.items()}
         optimizer = self.make_optimizer()
         resume = self.output / "resume.pt"
-        self.step = self.saved = load(resume, self.saved_tensors, optimizer, self.batches.size) if resume.exists() else 0
+        self.inputs = self.identity(examples) if self.main else {}
+        self.step = self.saved = load(resume, self.saved_tensors, optimizer, self.batches.size, self.inputs) if resume.exists() else 0
         if len(set(self.accelerator.gather(torch.tensor([self.step], device=self.device)).tolist())) > 1:
             raise ValueError(f"not all processes find the run in {self.output}, or not the same; give a folder that all machines share")
         self.model, self.optimizer = self.pipe.transformer, self.accelerator.prepare(optimizer, device_placement=[False])
@@ -139,8 +162,16 @@ class Run:
             self.model = self.accelerator.prepare(self.model)
         self.log = Log(self.output, self.step, self.main)
         if self.main:
-            with whole(self.output / "config.toml") as part:
-                part.write_text(to_toml(config), encoding="utf-8")
+            with atomic_write(self.output / "config.toml") as stream:
+                stream.write(to_toml(config).encode())
+
+    def identity(self, examples: list[Example]) -> dict[str, object]:
+        """Hashes of what the run learns from, which stay the same where files are moved. Images in the order of the metadata,
+        as the validation set and the batches follow from it."""
+        maker = self.encodings.maker
+        return {"checkpoint": hash_files(self.pipe.layout.files), "text encoder": maker["text_encoder_sha256"],
+                "tokenizer": maker["tokenizer_and_config_sha256"],
+                "images": [[example.name, example.digest] for example in examples]}
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """For `trained`, and for what else the loss trains: that goes into `saved_tensors`, by name, to be there when a run goes on."""
@@ -155,58 +186,113 @@ class Run:
         return flow_matching_loss(self.model, batch.pictures, batch.captions, batch.noise, batch.sigma)
 
     def train(self) -> Path:
-        """Step after step to the end, with samples and saves on the way."""
-        config = self.config
-        draws = bool(config.sample_every and (self.main or config.shard))  # a split model draws in all processes
-        if config.sample_every and self.step % config.sample_every == 0 and not (self.step and samples_file(self.output, self.step).exists()):
-            self.look(draws)  # which a stop may have left out
+        """Step after step to the end, with saves and samples on the way."""
+        config, step = self.config, self.step
         due = False
-        with (closing(ahead(map(self.batch, count(self.step * config.accumulate)))) as batches, self.log, interrupts() as interrupted,
-              tqdm(total=config.steps, initial=self.step, unit="step", disable=not self.progress) as bar):
+        with ExitStack() as stack:
+            batches = stack.enter_context(closing(ahead(map(self.batch, count(step * config.accumulate)))))
+            stack.enter_context(self.log)
+            self.interrupted = stack.enter_context(noted())
+            bar = stack.enter_context(tqdm(total=config.steps, initial=step, unit="step", disable=not self.progress))
+            if self.sampling_due() and not (step and samples_file(self.output, step).exists()):  # which a stop may have left out
+                if self.look():
+                    raise self.interrupted.error()
             while self.step < config.steps:
-                asked = self.learn(batches, interrupted)
-                bar.update()
-                bar.set_postfix({"loss": f"{self.log.mean():.4f}", **memory(self.device)})
-                if config.sample_every and self.step % config.sample_every == 0 and not asked:
-                    self.look(draws)
+                step = self.step
+                try:
+                    asked = self.learn(batches)
+                except Exception as error:
+                    self.rescue(error)
+                    raise
+                if self.step > step:
+                    bar.update()
+                    bar.set_postfix({"loss": f"{self.log.mean():.4f}", **memory(self.device)})
+                samples = self.sampling_due() and self.step > step and not asked
                 due = due or self.step % config.save_every == 0
-                if due and self.log.steady() or self.step == config.steps or asked:
+                if asked and self.step > self.saved or due and self.log.steady() or self.step == config.steps:
                     self.save()
                     due = False
+                elif samples and self.log.steady():
+                    self.save_state(self.state())
+                if samples:
+                    asked = self.look()
+                    if asked and self.step > self.saved:
+                        self.save()
                 if asked:
                     self.leave()
-                    raise KeyboardInterrupt
+                    raise self.interrupted.error()
+        if not step_file(self.output, self.step).exists():  # fewer steps were asked for than are done
+            self.save()
         self.leave()
         return step_file(self.output, self.step)
+
+    def sampling_due(self) -> bool:
+        return bool(self.config.sample_every and self.step % self.config.sample_every == 0)
 
     def leave(self) -> None:
         """All processes together: a launcher ends those that are behind the first."""
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
-    def look(self, draws: bool) -> None:
-        """How far it is: the loss of what is held out and, where this process draws, samples."""
-        if self.held_out:
-            pictures, processes, total = self.held_out.per_epoch, self.accelerator.num_processes, torch.zeros((), device=self.device)
-            with torch.no_grad(), self.drawing():
-                for first in range(0, pictures, processes):  # all processes run the model as often
-                    number = first + self.accelerator.process_index
-                    loss = self.loss(on_device(self.held_out[number % pictures], self.device))
-                    total += loss if number < pictures else 0
-            self.log.add_held_out(self.step, self.accelerator.reduce(total, "sum").item() / pictures)
-        if draws:
-            self.draw()
+    def look(self) -> bool:
+        """How far it is: the validation loss and, where this process generates, samples. Returns whether an interrupt ended
+        that, and with it the run: not where other processes go on to the next step, which tells them.
 
-    def learn(self, batches: Iterator[Batch], interrupted: Event) -> bool:
-        """One step of the optimizer. Returns whether any process was interrupted by now.
+        An error is a warning, as the state is saved; but not where other processes would wait for this one."""
+        alone = self.accelerator.num_processes == 1
+        generates = self.main or self.config.shard  # a split model generates in all processes
+        tasks = [(self.validate, "the validation loss", alone)] if self.held_out else []
+        tasks += [(self.draw, "samples", alone or not self.config.shard)] if generates else []
+        for task, name, independent in tasks:
+            try:
+                with stoppable(self.pipe.transformer, self.interrupted) if independent else nullcontext():
+                    task()
+            except Stopped:
+                return alone or bool(self.config.shard)
+            except Exception as error:
+                if not independent:
+                    raise
+                warnings.warn(f"{name} at step {self.step} failed ({first_line(error)}); training goes on", stacklevel=2)
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+        if self.main:
+            self.draw_curves()
+        return False
 
-        Raises ValueError, and nothing of the step is saved, where the loss is not what one goes on with."""
+    def validate(self) -> None:
+        """Log the loss of the validation set."""
+        pictures, processes, total = self.held_out.per_epoch, self.accelerator.num_processes, torch.zeros((), device=self.device)
+        with torch.no_grad(), self.drawing():
+            for first in range(0, pictures, processes):  # all processes run the model as often
+                self.stop_together(processes > 1)
+                number = first + self.accelerator.process_index
+                loss = self.loss(on_device(self.held_out[number % pictures], self.device))
+                total += loss if number < pictures else 0
+        self.log.add_held_out(self.step, self.accelerator.reduce(total, "sum").item() / pictures)
+
+    def stop_together(self, together: bool) -> None:
+        """Raise Stopped after an interrupt; `together`, where all processes are at this place, after one of any."""
+        asked = self.interrupted.is_set()
+        if together:
+            asked = self.accelerator.reduce(torch.tensor(float(asked), device=self.device), "sum").item() > 0
+        if asked:
+            raise Stopped
+
+    def learn(self, batches: Iterator[Batch]) -> bool:
+        """One step of the optimizer. Returns whether any process was interrupted by now: a single process then leaves out a
+        step of which batches are still missing.
+
+        Raises Diverged, and nothing of the step is saved, where the loss is not what one goes on with."""
         began, config = monotonic(), self.config
         rate = config.learning_rate * rate_at(self.step, config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("rate_factor", 1)
         loss = torch.zeros((), device=self.device)
+        self.consistent = not config.step_in_backward
         for part in range(config.accumulate):
+            if part and self.interrupted.is_set() and self.accelerator.num_processes == 1:
+                self.optimizer.zero_grad()
+                return True
             batch = on_device(next(batches), self.device)
             with nullcontext() if part == config.accumulate - 1 else self.accelerator.no_sync(self.model):
                 with self.autocast(), save_on_cpu(self.device.type == "cuda") if config.offload_activations else nullcontext():
@@ -217,18 +303,33 @@ class Run:
             norm = self.optimizer.optimizer.norm()
         else:
             norm = self.accelerator.clip_grad_norm_(self.trained.values(), config.max_grad_norm or math.inf)
-        asked, loss = self.accelerator.reduce(torch.stack([loss.new_tensor(float(interrupted.is_set())), loss]), "mean").tolist()
+        asked, loss = self.accelerator.reduce(torch.stack([loss.new_tensor(float(self.interrupted.is_set())), loss]), "mean").tolist()
         self.log.add(Row(self.step + 1, loss, rate, float(gather(norm, True)), monotonic() - began))
         if why := self.log.trouble():
-            raise ValueError(f"{why} at step {self.step + 1}, so training stopped. The last good state is step {self.saved}, in "
+            raise Diverged(f"{why} at step {self.step + 1}, so training stopped. The last good state is step {self.saved}, in "
                              f"{self.output}; take a lower learning_rate than {config.learning_rate:g}, or look at the data of the "
                              "last steps")
+        self.consistent = False
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
         for name, mean in self.ema.items():
             mean.lerp_(self.trained[name].detach().float(), 1 - min(config.ema, self.step / (9 + self.step)))
+        self.consistent = True
         return asked > 0
+
+    def rescue(self, error: Exception) -> None:
+        """Save the state after an error in a step, where the weights are those of the last whole step and worth keeping. A
+        split model's processes would have to take part, and may be elsewhere."""
+        good = self.consistent and self.step > self.saved and self.log.steady()
+        if not good or self.config.shard or isinstance(error, (Diverged, WriteError)):
+            return
+        try:
+            self.optimizer.zero_grad()  # an error may be of too little memory
+            self.save_state(self.state())
+            warnings.warn(f"an error ended training; the state of step {self.step} is saved in {self.output}", stacklevel=2)
+        except Exception as second:
+            warnings.warn(f"the state of step {self.step} could not be saved ({first_line(second)})", stacklevel=2)
 
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.mixed_precision == "bf16")
@@ -240,26 +341,63 @@ class Run:
             yield
             reshard(self.model)
 
+    def state(self) -> dict[str, object]:
+        """What resume.pt holds; whole tensors in the main process."""
+        return {"step": self.step, "size": self.batches.size, "inputs": self.inputs, "tensors": gather(self.saved_tensors, self.main),
+                "optimizer": gather(self.optimizer.state_dict(), self.main)}
+
     def save(self) -> None:
-        """The step file, and the state to go on from."""
-        state = {"step": self.step, "size": self.batches.size, "tensors": gather(self.saved_tensors, self.main),
-                 "optimizer": gather(self.optimizer.state_dict(), self.main)}
+        """Write the step file, and the state to resume from."""
+        state = self.state()
         if self.main:
             learned = {name: state["tensors"][f"ema.{name}" if self.ema else name] for name in self.trained}
             save_step(self.output, self.step, learned, self.dtype, self.config, self.pipe.layout.trained_size)
-            with whole(self.output / "resume.pt") as part:
-                torch.save(state, part)
-            draw_curves([[(row.step, row.loss) for row in self.log.rows], self.log.held_out], self.output / "loss.png")
+        self.save_state(state)
+
+    def save_state(self, state: dict[str, object]) -> None:
+        """Write the state to resume from."""
+        if self.main:
+            with atomic_write(self.output / "resume.pt") as stream:
+                torch.save(state, stream)
+            self.draw_curves()
         self.saved = self.step
+
+    def draw_curves(self) -> None:
+        if self.log.rows:
+            draw_curves([[(row.step, row.loss) for row in self.log.rows], self.log.held_out], self.output / "loss.png")
 
     def draw(self) -> None:
         """A row of samples: each prompt with its number as the seed."""
         height, width = self.sample_size
+        together = bool(self.config.shard)
         with self.drawing():
             drawn = [self.pipe(prompt_embeds=self.encodings[prompt], negative_prompt_embeds=self.encodings[""], height=height, width=width,
-                               seed=seed, num_inference_steps=self.config.sample_steps or None) for seed, prompt in enumerate(self.prompts)]
+                               seed=seed, num_inference_steps=self.config.sample_steps or None,
+                               callback=lambda *_: self.stop_together(together)) for seed, prompt in enumerate(self.prompts)]
         if self.main:
             show_samples(drawn, self.output, self.step)
+
+
+@contextmanager
+def stoppable(model: nn.Module, interrupted: Noted) -> Iterator[None]:
+    """Within it the model's next block raises Stopped after an interrupt: a whole pass may take seconds."""
+    def check(*_: object) -> None:
+        if interrupted.is_set():
+            raise Stopped
+
+    blocks = (*model.noise_refiner, *model.context_refiner, *model.layers, model.local_decoder)
+    hooks = [block.register_forward_pre_hook(check) for block in blocks]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line: what it says or, if that is nothing, its kind."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def compute_dtype(config: TrainConfig) -> torch.dtype:
@@ -275,9 +413,9 @@ def check_run(output: Path, config: TrainConfig) -> None:
         return
     if not (output / "resume.pt").exists():  # nothing is learned yet
         return
-    before = read_config(output / "config.toml", {})
+    before = read_config(output / "config.toml", {}, of_run=True)
     for each in fields(TrainConfig):
-        if each.name not in (*FREE, "output") and (was := getattr(before, each.name)) != (now := getattr(config, each.name)):
+        if each.name not in (*FREE, *PATHS) and (was := getattr(before, each.name)) != (now := getattr(config, each.name)):
             raise ValueError(f"{output} holds a run with {each.name} {was!r}, now {now!r}; give another output, or go on as it was")
 
 
@@ -365,39 +503,102 @@ def step_file(output: Path, step: int) -> Path:
 def save_step(output: Path, step: int, trained: dict[str, nn.Parameter], dtype: torch.dtype, config: TrainConfig,
               size: tuple[int, int]) -> None:
     """Write step-N.safetensors and take away those before it that are more than `config.keep` behind."""
-    with whole(step_file(output, step)) as part:
-        save_file({saved_name(name): parameter.detach().to("cpu", dtype).contiguous() for name, parameter in trained.items()}, part,
-                  metadata={"format": "pt", "l2p.step": str(step), "l2p.config": to_toml(config),
-                            "modelspec.resolution": f"{size[1]}x{size[0]}"})
+    tensors = {saved_name(name): parameter.detach().to("cpu", dtype) for name, parameter in trained.items()}
+    metadata = {"format": "pt", "l2p.step": str(step), "l2p.config": to_toml(config),
+                "modelspec.resolution": f"{size[1]}x{size[0]}"}
+    with atomic_write(step_file(output, step)) as stream:
+        save_tensors(stream, tensors, metadata)
     numbers = sorted(int(file.stem[5:]) for file in output.glob("step-*.safetensors") if file.stem[5:].isdigit())
     for number in [number for number in numbers if number <= step][:-config.keep] if config.keep else []:
         step_file(output, number).unlink()
 
 
-def load(file: Path, tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer, size: int) -> int:
-    """Put a saved state back and return its step; size: pictures that all processes together take at once.
+def load(file: Path, tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer, size: int,
+         inputs: dict[str, object] | None = None) -> int:
+    """Put a saved state back and return its step.
 
-    Raises CheckpointError where the file can't be read, ValueError where it is of another run."""
+    size: images that all processes together take at once. inputs: what the run learns from now, see `Run.identity`; not
+    compared where there is none. Raises CheckpointError where the file can't be read, ValueError where it is of another
+    run."""
     elsewhere = any(is_split(tensor) or tensor.device.type != "cpu" for tensor in tensors.values())
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=elsewhere)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:  # what torch makes of a damaged file
-        raise CheckpointError(f"{file} can't be read ({str(error).splitlines()[0]}). Take it and the step files away to start anew") from None
+    state = read_state(file, elsewhere)
     if state.get("size", size) != size:
         raise ValueError(f"{file} is of a run that takes {state['size']} pictures at once, now {size}; give a batch that is, "
                          f"over all processes, {state['size']}")
+    if inputs:
+        compare_inputs(file, state.get("inputs"), inputs)
     if missing := [name for name in tensors if name not in state["tensors"]]:
         raise ValueError(f"{file} lacks {len(missing)} of {len(tensors)} trained tensors (first: {missing[0]}): it was saved by another "
                          "recipe, or version of this program. Give another output")
     for name, tensor in tensors.items():
-        tensor.data.copy_(as_split_as(tensor, state["tensors"][name]))
+        saved = state["tensors"][name]
+        if not isinstance(saved, Tensor) or saved.shape != tensor.shape:
+            found = tuple(saved.shape) if isinstance(saved, Tensor) else type(saved).__name__
+            raise damaged(file, f"{name} is {found}, expected {tuple(tensor.shape)}")
+        tensor.data.copy_(as_split_as(tensor, saved))
     state["optimizer"] = tree_map(lambda value: value.clone() if isinstance(value, Tensor) and value.dim() == 0 else value,
                                   state["optimizer"])  # optimizers take counts as they are, and each would keep the file open
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for number, its in state["optimizer"].get("state", {}).items():  # split before the optimizer takes them to the device
-        its.update({name: as_split_as(parameters[number], value) for name, value in its.items()})
-    optimizer.load_state_dict(state["optimizer"])
+    try:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for number, its in state["optimizer"].get("state", {}).items():  # split before the optimizer takes them to the device
+            its.update({name: as_split_as(parameters[number], value) for name, value in its.items()})
+        optimizer.load_state_dict(state["optimizer"])
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+        raise damaged(file, f"its optimizer's state does not fit: {first_line(error)}") from None
     return state["step"]
+
+
+def read_state(file: Path, mmap: bool) -> dict:
+    """The contents of a resume.pt. Raises CheckpointError where it is empty, damaged or something else."""
+    if not file.is_file():
+        raise CheckpointError(f"{file} is no file; a run keeps its state there. Give another output")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what a damaged file seems to be
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever torch makes of a damaged file
+        raise damaged(file, first_line(error) if file.stat().st_size else "it is empty") from None
+    kinds = {"step": int, "tensors": dict, "optimizer": dict}
+    if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
+        raise damaged(file, "it is no state of a run")
+    return state
+
+
+def damaged(file: Path, why: str) -> CheckpointError:
+    return CheckpointError(f"{file} can't be read ({why}), so this run can't be resumed. Restore the file; or move it and the step "
+                           "files away to start anew")
+
+
+def compare_inputs(file: Path, before: object, now: dict[str, object]) -> None:
+    """Raise ValueError, saying what changed, where a run would resume on other contents than it began with."""
+    if not isinstance(before, dict):
+        warnings.warn(f"{file} was saved by an earlier version, which kept no hashes of the checkpoint and the images; whether they "
+                      "are the same is not checked", stacklevel=3)
+        return
+    run = file.parent
+    for name in ("checkpoint", "text encoder", "tokenizer"):
+        if before.get(name) != now[name]:
+            raise ValueError(f"{run} holds a run with another {name}: its contents have changed. Give the one it began with, or another "
+                             "output")
+    was, images = before.get("images"), now["images"]
+    if was == images:
+        return
+    digests = [[digest for _, digest in rows] for rows in (was, images)]
+    if digests[0] == digests[1]:  # files were renamed
+        return
+    if Counter(digests[0]) == Counter(digests[1]):
+        what = "the rows of the metadata are in another order"
+    else:
+        known = set(digests[0])
+        new = [name for name, digest in images if digest not in known]
+        kept = set(digests[1])
+        gone = [name for name, digest in was if digest not in kept]
+        what = (f"{len(was)} images then and {len(images)} now; {len(new)} are new or have another image, caption or seed"
+                + (f" (first: {new[0]})" if new else "") + f", {len(gone)} are gone" + (f" (first: {gone[0]})" if gone else ""))
+    raise ValueError(f"{run} holds a run on other data: {what}. The validation set and the order of the images follow from them. "
+                     "Restore the data, or give another output")
 
 
 @contextmanager
@@ -416,26 +617,6 @@ def swapped_weights(parameters: dict[str, nn.Parameter], values: dict[str, Tenso
     finally:
         for name, value in before.items():
             put(parameters[name], value)
-
-
-@contextmanager
-def interrupts() -> Iterator[Event]:
-    """Within it the first interrupt is only noted; the second is one as usual. A polite stop is noted, however often: a launcher
-    sends its own after that of the keyboard."""
-    asked = Event()
-
-    def note(number: int, frame: object) -> None:
-        if asked.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.set()
-    before = {}
-    if current_thread() is main_thread():  # no other may ask for signals
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def memory(device: torch.device) -> dict[str, str]:

@@ -1,0 +1,82 @@
+"""Interrupts (Ctrl-C) and SIGTERM: what answers them while modules are imported, and while a run
+is training."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Event, current_thread, main_thread
+from types import FrameType
+
+STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}  # exit statuses, as shells have them
+NOTED = b"\nl2p: stopping; the state is saved first. Ctrl-C stops at once, without saving\n"
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which asks a program to stop as Ctrl-C does."""
+
+
+class Noted(Event):
+    """Set by the first interrupt or SIGTERM."""
+
+    number: int = signal.SIGINT
+
+    def error(self) -> KeyboardInterrupt:
+        """What to raise once everything is saved."""
+        return Terminated() if self.number == signal.SIGTERM else KeyboardInterrupt()
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Within it an interrupt or SIGTERM ends the program at once, with one sentence; after it
+    SIGTERM raises Terminated.
+
+    For the import of large libraries. An exception from a signal can't be trusted there: a
+    half-imported library may swallow it or turn it into an error of its own. Nothing was written
+    yet, so nothing is lost."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        os.write(2, b"l2p: stopped. Nothing was changed\n")
+        os._exit(STATUS[number])
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    answers_ctrl_c = (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )  # a background job ignores it
+    if answers_ctrl_c:
+        signal.signal(signal.SIGINT, leave)
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        if answers_ctrl_c:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, terminate)
+
+
+@contextmanager
+def noted() -> Iterator[Noted]:
+    """Within it the first interrupt or SIGTERM is only noted, so that the run can save.
+
+    A second interrupt raises KeyboardInterrupt. A second SIGTERM is noted too: a launcher sends
+    its own after that of the keyboard."""
+    asked = Noted()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if asked.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not asked.is_set():
+            asked.number = number
+            os.write(2, NOTED)
+        asked.set()
+
+    before = {}
+    if current_thread() is main_thread():  # no other may ask for signals
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
