@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 from quantization import psnr
 
-from comfyui_l2p.l2p_core import L2PPipeline, model, sampler
+from comfyui_l2p.l2p_core import L2PPipeline, flow, model
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
 from comfyui_l2p.l2p_core.shapes.pictures import test_scenes
 from comfyui_l2p.l2p_core.shapes.score import draw, score
@@ -77,7 +77,7 @@ def main() -> None:
             opened, drawn = OPTIONS[name]
             pipe = open_pipe(Path(folder), **opened)
             caches = []
-            with patch.object(sampler, "StepCache", lambda *args, **kw: caches.append(StepCache(*args, **kw)) or caches[-1]):
+            with patch.object(flow, "StepCache", lambda *args, **kw: caches.append(StepCache(*args, **kw)) or caches[-1]):
                 pictures = draw(pipe, captions, **settle(drawn))
             left_out = sum(cache.skipped for cache in caches) / max(1, sum(cache.skipped + cache.ran for cache in caches))
             wanted = wanted or pictures

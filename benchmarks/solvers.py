@@ -12,7 +12,7 @@ from tqdm import tqdm
 from comfyui_l2p.l2p_core.shapes.pictures import test_scenes
 from comfyui_l2p.l2p_core import L2PPipeline
 from comfyui_l2p.l2p_core.pipeline import draw_noise
-from comfyui_l2p.l2p_core.sampler import SAMPLERS, guided_velocity, schedule
+from comfyui_l2p.l2p_core.flow import SOLVERS, guided_velocity, schedule
 
 PICTURES = 8
 REFERENCE_STEPS = 400
@@ -28,10 +28,10 @@ def main() -> None:
     noise = draw_noise((PICTURES, 3, pipe.defaults.height, pipe.defaults.width), 0).to(pipe.device)
 
     def solution(name: str, shift: float, steps: int) -> torch.Tensor:
-        return SAMPLERS[name](velocity, noise, schedule(steps, shift=shift))
+        return SOLVERS[name](velocity, noise, schedule(steps, shift=shift))
 
     reference = solution("euler", SHIFTS[0], REFERENCE_STEPS)
-    ways = [(name, shift) for name in SAMPLERS for shift in SHIFTS]
+    ways = [(name, shift) for name in SOLVERS for shift in SHIFTS]
     table = {(*way, steps): float((solution(*way, steps) - reference).square().mean().sqrt() * 127.5)
              for way in ways for steps in tqdm(STEPS, desc=f"{way[0]}, shift {way[1]:g}")}
     print("| evaluations |", " | ".join(f"{name}, shift {shift:g}" for name, shift in ways), "|\n|---|" + "---|" * len(ways))

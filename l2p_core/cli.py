@@ -10,11 +10,13 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 
 from .header import CheckpointError
 from .interrupt import STATUS, Terminated, ending_at_once
+from .settings import FIELDS, describe, kind
 from .workflow import PLACES
 
 
@@ -58,7 +60,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def add_generate(commands: argparse._SubParsersAction) -> None:
-    from .stages import REDRAWS, STAGE_STRENGTH
     parser = commands.add_parser(
         "generate", help="draw pictures from prompts",
         description="Draw pictures from a prompt or a file of prompts. A run that was stopped continues: pictures that "
@@ -75,39 +76,13 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
                         help="Qwen3-4B: a folder such as Z-Image-Turbo, or qwen_3_4b.safetensors (default: text_encoder/ "
                              "beside the checkpoint)")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="default: tokenizer/ in or beside the text encoder")
-    picture = parser.add_argument_group("picture")
-    picture.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
-    picture.add_argument("--height", type=int, metavar="PIXELS", help="default: the checkpoint's trained size")
-    picture.add_argument("--width", type=int, metavar="PIXELS")
-    picture.add_argument("--steps", type=int, dest="num_inference_steps", help="default: 30, at patch 64 and above 50")
-    picture.add_argument("--cfg-scale", type=float, help="guidance, 1 for none (default: 2, at patch 64 and above 4)")
-    picture.add_argument("--seed", type=int, default=42, help="of a prompt's first picture, the next has the next (default 42)")
-    picture.add_argument("--count", type=int, default=1, help="pictures for each prompt (default 1)")
-    picture.add_argument("--shift", type=float, default=3.0, help="noise schedule: more favours the outline (default 3)")
-    picture.add_argument("--sampler", default="euler", help="euler, or ab2 for the same quality in fewer steps (default euler)")
-    picture.add_argument("--input-image", metavar="FILE", help="start from this picture")
-    picture.add_argument("--denoising-strength", type=float, default=1.0, metavar="0..1",
-                         help="how far to redraw the input image (default 1: wholly)")
-    picture.add_argument("--inpaint-mask", metavar="FILE", help="white is redrawn, black is kept exactly")
-    picture.add_argument("--stages", type=int, default=1, metavar="N",
-                         help="for sizes above the trained one: drawings that lead there, each twice as large as the one before it, which "
-                              "is enlarged and redrawn (default 1)")
-    picture.add_argument("--stage-strength", type=float, default=STAGE_STRENGTH, metavar="0..1",
-                         help=f"how far each stage redraws the one before it (default {STAGE_STRENGTH})")
-    picture.add_argument("--redraw", choices=REDRAWS, default=REDRAWS[0],
-                         help="how a stage, or an input image, above the trained size is redrawn: squeezed, at once with the positions "
-                              "of a picture of the trained size; in overlapping windows of the trained size; whole, at once as it is "
-                              f"(default {REDRAWS[0]})")
-    picture.add_argument("--cfg-truncation", type=float, default=1.0, metavar="0..1",
-                         help="guidance up to here on the way from noise to picture; the steps after it take half the time (default 1)")
-    picture.add_argument("--cache-threshold", type=float, default=0.0, metavar="SHARE",
-                         help="leave out most layers at steps where the first changes by no more than this share, in the mean over a "
-                              "batch (default 0: never)")
+    image = parser.add_argument_group("image")
+    add_settings(image, FIELDS)
+    image.add_argument("--count", type=int, default=1, help="images for each prompt, with seeds one apart (default 1)")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--batch", type=int, default=1, help="pictures drawn at a time (default 1)")
     machine.add_argument("--device", help="default: the GPU where there is one")
     machine.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    machine.add_argument("--rand-device", default="cpu", help="where noise is drawn; a GPU draws another (default cpu)")
     machine.add_argument("--convrot", type=int, metavar="GROUP",
                          help="group size of rotated INT8 weights in a file that does not say so")
     machine.add_argument("--decoder-tile", type=int, metavar="PIXELS",
@@ -128,7 +103,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     def run(args: argparse.Namespace) -> None:
         import torch
 
-        from .generate import SETTINGS, draw, plan, read_rows
+        from .generate import draw, plan, read_rows
         from .pipeline import BUNDLED_MODEL, L2PPipeline
         if (args.prompt is None) == (args.prompts is None) and not args.estimate:
             raise ValueError("give a prompt, or a file of them with --prompts")
@@ -141,22 +116,33 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
             print(f"No --checkpoint given: drawing with the bundled small model, which knows plain shapes "
                   f"({BUNDLED_MODEL.parent / 'README.md'})")
         rows = read_rows(args.prompts) if args.prompts else [{"prompt": args.prompt or ""}]
-        settings = {name: getattr(args, name) for name in SETTINGS if name != "prompt"}
-        pictures = plan(rows, settings, args.count, args.output, pipe)
+        settings = {name: getattr(args, name) for name in FIELDS if name != "prompt"}
+        jobs = plan(rows, settings, args.count, args.output, pipe)
         if args.estimate:
             from .estimate import estimate
             from .meter import table
-            largest = max(pictures, key=lambda picture: picture.height * picture.width)
+            largest = max((job.settings for job in jobs), key=lambda settings: settings.height * settings.width)
             parts, passes = estimate(pipe, largest, args.batch, args.free_text_encoder)
             told = ", then ".join(f"{count} of {args.batch} x {width} x {height} pixels" for count, height, width in passes)
             found = pipe.text_encoder_path.exists()
             print(f"{table(parts)}\npasses through the model: {told}"
                   + ("" if found else f"\nthe text encoder is not counted: {pipe.text_encoder_path} does not exist"))
             return
-        draw(pictures[rank::processes], pipe, args.batch, args.free_text_encoder, args.overwrite, progress=rank == 0)
+        draw(jobs[rank::processes], pipe, args.batch, args.free_text_encoder, args.overwrite, progress=rank == 0)
         if rank == 0:
             print(args.output)
     parser.set_defaults(run=run, when_stopped="The same command goes on where this one ended")
+
+
+def add_settings(group: argparse._ArgumentGroup, names: Iterable[str], defaults: bool = True) -> None:
+    """Add a flag for each of these settings but the prompt. defaults: name them in the help."""
+    for name in names:
+        about = FIELDS[name].metadata
+        if name != "prompt":
+            metavar = about.get("metavar") or {int: "N", float: "X", str: "NAME"}[kind(name)]
+            help = describe(name) if defaults else about["help"]
+            group.add_argument(about.get("flag", "--" + name.replace("_", "-")), dest=name, metavar=metavar,
+                               help=help.replace("%", "%%"))
 
 
 def share(device: str | None) -> tuple[int, int, str | None]:
@@ -182,24 +168,18 @@ def add_queue(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--timeout", type=float, default=600, metavar="SECONDS",
                         help="how long to wait for a server that is away or restarts (default 600)")
     parser.add_argument("--overwrite", action="store_true", help="draw again what was drawn with other settings")
-    picture = parser.add_argument_group("picture", "what is not given stays as it is in the workflow")
-    texts = picture.add_mutually_exclusive_group()
-    texts.add_argument("--prompt", metavar="TEXT", help="what to draw")
+    image = parser.add_argument_group("image", "what is not given stays as it is in the workflow")
+    texts = image.add_mutually_exclusive_group()
+    texts.add_argument("--prompt", metavar="TEXT", help="what to generate")
     texts.add_argument("--prompts", type=Path, metavar="FILE",
-                       help="draw many: .txt (a prompt a line), .csv, .json or .jsonl (columns file_name, "
+                       help="many prompts: .txt (a prompt a line), .csv, .json or .jsonl (columns file_name, "
                             f"{', '.join(PLACES)}, or NODE.INPUT)")
-    picture.add_argument("--negative-prompt", metavar="TEXT", help="what to steer away from")
-    picture.add_argument("--seed", type=int, help="of a prompt's first picture, the next has the next")
-    picture.add_argument("--count", type=int, default=1, help="pictures for each prompt (default 1)")
-    picture.add_argument("--height", type=int, metavar="PIXELS")
-    picture.add_argument("--width", type=int, metavar="PIXELS")
-    picture.add_argument("--steps", type=int, dest="num_inference_steps")
-    picture.add_argument("--cfg-scale", type=float, help="guidance, 1 for none")
-    picture.add_argument("--model", metavar="NAME", help="checkpoint, as the server lists it")
-    picture.add_argument("--text-encoder", metavar="NAME", help="as the server lists it")
-    picture.add_argument("--input-image", metavar="FILE", help="a picture of yours for the Load Image node")
-    picture.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE",
-                         help="any other input; NODE is the node's id, title or class; may be given again")
+    add_settings(image, [name for name in FIELDS if name in PLACES], defaults=False)
+    image.add_argument("--count", type=int, default=1, help="images for each prompt, with seeds one apart (default 1)")
+    image.add_argument("--model", metavar="NAME", help="checkpoint, as the server lists it")
+    image.add_argument("--text-encoder", metavar="NAME", help="as the server lists it")
+    image.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE",
+                       help="any other input; NODE is the node's id, title or class; may be given again")
 
     def run(args: argparse.Namespace) -> None:
         from .queue import queue

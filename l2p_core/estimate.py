@@ -5,19 +5,19 @@ import torch
 from torch import Tensor
 
 from .checkpoint import bytes_in_memory
-from .generate import Picture
 from .header import read_header
 from .meter import Meter, shapes_only
 from .model import L2PTransformer, padded
 from .pipeline import L2PPipeline
-from .sampler import guided_velocity, is_guided, schedule, solver
+from .flow import SOLVERS, guided_velocity, is_guided, schedule
+from .settings import Settings
 from .stages import Stage, in_windows, windows
 from .text import MAX_TOKENS, encoder_files
 
 BLOCKS = ("layers.", "noise_refiner.", "context_refiner.")  # what `offload` streams
 
 
-def estimate(pipe: L2PPipeline, picture: Picture, batch: int, free_text_encoder: bool) -> tuple[dict[str, int], list[tuple[int, int, int]]]:
+def estimate(pipe: L2PPipeline, picture: Settings, batch: int, free_text_encoder: bool) -> tuple[dict[str, int], list[tuple[int, int, int]]]:
     """Bytes held at the peak, by what they are for, with their sum as "in all", and what waits in the CPU's memory; and the
     passes through the model that one batch takes: (how many, height, width) for each stage.
 
@@ -34,7 +34,7 @@ def estimate(pipe: L2PPipeline, picture: Picture, batch: int, free_text_encoder:
     encoder = sum(entry.count * dtype.itemsize for file in files for entry in read_header(file)[0].values())
     with torch.device("meta"):
         model = L2PTransformer(layout.config).to(dtype).requires_grad_(False)
-    *_, last = plan = picture.plan(pipe)
+    *_, last = plan = pipe.plan_stages(picture)
     multiple, sigmas = layout.config.size_multiple, schedule(2)
     with shapes_only(model), Meter() as meter:
         captions = [torch.empty(MAX_TOKENS, layout.config.cap_feat_dim, dtype=dtype) for _ in range(batch)]
@@ -47,7 +47,7 @@ def estimate(pipe: L2PPipeline, picture: Picture, batch: int, free_text_encoder:
             known = sigma in asked
             asked.add(sigma)
             return torch.empty_like(x) if known else velocity(x, sigma)
-        solver(picture.sampler)(in_windows(once, last.window, multiple) if last.window else velocity, noise, sigmas)
+        SOLVERS[picture.sampler](in_windows(once, last.window, multiple) if last.window else velocity, noise, sigmas)
     kept = 0
     if picture.cache_threshold and not last.window:  # a StepCache for each pass holds two tensors of all tokens
         tokens = padded(last.height // layout.config.patch_size * (last.width // layout.config.patch_size)) + padded(MAX_TOKENS)
@@ -63,7 +63,7 @@ def estimate(pipe: L2PPipeline, picture: Picture, batch: int, free_text_encoder:
     return {**parts, "in all": in_all, **beside}, passes
 
 
-def passes_of(picture: Picture, stage: Stage) -> int:
+def passes_of(picture: Settings, stage: Stage) -> int:
     """Of the model in a stage: two for each step with guidance, be they batched or not, one for each without."""
     sigmas = schedule(stage.steps, stage.strength, picture.shift)[:-1].tolist()
     return sum(1 + is_guided(sigma, picture.cfg_scale, picture.cfg_truncation) for sigma in sigmas)

@@ -1,13 +1,12 @@
-"""Prompts to picture files, many at a time and over several processes: `l2p generate`."""
+"""Many prompts to image files, resumable and over several processes: `l2p generate`."""
 import csv
 import io
 import json
-import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import MISSING, Field, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 from itertools import groupby, islice
 from pathlib import Path
@@ -20,84 +19,52 @@ from tqdm import tqdm
 from .files.atomic import WAIT, atomic_write, locked, process_rank
 from .header import hash_files
 from .image import open_image
-from .pipeline import L2PPipeline, check_mask, usable_device
-from .sampler import check_shortcuts, schedule, solver
-from .stages import Stage
+from .pipeline import L2PPipeline, check_mask
+from .settings import FIELDS, Settings, checked
 from .text import encoder_files
 
-PNG_KEY = "l2p"  # the text chunk that carries a picture's settings as JSON
+PNG_KEY = "l2p"  # the text chunk that carries a image's settings as JSON
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture to draw: where to, and every setting that decides what it looks like, named as in `L2PPipeline`."""
+class Job:
+    """One image to generate: its file and its settings, with nothing left open."""
+
     output: Path
-    prompt: str
-    negative_prompt: str
-    seed: int
-    height: int
-    width: int
-    num_inference_steps: int
-    cfg_scale: float
-    shift: float
-    sampler: str
-    denoising_strength: float
-    stages: int
-    stage_strength: float
-    redraw: str
-    rand_device: str
-    cfg_truncation: float = 1.0
-    cache_threshold: float = 0.0
-    input_image: str = ""  # a file; empty for none
-    inpaint_mask: str = ""
+    settings: Settings
 
     @property
     def shared(self) -> dict:
-        """The settings that all pictures of one batch have in common."""
-        return {name: value for name, value in asdict(self).items() if name not in ("output", "prompt", "seed")}
-
-    def plan(self, pipe: L2PPipeline) -> list[Stage]:
-        """The drawings that lead to it. Raises ValueError where its settings do not fit."""
-        return pipe.plan_stages(self.height, self.width, self.num_inference_steps, self.denoising_strength, self.stages,
-                                self.stage_strength, self.redraw)
+        """The settings that all images of one batch have in common."""
+        return {name: value for name, value in asdict(self.settings).items() if name not in ("prompt", "seed")}
 
 
-SETTINGS = tuple(field.name for field in fields(Picture) if field.name != "output")
-COLUMNS = ("file_name", "text", *SETTINGS)  # what a row of a prompt file may say; text is another name for prompt
+COLUMNS = ("file_name", "text", *FIELDS)  # what a row of a prompt file may set; text is another name for prompt
 
 
-def plan(rows: list[dict], settings: dict, count: int, output: Path, pipe: L2PPipeline) -> list[Picture]:
-    """Every picture to draw, with nothing left open.
+def plan(rows: list[dict], settings: dict, count: int, output: Path, pipe: L2PPipeline) -> list[Job]:
+    """Return every image to generate, its settings checked and complete.
 
     rows: of a prompt file, see `COLUMNS`. settings: for what a row leaves out; None for the checkpoint's default.
-    count: pictures for each row, with seeds one apart. output: a .png for one picture, a folder for several.
-    Raises ValueError where a row, a setting or the output makes no sense."""
-    pictures, look = [], lru_cache(4)(open_picture)
+    count: images for each row, with seeds one apart. output: a .png for one image, a folder for several.
+    Raises ValueError, with the row's number, for a row, a setting or an output that does not fit."""
+    jobs, look = [], lru_cache(4)(open_picture)
     for number, (row, files) in enumerate(zip(rows, output_files(rows, count, output))):
         row = {name: value for name, value in row.items() if value is not None and name != "file_name"}
         row["prompt"] = row.pop("text", row.get("prompt", ""))
         values = {**{name: value for name, value in settings.items() if value is not None}, **row}
         try:
-            values = {field.name: cast(field, values[field.name]) for field in fields(Picture) if field.name in values}
             check_mask(values.get("inpaint_mask"), values.get("input_image"))
-            if values.get("inpaint_mask"):
-                look(values["inpaint_mask"])
-            if values.get("input_image"):
-                values["height"], values["width"] = pipe.size_for(look(values["input_image"]), values.get("height"), values.get("width"))
-            values = {**pipe.defaults._asdict(), **values}
-            pipe.check_size(values["height"], values["width"])
-            schedule(values["num_inference_steps"], values["denoising_strength"], values["shift"])
-            solver(values["sampler"])
-            check_shortcuts(*(values.get(name, getattr(Picture, name)) for name in ("cfg_truncation", "cache_threshold")))
-            usable_device(values["rand_device"])
-            if not 0 <= values["seed"] <= 2**64 - count:
-                raise ValueError(f"seed is {values['seed']}; expected a whole number from 0 to 2^64 - 1")
-            drawn = [Picture(file, **{**values, "seed": values["seed"] + copy}) for copy, file in enumerate(files)]
-            drawn[0].plan(pipe)
+            for name in ("inpaint_mask", "input_image"):
+                if values.get(name):
+                    look(checked(name, values[name]))
+            complete = pipe.complete(values, look(values["input_image"]) if values.get("input_image") else None)
+            checked("seed", complete.seed + count - 1)
+            pipe.plan_stages(complete)
         except ValueError as error:
             raise ValueError(f"prompt {number + 1}: {error}" if len(rows) > 1 else str(error)) from None
-        pictures += drawn
-    return pictures
+        jobs += [Job(file, replace(complete, seed=complete.seed + copy)) for copy, file in enumerate(files)]
+    return jobs
 
 
 def output_files(rows: list[dict], count: int, output: Path) -> list[list[Path]]:
@@ -123,70 +90,58 @@ def output_files(rows: list[dict], count: int, output: Path) -> list[list[Path]]
     return out
 
 
-def cast(setting: Field, value: object) -> str | int | float:
-    """A setting as the type it has. Raises ValueError where it can't be."""
-    try:
-        result = setting.type(value)
-        if isinstance(value, (list, dict)) or setting.type is not str and (
-                not math.isfinite(result) or not isinstance(value, str) and result != value):
-            raise ValueError
-        return result
-    except (TypeError, ValueError, OverflowError):
-        kind = {int: "a whole number", float: "a number"}.get(setting.type, "text")
-        raise ValueError(f"{setting.name} is {value!r}; expected {kind}") from None
+def draw(jobs: list[Job], pipe: L2PPipeline, batch: int = 1, free_text_encoder: bool = False, overwrite: bool = False,
+         progress: bool = True) -> None:
+    """Generate and write the images that do not exist yet, `batch` at a time, each file atomically.
 
-
-def draw(pictures: list[Picture], pipe: L2PPipeline, batch: int = 1, free_text_encoder: bool = False,
-         overwrite: bool = False, progress: bool = True) -> None:
-    """Draw and write the pictures that are not there yet, `batch` at a time, each file whole or not at all.
-
-    free_text_encoder: encode all prompts first, then take the encoder out of memory. overwrite: draw all. progress: show
-    a bar. Raises ValueError, before anything is drawn, where a picture is there with other settings, and AlreadyRunning where
-    another run still writes there after `WAIT` seconds."""
+    free_text_encoder: encode all prompts first, then free the encoder's memory. overwrite: generate all. progress: show
+    a bar. Raises ValueError, before anything is generated, where an image exists with other settings, and
+    AlreadyRunning where another run still writes there after `WAIT` seconds."""
     if batch < 1:
         raise ValueError(f"--batch is {batch}; expected 1 or more")
-    if not pictures:
+    if not jobs:
         return
     stop = Event()
-    with lock_outputs([picture.output for picture in pictures]), ThreadPoolExecutor(1) as beside, ExitStack() as at_end:
-        at_end.callback(stop.set)  # hashing, which leaves the interpreter free to draw
+    with lock_outputs([job.output for job in jobs]), ThreadPoolExecutor(1) as beside, ExitStack() as at_end:
+        at_end.callback(stop.set)  # hashing, which leaves the interpreter free to sample
         checkpoint_hash = beside.submit(hash_files, pipe.layout.files, stop)
         encoder_hash = beside.submit(hash_files, encoder_files(pipe.text_encoder_path), stop)
-        hash_once = cache(lambda file: hash_files([Path(file)], stop))  # a start picture may serve thousands
+        hash_once = cache(lambda file: hash_files([Path(file)], stop))  # an input image may serve thousands
 
-        def describe(picture: Picture) -> dict:
-            facts = {name: value for name, value in asdict(picture).items() if name in SETTINGS}
+        def record(job: Job) -> dict:
+            facts = asdict(job.settings)
             for name in ("input_image", "inpaint_mask"):
-                if facts[name]:  # a folder's name is nobody's business, the content is
+                if facts[name]:  # store the hash, not the local path
                     facts[f"{name}_sha256"] = hash_once(facts[name])
                     facts[name] = Path(facts[name]).name
             return {**facts, "dtype": str(pipe.dtype).removeprefix("torch."), "quantization": pipe.layout.quantization,
+                    "batch": batch, "batch_guidance": pipe.batch_guidance,
                     "text_encoder_sha256": encoder_hash.result(), "checkpoint": pipe.layout.path.name,
                     "checkpoint_sha256": checkpoint_hash.result()}
 
-        missing = [picture for picture in pictures if overwrite or not picture.output.exists()
-                   or not is_drawn(picture.output, describe(picture))]
-        if len(missing) < len(pictures):
-            print(f"{len(pictures) - len(missing)} of {len(pictures)} pictures are there already")
+        missing = [job for job in jobs if overwrite or not job.output.exists() or not is_drawn(job.output, record(job))]
+        if len(missing) < len(jobs):
+            print(f"{len(jobs) - len(missing)} of {len(jobs)} images exist already")
         if not missing:
             return
         encode = pipe.encode_prompt
-        encode(missing[0].prompt)  # what is wrong with the text encoder shows before the bar does
+        encode(missing[0].settings.prompt)  # a fault of the text encoder shows before the bar does
         if free_text_encoder:
-            texts = {text for picture in missing for text in (picture.prompt, picture.negative_prompt)}
-            encode = {text: pipe.encode_prompt(text).cpu() for text in texts}.__getitem__
+            prompts = {prompt for job in missing for prompt in (job.settings.prompt, job.settings.negative_prompt)}
+            encode = {prompt: pipe.encode_prompt(prompt).cpu() for prompt in prompts}.__getitem__
             pipe.unload_text_encoder()
-        with tqdm(total=sum(stage.steps for picture in missing for stage in picture.plan(pipe)), unit="step", disable=not progress) as bar:
+        steps = sum(stage.steps for job in missing for stage in pipe.plan_stages(job.settings))
+        with tqdm(total=steps, unit="step", disable=not progress) as bar:
             for group in batches(missing, batch):
-                settings = group[0].shared
-                files = {name: open_picture(file) for name in ("input_image", "inpaint_mask") if (file := settings.pop(name))}
-                drawn = pipe(
-                    prompt_embeds=[encode(picture.prompt) for picture in group],
-                    negative_prompt_embeds=encode(settings.pop("negative_prompt")),
-                    seed=[picture.seed for picture in group],
-                    callback=lambda done, steps, _: bar.update(len(group) if done else 0), **settings, **files)
-                for picture, image in zip(group, drawn, strict=True):
-                    save(image, picture.output, describe(picture))
+                shared = group[0].shared
+                files = {name: open_picture(file) for name in ("input_image", "inpaint_mask") if (file := shared.pop(name))}
+                images = pipe(
+                    prompt_embeds=[encode(job.settings.prompt) for job in group],
+                    negative_prompt_embeds=encode(shared.pop("negative_prompt")),
+                    seed=[job.settings.seed for job in group],
+                    callback=lambda done, steps, _: bar.update(len(group) if done else 0), **shared, **files)
+                for job, image in zip(group, images, strict=True):
+                    save(image, job.output, record(job))
                 bar.update(len(group))
 
 
@@ -242,28 +197,31 @@ def read_rows(file: Path, any_column: bool = False) -> list[dict]:
     return rows
 
 
-def batches(pictures: list[Picture], size: int) -> Iterator[list[Picture]]:
-    """Runs of neighbouring pictures that can be drawn together, `size` at most."""
-    for _, run in groupby(pictures, key=lambda picture: picture.shared):
+def batches(jobs: list[Job], size: int) -> Iterator[list[Job]]:
+    """Runs of neighbouring images that can be generated together, `size` at most."""
+    for _, run in groupby(jobs, key=lambda job: job.shared):
         while group := list(islice(run, size)):
             yield group
 
 
 def is_drawn(output: Path, wanted: dict) -> bool:
-    """True where the file has the very settings wanted. Raises ValueError where it has others, or none."""
+    """Return True where the file has the settings wanted. Raises ValueError where it has others, or none.
+
+    Settings that an older program did not record have their defaults there. How many images were generated together
+    changes only their last bits, so it may differ."""
     try:
         with open_image(output, ("PNG",)) as there:
             settings = dict(json.loads(there.info[PNG_KEY]))
     except (OSError, KeyError, ValueError, TypeError, RecursionError):
-        raise ValueError(f"{output} exists and was not drawn by l2p; give another --output, or --overwrite") from None
-    lacking = {each.name: each.default for each in fields(Picture) if each.default is not MISSING}  # in files of before they were settings
+        raise ValueError(f"{output} exists and was not generated by l2p; give another --output, or --overwrite") from None
+    defaults = asdict(Settings())
     for name in {**wanted, **settings}:
-        if f"{name}_sha256" in wanted:  # the same file under another name
+        if f"{name}_sha256" in wanted or name in ("batch", "batch_guidance"):  # the same file may have another name
             continue
-        was, now = (each.get(name, lacking.get(name)) for each in (settings, wanted))
+        was, now = (each.get(name, defaults.get(name)) for each in (settings, wanted))
         if was != now:
-            raise ValueError(f"{output} exists, drawn with other settings ({name} {was!r}, now {now!r}); give another --output, or "
-                             "--overwrite")
+            raise ValueError(f"{output} exists, generated with other settings ({name} {was!r}, now {now!r}); give another "
+                             "--output, or --overwrite")
     return True
 
 

@@ -1,7 +1,6 @@
 """The whole path as one object: files and a prompt → pictures."""
-import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,11 +11,12 @@ from PIL import Image
 from torch import Tensor
 
 from .checkpoint import bytes_in_memory, check, load_model
+from .flow import SOLVERS, Callback, guided_velocity, inpaint_velocity, interpolate, schedule
 from .image import check_size, size_for, to_mask, to_pictures, to_pixels
 from .layout import Layout, read_layout
 from .model import L2PTransformer
-from .sampler import Callback, check_shortcuts, guided_velocity, keeping, schedule, solver
-from .stages import SQUEEZED, STAGE_STRENGTH, Stage, enlarge, in_windows, misfit, plan_stages
+from .settings import FIELDS, Settings, checked
+from .stages import Stage, in_windows, misfit, plan_stages, run_stages
 from .text import TextEncoder, find_encoder
 
 KEPT_ENCODINGS = 64
@@ -123,115 +123,101 @@ class L2PPipeline:
         self,
         prompt: str | Sequence[str] | None = None,
         negative_prompt: str = "",
-        cfg_scale: float | None = None,
-        num_inference_steps: int | None = None,
-        height: int | None = None,
-        width: int | None = None,
+        *,
         seed: int | Sequence[int] | None = None,
-        rand_device: str = "cpu",
         input_image: Image.Image | None = None,
-        denoising_strength: float = 1.0,
         inpaint_mask: Image.Image | None = None,
         num_images: int | None = None,
-        shift: float = 3.0,
-        sampler: str = "euler",
-        stages: int = 1,
-        stage_strength: float = STAGE_STRENGTH,
-        redraw: str = SQUEEZED,
-        cfg_truncation: float = 1.0,
-        cache_threshold: float = 0.0,
         callback: Callback | None = None,
         prompt_embeds: Tensor | Sequence[Tensor] | None = None,
         negative_prompt_embeds: Tensor | None = None,
         bf16_rounding: bool = False,
+        **settings: object,
     ) -> Image.Image | list[Image.Image]:
-        """Draw. Returns one picture for one prompt, and a list where several prompts or `num_images` are given.
+        """Generate. Returns one image for one prompt, and a list for several prompts or where num_images is given.
 
         prompt: one, or several for one batch; or prompt_embeds, what `encode_prompt` gave for them.
-        cfg_scale: guidance, 1 for none. num_inference_steps, height, width: see `defaults`; sizes in pixels.
-        seed: one for the whole batch, drawn as ComfyUI draws a batch; or one for each picture; None for a random one.
-        rand_device: where noise is drawn. A CPU and a GPU give different noise for the same seed.
-        input_image: start from this picture, resized with a warning where it does not fit. denoising_strength: how
-        far to noise it, above 0 and up to 1, where nothing of it is left. inpaint_mask: white is drawn anew, black
-        keeps the input picture's pixels exactly. num_images: pictures for each prompt, in one batch.
-        shift: of the noise schedule; above 3 spends more steps on the outline. sampler: euler or ab2.
-        stages: drawings that lead to the size, each twice as large as the one before it, which is enlarged, noised as far
-        as stage_strength says, and drawn on. redraw: how that is done, and what is done with an input_image, above the
-        trained size: squeezed, windows or whole, see `plan_stages`.
-        cfg_truncation: how far on the way from noise, 0, to picture, 1, guidance goes; the rest takes half the time.
-        cache_threshold: above 0, take all layers but the first to add what they last added where the first changes by no more
-        than this share, in the mean over the batch. Not in windows.
-        callback: called in each step, after the model, with the steps done, all steps, and the picture as it now looks to come out,
-        (B, 3, H, W) in about [-1, 1]; raise from it to stop. bf16_rounding: round times and the input picture as the
-        published pipeline does.
-        Raises ValueError for sizes, counts and options that do not fit."""
-        solve = solver(sampler)
-        check_shortcuts(cfg_truncation, cache_threshold)
+        seed: one for the whole batch, as ComfyUI takes it; or one for each image; None for a random one.
+        input_image: start from this image, resized with a warning where it has another size. inpaint_mask: white is
+        generated, black keeps the input image's pixels exactly. num_images: images for each prompt, in one batch.
+        callback: called in each step, after the model, with the steps done, all steps, and the x0 prediction,
+        (B, 3, H, W) in about [-1, 1]; raise from it to stop. bf16_rounding: round timesteps and the input image as the
+        published pipeline does. settings: all others of `settings.Settings`, by name; what is left out has the
+        checkpoint's default.
+        Raises ValueError for sizes, counts and values that do not fit, and TypeError for a name that is no setting."""
+        if unknown := settings.keys() - FIELDS.keys():
+            raise TypeError(f"{min(unknown)} is no setting; there are {', '.join(FIELDS)}")
         check_mask(inpaint_mask, input_image)
+        if isinstance(seed, int):
+            checked("seed", seed)
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("give either prompt or prompt_embeds")
+        chosen = self.complete(settings, input_image)
+        plan = self.plan_stages(chosen)
+
         single = num_images is None and (isinstance(prompt, str) or isinstance(prompt_embeds, Tensor))
         if prompt_embeds is None:
             prompt_embeds = [self.encode_prompt(each) for each in ([prompt] if isinstance(prompt, str) else prompt)]
         elif isinstance(prompt_embeds, Tensor):
             prompt_embeds = [prompt_embeds]
-        captions = [each.to(self.device) for each in prompt_embeds for _ in range(1 if num_images is None else num_images)]
-        if not captions:
-            raise ValueError("there is nothing to draw: no prompts, or num_images is 0")
-        defaults = self.defaults
-        cfg_scale = defaults.cfg_scale if cfg_scale is None else cfg_scale
-        steps = defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
-        if not math.isfinite(cfg_scale):
-            raise ValueError(f"cfg_scale is {cfg_scale}; expected a number, 1 for none")
-        negatives = captions
-        if cfg_scale != 1:
+        copies = 1 if num_images is None else num_images
+        positives = [each.to(self.device) for each in prompt_embeds for _ in range(copies)]
+        if not positives:
+            raise ValueError("there is nothing to generate: no prompts, or num_images is 0")
+        negatives = positives
+        if chosen.cfg_scale != 1:
             negative = self.encode_prompt(negative_prompt) if negative_prompt_embeds is None else negative_prompt_embeds
-            negatives = [negative.to(self.device)] * len(captions)
-        if input_image is not None:
-            height, width = self.size_for(input_image, height, width)
-        height, width = defaults.height if height is None else height, defaults.width if width is None else width
-        self.check_size(height, width)
-        plan = self.plan_stages(height, width, steps, denoising_strength, stages, stage_strength, redraw)
+            negatives = [negative.to(self.device)] * len(positives)
         if warning := misfit(plan, self.layout.trained_size):
             warnings.warn(warning, stacklevel=2)
+        done, in_all = 0, sum(stage.steps for stage in plan)
 
-        x, picture, done, in_all = None, None, 0, sum(stage.steps for stage in plan)
-        for stage in plan:
-            size, sigmas = stage[:2], schedule(stage.steps, stage.strength, shift)
-            velocity = guided_velocity(self.transformer, captions, negatives, cfg_scale, bf16_rounding, cfg_truncation,
-                                       self.batch_guidance, 0.0 if stage.window else cache_threshold, stage.rope_scale,
-                                       self.decoder_tile)
+        def generate(stage: Stage, start: Tensor | None, image: Tensor | None, mask: Tensor | None) -> Tensor:
+            nonlocal done
+            velocity = guided_velocity(
+                self.transformer, positives, negatives, chosen.cfg_scale, bf16_rounding, chosen.cfg_truncation,
+                self.batch_guidance, 0.0 if stage.window else chosen.cache_threshold, stage.rope_scale, self.decoder_tile)
             if stage.window:
                 velocity = in_windows(velocity, stage.window, self.layout.config.size_multiple)
-            noise = draw_noise((len(captions), 3, *size), seed, rand_device).to(self.device)
-            start = None if x is None else enlarge(x, *size)
-            if input_image is not None:
-                picture = to_pixels(fit(input_image, *size, "input_image"),
-                                    torch.bfloat16 if bf16_rounding else torch.float32).float().to(self.device)
-                start = picture if start is None else start
-            if inpaint_mask is not None:
-                mask = to_mask(fit(inpaint_mask, *size, "inpaint_mask")).to(self.device)
-                start = mask * start + (1 - mask) * picture
-                velocity = keeping(velocity, mask, picture, noise)
-            x = noise if start is None else (1 - sigmas[0]) * start + sigmas[0] * noise
-            start = None  # what is of no more use is not held while drawing
-            if inpaint_mask is None:
-                noise = picture = None
-            x = solve(velocity, x, sigmas, callback and (lambda step, _, x0: callback(done + step, in_all, x0)))
-            done += stage.steps
-            if not x.isfinite().all():
-                raise ValueError(f"the picture came out as NaN: the model's numbers overflow in {self.dtype}"
-                                 + ("; try bfloat16" if self.dtype == torch.float16 else ", or its file is damaged"))
-        if inpaint_mask is not None:
-            x = mask * x.clamp(-1, 1) + (1 - mask) * picture
-        pictures = to_pictures(x)
-        return pictures[0] if single else pictures
+            sigmas = schedule(stage.steps, stage.strength, chosen.shift)
+            noise = draw_noise((len(positives), 3, stage.height, stage.width), seed, chosen.rand_device).to(self.device)
+            if mask is not None:
+                velocity = inpaint_velocity(velocity, mask, image, noise)
+            x = noise if start is None else interpolate(start, noise, sigmas[0])
+            del start, noise  # not held while sampling
+            before, done = done, done + stage.steps
+            report = callback and (lambda step, _, x0: callback(before + step, in_all, x0))
+            return SOLVERS[chosen.sampler](velocity, x, sigmas, report)
 
-    def plan_stages(self, height: int, width: int, steps: int, strength: float, stages: int, stage_strength: float,
-                    redraw: str) -> list[Stage]:
+        def image_at(stage: Stage) -> Tensor:
+            pixels = fit(input_image, stage.height, stage.width, "input_image")
+            return to_pixels(pixels, torch.bfloat16 if bf16_rounding else torch.float32).float().to(self.device)
+
+        def mask_at(stage: Stage) -> Tensor:
+            return to_mask(fit(inpaint_mask, stage.height, stage.width, "inpaint_mask")).to(self.device)
+
+        x = run_stages(plan, generate, input_image and image_at, inpaint_mask and mask_at)
+        if inpaint_mask is not None:
+            mask = mask_at(plan[-1])
+            x = mask * x.clamp(-1, 1) + (1 - mask) * image_at(plan[-1])
+        images = to_pictures(x)
+        return images[0] if single else images
+
+    def complete(self, values: Mapping[str, object], image: Image.Image | None = None) -> Settings:
+        """Check settings and fill in the checkpoint's defaults for what is left out or None.
+
+        image: the input image, whose size counts where none is given. Raises ValueError for a value that does not fit."""
+        given = {name: checked(name, value) for name, value in values.items() if value is not None}
+        if image is not None:
+            given["height"], given["width"] = self.size_for(image, given.get("height"), given.get("width"))
+        settings = Settings(**{**self.defaults._asdict(), **given})
+        self.check_size(settings.height, settings.width)
+        usable_device(settings.rand_device)
+        return settings
+
+    def plan_stages(self, settings: Settings) -> list[Stage]:
         """See `stages.plan_stages`."""
-        return plan_stages(height, width, steps, strength, stages, stage_strength, redraw, self.layout.trained_size,
-                           self.layout.config.size_multiple)
+        return plan_stages(settings, self.layout.trained_size, self.layout.config.size_multiple)
 
     def size_for(self, picture: Image.Image, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Height and width nearest to the picture's that the checkpoint can draw; where one is given, the other in proportion."""

@@ -74,7 +74,7 @@ def queue(workflow: Path, output: Path, servers: list[str], prompts: Path | None
     with lock_outputs([job.output for job in jobs]):
         missing = [job for job in jobs if overwrite or not job.output.exists() or not is_drawn(job.output, job.record)]
         if len(missing) < len(jobs):
-            print(f"{len(jobs) - len(missing)} of {len(jobs)} pictures are there already")
+            print(f"{len(jobs) - len(missing)} of {len(jobs)} images exist already")
         if missing:
             draw(missing, [Server(url, len(servers) > 1) for url in dict.fromkeys(servers)], timeout, progress)
 

@@ -1,4 +1,4 @@
-"""Pictures larger than a checkpoint was trained for: drawn at its size, then enlarged and redrawn, twice as large each time."""
+"""Images above the trained resolution: generated at it, then resized and refined, twice as large each time."""
 import math
 from collections.abc import Callable
 from itertools import product
@@ -8,51 +8,73 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .flow import Velocity
 from .image import to_pictures, to_pixels
-from .sampler import Velocity
+from .settings import SQUEEZED, WINDOWS, Settings
 
-STAGE_STRENGTH = 0.2
-REDRAWS = SQUEEZED, WINDOWS, WHOLE = "squeezed", "windows", "whole"  # the first is what `benchmarks/stages.py` found best
 OVERLAP = 4  # neighbouring windows share a quarter of their side
 SMALLEST, LARGEST = 1 / 4, 2  # times the trained number of pixels that a picture is drawn at in one go
 FARTHEST = 8  # times the trained side: the published table of positions ends at 512, training at 64
 
 
 class Stage(NamedTuple):
-    """One drawing on the way to the final size."""
+    """One generation on the way to the final size."""
+
     height: int
     width: int
     steps: int
-    strength: float  # how far what it starts from is noised; 1 leaves nothing of it
-    window: int  # side in pixels of the windows it is drawn in; 0 for the whole at once
-    rope_scale: float  # of the positions of rows and columns
+    strength: float  # denoising strength; 1 keeps nothing of what it starts from
+    window: int  # side in pixels of the tiles it is generated in; 0 for the whole image at once
+    rope_scale: float  # RoPE interpolation factor of rows and columns
 
 
-def plan_stages(height: int, width: int, steps: int, strength: float, stages: int, stage_strength: float, redraw: str,
-                trained: tuple[int, int], multiple: int) -> list[Stage]:
-    """The drawings that lead to a picture of that size, each twice as large as the one before it.
+def plan_stages(settings: Settings, trained: tuple[int, int], multiple: int) -> list[Stage]:
+    """Return the stages that lead to an image of the settings' size, each twice as large as the one before it.
 
-    height, width: of the last, multiples of `multiple`, as all are. steps, strength: of the first; a later one takes its
-    share of the steps, `stage_strength`. redraw: how a picture of which something is left, and which is larger than the
-    trained height and width, is drawn: squeezed, at once with the positions of a picture of the trained number of pixels;
-    windows of the trained size; whole, at once as it is. Raises ValueError for stages below 1 or so many that the first is smaller than
-    `multiple`, a stage_strength outside (0, 1] or another redraw."""
-    if stages < 1 or min(height, width) < multiple << (stages - 1):
-        raise ValueError(f"stages is {stages}; expected 1 to {(min(height, width) // multiple).bit_length()} for {width} x {height}, each twice "
-                         f"as large as the one before it, the first at least {multiple} pixels")
-    if not 0 < stage_strength <= 1:
-        raise ValueError(f"stage_strength is {stage_strength}; expected above 0 and up to 1")
-    if redraw not in REDRAWS:
-        raise ValueError(f"redraw is {redraw!r}; expected one of {', '.join(REDRAWS)}")
-    plan = []
-    for times in (2**later for later in reversed(range(stages))):
+    settings: with height, width and steps filled in. A later stage takes its share of the steps, `stage_strength`.
+    trained: height and width of the trained resolution. multiple: what every height and width is a multiple of. Raises
+    ValueError for so many stages that the first would be smaller than `multiple`."""
+    height, width, count = settings.height, settings.width, settings.stages
+    if min(height, width) < multiple << (count - 1):
+        most = (min(height, width) // multiple).bit_length()
+        raise ValueError(f"stages is {count}; expected 1 to {most} for {width} x {height}: each is twice as large as the "
+                         f"one before it, and the first is at least {multiple} pixels")
+    plan: list[Stage] = []
+    for times in (2**later for later in reversed(range(count))):
         size = [round(side / times / multiple) * multiple for side in (height, width)]
-        far = stage_strength if plan else strength
-        larger = math.sqrt(math.prod(size) / math.prod(trained)) if far < 1 else 1.0
-        plan.append(Stage(*size, max(1, round(steps * far)) if plan else steps, far,
-                          max(trained) if redraw == WINDOWS and far < 1 and max(size) > max(trained) else 0,
-                          1 / larger if redraw == SQUEEZED and larger > 1 else 1.0))
+        strength = settings.stage_strength if plan else settings.denoising_strength
+        steps = max(1, round(settings.num_inference_steps * strength)) if plan else settings.num_inference_steps
+        refines = strength < 1  # something of what it starts from is kept, so its composition is given
+        above = math.sqrt(math.prod(size) / math.prod(trained)) if refines else 1.0
+        tiled = settings.redraw == WINDOWS and refines and max(size) > max(trained)
+        interpolated = settings.redraw == SQUEEZED and above > 1
+        plan.append(Stage(*size, steps, strength, max(trained) if tiled else 0, 1 / above if interpolated else 1.0))
     return plan
+
+
+def run_stages(plan: list[Stage], generate: Callable[[Stage, Tensor | None, Tensor | None, Tensor | None], Tensor],
+               image: Callable[[Stage], Tensor] | None = None, mask: Callable[[Stage], Tensor] | None = None) -> Tensor:
+    """Generate stage by stage, each from the one before it, resized to its size.
+
+    generate: (stage, start, image, mask) → (B, 3, h, w) in about [-1, 1]. start is None for pure noise; image and mask
+    are None without a mask. image: stage → the input image at its size, (B or 1, 3, h, w). mask: stage → (B or 1, 1, h,
+    w), 1 where pixels are generated. Raises ValueError where an image comes out as NaN."""
+    x = None
+    for stage in plan:
+        given = None if image is None else image(stage)
+        hole = None if mask is None else mask(stage)
+        kept = None if hole is None else given
+        x = generate(stage, _start(x, stage, given, hole), kept, hole)
+        if not x.isfinite().all():
+            raise ValueError("the image came out as NaN: the model's numbers overflow in this dtype, or its file is "
+                             "damaged. Try bfloat16")
+    return x
+
+
+def _start(x: Tensor | None, stage: Stage, image: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """What a stage starts from: the stage before it, else the input image, whose pixels stay outside of the mask."""
+    start = image if x is None else enlarge(x, stage.height, stage.width)
+    return start if mask is None else mask * start + (1 - mask) * image
 
 
 def misfit(plan: list[Stage], trained: tuple[int, int]) -> str | None:

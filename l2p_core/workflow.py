@@ -3,16 +3,14 @@ import json
 import math
 from pathlib import Path
 
-TEXTS = ("prompt", "text")
-PLACES = {  # what a flag or a column says → the inputs that take it, by name or as CLASS.NAME
-    "prompt": TEXTS, "negative_prompt": ("negative_prompt",), "seed": ("seed", "noise_seed"),
-    "width": ("width",), "height": ("height",), "num_inference_steps": ("steps",), "cfg_scale": ("cfg",),
-    "shift": ("shift",), "sampler": ("sampler_name",), "denoising_strength": ("denoise",),
-    "stages": ("stages",), "stage_strength": ("stage_denoise",), "redraw": ("redraw",),
-    "model": ("checkpoint", "ckpt_name", "unet_name"), "text_encoder": ("text_encoder", "clip_name"),
-    "input_image": ("LoadImage.image",), "inpaint_mask": ("LoadImageMask.image",),
+from .settings import FIELDS, checked, graph_inputs, kind
+
+TEXTS = graph_inputs("prompt")
+PLACES = {  # what a flag or a column is called → the inputs that it fills, INPUT or CLASS.INPUT
+    **{name: inputs for name in FIELDS if (inputs := graph_inputs(name))},
+    "model": ("checkpoint", "ckpt_name", "unet_name"),
+    "text_encoder": ("text_encoder", "clip_name"),
 }
-WHOLE = ("seed", "noise_seed", "width", "height", "steps")  # the server would cut off a fraction and say nothing
 
 
 def read_workflow(file: Path) -> dict:
@@ -42,7 +40,9 @@ def fill(filled: dict, graph: dict, name: str, value: object) -> None:
                          f"the workflow has no input for {name}. It has: {listed}. Inputs that are wired are not filled")
     for node, key in found:
         old = graph[node]["inputs"][key]
-        filled[node]["inputs"][key] = like(old, value, f"{name} ({node}.{key})", key in WHOLE)
+        if name in FIELDS and kind(name) is not str:
+            value = checked(name, value)
+        filled[node]["inputs"][key] = like(old, value, f"{name} ({node}.{key})")
         if key in ("width", "height") and graph[node]["class_type"] == "EmptyL2PLatentImage" and "size" in graph[node]["inputs"]:
             filled[node]["inputs"]["size"] = "custom"  # else a usual size takes their place
 
@@ -83,16 +83,18 @@ def title(graph: dict, node: str) -> str:
     return graph[node].get("_meta", {}).get("title") or graph[node]["class_type"]
 
 
-def like(old: object, value: object, name: str, whole: bool) -> object:
-    """The value as the type that the input has. A whole number there may stand for a fraction: ComfyUI saves 2.0 as 2."""
+def like(old: object, value: object, name: str) -> object:
+    """Return the value in the type that the input has; ComfyUI saves 2.0 as 2, so a whole number may stand for a fraction.
+
+    Raises ValueError where it is no such thing."""
     if isinstance(old, str):
         return str(value)
     try:
         new = json.loads(str(value).lower() if isinstance(old, bool) else str(value))
-        if isinstance(new, bool) != isinstance(old, bool) or not isinstance(new, (int, float)) or not math.isfinite(new) or (
-                whole and not isinstance(new, int)):
+        number = isinstance(new, (int, float)) and math.isfinite(new)
+        if not number or isinstance(new, bool) != isinstance(old, bool):
             raise ValueError
         return new
     except ValueError:
-        raise ValueError(f"{name} is {value!r}; expected "
-                         + ("true or false" if isinstance(old, bool) else "a whole number" if whole else "a number")) from None
+        kind = "true or false" if isinstance(old, bool) else "a number"
+        raise ValueError(f"{name} is {value!r}; expected {kind}") from None

@@ -16,112 +16,153 @@ from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
+from ..l2p_core.flow import ab2, schedule
 from ..l2p_core.image import check_size, size_for, to_pictures
 from ..l2p_core.model import L2PTransformer
-from ..l2p_core.sampler import ab2, schedule
-from ..l2p_core.stages import LARGEST, REDRAWS, STAGE_STRENGTH, Stage, by_windows, enlarge, misfit, plan_stages
+from ..l2p_core.settings import FIELDS, SQUEEZED, Settings, kind
+from ..l2p_core.stages import LARGEST, Stage, by_windows, misfit, plan_stages, run_stages
 from .prompt import note
 
 EXACT = "l2p"
 MAX_SIZE = 10240
+MULTIPLES = "a multiple of 16; of 64, 128 or 320 for the 4K, 8K and 10K models"
 PREVIEW_SIZE = 512
 RATIOS = {"square": (1024, 1024), "16:9": (1344, 768), "9:16": (768, 1344), "3:2": (1248, 832)}
 PRESETS = {f"{scale}K {name} ({width * scale} x {height * scale})": (width * scale, height * scale)
            for scale in (1, 2, 4) for name, (width, height) in RATIOS.items()}
 CUSTOM = "custom"
 
-MULTIPLES = "a multiple of 16; of 64, 128 or 320 for the 4K, 8K and 10K models"
-OWN_SIZE = "0: the image's, of no more than twice the pixels that the model was trained at; without an image the model's own"
+OWN_SIZE = ("0: the image's, of no more than twice the pixels of the trained resolution; without an image the trained "
+            "resolution")
 
-STEPS = io.Int.Input("steps", default=30, min=1, max=1000, tooltip="Evaluations of the model; the 1K model was published with "
-                                                                  "30, the 4K and larger ones with 50.")
-SHIFT = io.Float.Input("shift", default=3.0, min=0.1, max=100.0, step=0.1, advanced=True,
-                       tooltip="Of the noise schedule. Published: 3. More spends more steps on the outline.")
-BATCH = io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="Pictures drawn at a time.")
+
+def setting(name: str, input_name: str | None = None, **options):
+    """A node input of one of `settings.Settings`: its type, default, range, choices and help.
+
+    input_name: where the node calls it otherwise. options: what the node says otherwise, such as a default."""
+    field = FIELDS[name]
+    about = field.metadata
+    help = about["help"][0].upper() + about["help"][1:]
+    given = {"default": field.default, "tooltip": f"{help}.", **options}
+    if "choices" in about:
+        return io.Combo.Input(input_name or name, **{"options": list(about["choices"]), **given})
+    ranges = {"min": about.get("low", about.get("above")), "max": about["high"]}
+    if kind(name) is int:
+        return io.Int.Input(input_name or name, **{**ranges, **given})
+    if "above" in about:
+        ranges["min"] = 0.01
+    return io.Float.Input(input_name or name, **{**ranges, "step": 0.01, **given})
+
+
+def side(name: str, default: int = 1024, **options):
+    """The input of a height or width."""
+    return setting(name, default=default, max=MAX_SIZE, step=16, **options)
+
+
+STEPS = setting("num_inference_steps", "steps", default=30)
+SHIFT = setting("shift", step=0.1, min=0.1, advanced=True)
+BATCH = io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="Number of images generated at a time.")
 
 
 class L2PKSampler(io.ComfyNode):
+    """Pixels by ComfyUI's samplers, in stages where wanted."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="L2PKSampler", display_name="L2P KSampler", category="L2P",
-            description="Draws pixels, without a VAE. With an image it redraws that, with a mask only there.",
+            description="Generates pixels, without a VAE. With an image it refines that, with a mask only there.",
             search_aliases=["ksampler", "sampler", "generate", "text to image", "image to image", "inpaint"],
             inputs=[
                 io.Model.Input("model", tooltip="An L2P model."),
-                io.Conditioning.Input("positive", tooltip="What to draw."),
+                io.Conditioning.Input("positive", tooltip="What to generate."),
                 io.Conditioning.Input("negative", tooltip="What to steer away from: an empty prompt, encoded, not zeroed "
                                                           "conditioning. Has no effect at guidance 1."),
-                io.Int.Input("width", default=1024, min=0, max=MAX_SIZE, step=16, tooltip=f"Pixels, {MULTIPLES}. {OWN_SIZE}."),
-                io.Int.Input("height", default=1024, min=0, max=MAX_SIZE, step=16, tooltip=f"Pixels, {MULTIPLES}. {OWN_SIZE}."),
+                side("width", min=0, tooltip=f"Pixels, {MULTIPLES}. {OWN_SIZE}."),
+                side("height", min=0, tooltip=f"Pixels, {MULTIPLES}. {OWN_SIZE}."),
                 BATCH,
-                io.Int.Input("seed", default=42, min=0, max=0xffffffffffffffff, control_after_generate=True,
-                             tooltip="Of the noise, of a whole batch at once. A single picture is the one that `l2p generate` draws from it."),
+                setting("seed", control_after_generate=True, tooltip=(
+                    "Seed of the noise, of a whole batch at once. A single image is the one that `l2p generate` gives.")),
                 STEPS,
-                io.Float.Input("cfg", default=2.0, min=0.0, max=100.0, step=0.1, round=0.01,
-                               tooltip="Guidance: 1 for none, at half the time. Published: 2 for 1K, 4 for larger models."),
-                io.Combo.Input("sampler_name", options=[*comfy.samplers.SAMPLER_NAMES, "ab2"], default="euler",
-                               tooltip="The solver. Published: euler. ab2, of second order, comes as near to the exact solution in 18 steps "
-                                       "at shift 2 as euler in 30 at shift 3."),
+                setting("cfg_scale", "cfg", default=2.0, step=0.1, round=0.01, tooltip=(
+                    "Guidance scale (CFG); 1 turns guidance off and halves the time. Published: 2 for 1K, 4 for larger models.")),
+                setting("sampler", "sampler_name", options=[*comfy.samplers.SAMPLER_NAMES, "ab2"], tooltip=(
+                    "The solver. Published: euler. ab2, of second order, is as near to the exact solution in 18 steps at "
+                    "shift 2 as euler in 30 at shift 3.")),
                 io.Combo.Input("scheduler", options=[EXACT, *comfy.samplers.SCHEDULER_NAMES], default=EXACT,
-                               tooltip="l2p: the published schedule, exactly."),
+                               tooltip="The sigma schedule. l2p: the published one, exactly."),
                 SHIFT,
-                io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01,
-                               tooltip="How far to redraw the image: 1 keeps nothing of it. Leave 1 without an image."),
-                io.Image.Input("image", optional=True, tooltip="Start from this picture, or each of a batch; resized where it is not of width and height."),
-                io.Mask.Input("mask", optional=True, tooltip="Redraw only where it is white; the rest of the image is kept exactly."),
-                io.Int.Input("stages", default=1, min=1, max=8, optional=True, advanced=True,
-                             tooltip="For sizes above the model's own: drawings that lead there, each twice as large as the one before it, "
-                                     "which is enlarged and redrawn."),
-                io.Float.Input("stage_denoise", default=STAGE_STRENGTH, min=0.01, max=1.0, step=0.01, optional=True, advanced=True,
-                               tooltip="How far each stage redraws the one before it."),
-                io.Combo.Input("redraw", options=REDRAWS, default=REDRAWS[0], optional=True, advanced=True,
-                               tooltip="How a stage, or an image, above the model's own size is redrawn. squeezed: at once, with the positions "
-                                       "of a picture of the model's size; windows: in overlapping windows of the model's size; whole: at once as it is."),
+                setting("denoising_strength", "denoise", tooltip=(
+                    "How much noise the image gets: 1 keeps nothing of it. Leave 1 without an image.")),
+                io.Image.Input("image", optional=True, tooltip=(
+                    "Start from this image, or each of a batch; resized where it is not of width and height.")),
+                io.Mask.Input("mask", optional=True, tooltip=(
+                    "Generate only where it is white; the rest of the image is kept exactly.")),
+                setting("stages", optional=True, advanced=True),
+                setting("stage_strength", "stage_denoise", optional=True, advanced=True),
+                setting("redraw", optional=True, advanced=True),
             ],
             outputs=[io.Image.Output(), io.Latent.Output()], hidden=[io.Hidden.unique_id])
 
     @classmethod
     def execute(cls, model, positive, negative, width, height, batch_size, seed, steps, cfg, sampler_name, scheduler,
-                shift, denoise, image=None, mask=None, stages=1, stage_denoise=STAGE_STRENGTH,
-                redraw=REDRAWS[0]) -> io.NodeOutput:
+                shift, denoise, image=None, mask=None, stages=1, stage_denoise=FIELDS["stage_strength"].default,
+                redraw=SQUEEZED) -> io.NodeOutput:
+        """Generate. Returns the IMAGE and its pixel latent."""
         multiple, cap_feat_dim, trained = sizes_of(model)
         batch_size = max(batch_size, 0 if image is None else len(image))
         height, width = drawn_size(image, height, width, trained, multiple)
         for conditioning in (positive, negative):
             check_conditioning(conditioning, cap_feat_dim)
-        if image is None and (mask is not None or denoise < 1):
-            raise ValueError("the mask, or denoise below 1, needs an image to keep something of. Connect one, or set denoise to 1")
-        if mask is not None and not mask.any():
-            raise ValueError("the mask is empty, so nothing would be drawn. Paint what is to be redrawn: right-click the picture, "
-                             "Open in Mask Editor")
-        notes = []
-        if image is not None and mask is None and denoise == 1:
-            notes.append("denoise is 1 and there is no mask, so nothing of the image will be left; set denoise below 1 to keep some")
-        if image is not None and image.shape[1:3] != (height, width):
-            notes.append(f"the image is {image.shape[2]} x {image.shape[1]} and was resized to {width} x {height}")
-        plan = plan_stages(height, width, steps, denoise, stages, stage_denoise, redraw, trained, multiple)
+        check_image_and_mask(image, mask, denoise)
+        settings = Settings(height=height, width=width, num_inference_steps=steps, denoising_strength=denoise,
+                            stages=stages, stage_strength=stage_denoise, redraw=redraw)
+        plan = plan_stages(settings, trained, multiple)
         have = comfy.model_management.get_total_memory(model.load_device)
-        note(cls, *notes, misfit(plan, trained), shortage(model, plan, batch_size, have))
-        samples, progress = None, comfy.utils.ProgressBar(sum(stage.steps for stage in plan))
-        for stage in plan:
-            size = stage.width, stage.height
-            picture = torch.zeros(batch_size, 3, *stage[:2]) if image is None else to_latent(fit(image, *size), batch_size)
-            noise_mask = None if mask is None else fit_mask(mask, *size, batch_size)
-            latent = picture
-            if samples is not None:
-                enlarged = enlarge(samples, *stage[:2]).to(picture.device)
-                latent = enlarged if mask is None else picture.lerp(enlarged, noise_mask[:, None].to(picture.device))
+        note(cls, *notes_on(image, mask, denoise, height, width), misfit(plan, trained),
+             shortage(model, plan, batch_size, have))
+        progress = comfy.utils.ProgressBar(sum(stage.steps for stage in plan))
+        device = comfy.model_management.intermediate_device()
+
+        def generate(stage: Stage, start: Tensor | None, kept: Tensor | None, hole: Tensor | None) -> Tensor:
+            latent = torch.zeros(batch_size, 3, stage.height, stage.width) if start is None else start
             sigmas = noise_levels(model, scheduler, stage.steps, stage.strength, shift)
             with counting_windows(model, stage.window):
                 samples = sample(for_stage(model, stage, multiple), positive, negative, latent, seed, cfg,
-                                 solver(sampler_name), sigmas, noise_mask, progress)
-            if not samples.isfinite().all():
-                raise ValueError("the picture came out as NaN: the model's numbers overflow in this weight_dtype, or its file is "
-                                 "damaged. Try weight_dtype bfloat16")
-        if mask is not None:  # some samplers end a little above no noise
-            samples = picture.to(samples.device).where(noise_mask[:, None].to(samples.device) == 0, samples)
+                                 solver(sampler_name), sigmas, hole, progress)
+            if kept is not None:  # some samplers end a little above no noise
+                samples = kept.to(samples.device).where(hole.to(samples.device) == 0, samples)
+            return samples.to(device)
+
+        def image_at(stage: Stage) -> Tensor:
+            return to_latent(fit(image, stage.width, stage.height), batch_size).to(device)
+
+        def mask_at(stage: Stage) -> Tensor:
+            return fit_mask(mask, stage.width, stage.height, batch_size)[:, None].to(device)
+
+        samples = run_stages(plan, generate, None if image is None else image_at, None if mask is None else mask_at)
         return io.NodeOutput(to_image(samples), {"samples": samples})
+
+
+def check_image_and_mask(image: Tensor | None, mask: Tensor | None, denoise: float) -> None:
+    """Raise ValueError for a mask or a denoise that has no image to keep something of, and for an empty mask."""
+    if image is None and (mask is not None or denoise < 1):
+        raise ValueError("the mask, or denoise below 1, needs an image to keep something of. Connect one, or set denoise to 1")
+    if mask is not None and not mask.any():
+        raise ValueError("the mask is empty, so nothing would be generated. Paint what is to be generated: right-click the "
+                         "image, Open in Mask Editor")
+
+
+def notes_on(image: Tensor | None, mask: Tensor | None, denoise: float, height: int, width: int) -> list[str]:
+    """What the user may not have meant."""
+    if image is None:
+        return []
+    notes = []
+    if mask is None and denoise == 1:
+        notes.append("denoise is 1 and there is no mask, so nothing of the image will be left; set denoise below 1 to keep some")
+    if image.shape[1:3] != (height, width):
+        notes.append(f"the image is {image.shape[2]} x {image.shape[1]} and was resized to {width} x {height}")
+    return notes
 
 
 class L2PScheduler(io.ComfyNode):
@@ -132,8 +173,7 @@ class L2PScheduler(io.ComfyNode):
             description="The published noise schedule, exactly, for SamplerCustom and its kin.",
             search_aliases=["sigmas", "basic scheduler", "flow shift"],
             inputs=[STEPS, SHIFT,
-                    io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01,
-                                   tooltip="How far to redraw a picture: 1 keeps nothing of it.")],
+                    setting("denoising_strength", "denoise", tooltip="How much noise an image gets: 1 keeps nothing of it.")],
             outputs=[io.Sigmas.Output()])
 
     @classmethod
@@ -149,8 +189,7 @@ class EmptyL2PLatentImage(io.ComfyNode):
             description="An empty pixel latent for ComfyUI's own samplers.",
             search_aliases=["empty latent", "size", "resolution", "aspect ratio"],
             inputs=[io.Combo.Input("size", options=[CUSTOM, *PRESETS], default=CUSTOM, tooltip="custom: the width and height below; or a usual size instead of them."),
-                    io.Int.Input("width", default=1024, min=16, max=MAX_SIZE, step=16, tooltip=f"Pixels, {MULTIPLES}."),
-                    io.Int.Input("height", default=1024, min=16, max=MAX_SIZE, step=16, tooltip=f"Pixels, {MULTIPLES}."),
+                    side("width", min=16), side("height", min=16),
                     BATCH],
             outputs=[io.Latent.Output()])
 

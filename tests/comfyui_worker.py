@@ -368,13 +368,13 @@ def images_in_flight(path: str, size: int) -> float:
     return max(counts) / (3 * size**2 * 4)
 
 
-def shortage(path: str, have: int, batch_size: int, **plan) -> str | None:
+def shortage(path: str, have: int, batch_size: int, **settings) -> str | None:
     """What the sampler says of that drawing on a device of so many bytes."""
     sampler = of_pack("nodes.sample")
     model = load(path, "diffusion")[0]
     _, _, trained = sampler.sizes_of(model)
-    return sampler.shortage(model, sampler.plan_stages(steps=4, strength=1.0, stage_strength=0.2, trained=trained, multiple=16, **plan),
-                            batch_size, have)
+    plan = sampler.plan_stages(sampler.Settings(num_inference_steps=4, **settings), trained, 16)
+    return sampler.shortage(model, plan, batch_size, have)
 
 
 def largest_asked_for(path: str, size: int, **options) -> int:

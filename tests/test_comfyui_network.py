@@ -34,17 +34,12 @@ def output(tmp_path):
     return tmp_path / "output.safetensors"
 
 
-def changed_rows(name: str, part: int, change: torch.Tensor) -> torch.Tensor:
-    """The rows of a packed change that belong to q, k or v."""
-    return change[part * len(change) // 3:][:len(change) // 3]
-
-
 def packed_change(kind: str, rows: int, inputs: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """(what a LoRA file holds for one packed layer, the change it makes, written out longhand)."""
     generator = torch.Generator().manual_seed(3)
 
     def draw(*size):
-        return torch.randn(*size, generator=generator) / 3
+        return 0.6 * torch.randn(*size, generator=generator)
 
     alpha = {"alpha": torch.tensor(2.0)}
     if kind in ("lora_A", "lora_down"):
@@ -74,9 +69,9 @@ DOTTED = "diffusion_model.layers.0.attention.qkv"
 def test_loras_of_packed_layers(comfyui, write, inputs, output, tiny_weights, tiny_model, kind, name_of, quantized):
     held, change = packed_change(kind, 3 * 96, 96)
     merged = dict(tiny_weights)
-    for part, name in enumerate(("to_q", "to_k", "to_v")):
-        merged[f"layers.0.attention.{name}.weight"] = (
-            tiny_weights[f"layers.0.attention.{name}.weight"] + changed_rows(name, part, change))
+    for place, name in enumerate(("to_q", "to_k", "to_v")):
+        weight = f"layers.0.attention.{name}.weight"
+        merged[weight] = tiny_weights[weight] + change[96 * place:96 * (place + 1)]
     changed = L2PTransformer(tiny_model.config).eval()
     changed.load_state_dict(merged)
 

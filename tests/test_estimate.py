@@ -1,6 +1,5 @@
 """What `l2p generate --estimate` says against what drawing really holds."""
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -8,15 +7,15 @@ import torch
 from comfyui_l2p.l2p_core import L2PPipeline
 from comfyui_l2p.l2p_core.cli import main
 from comfyui_l2p.l2p_core.estimate import estimate
-from comfyui_l2p.l2p_core.generate import Picture
 from comfyui_l2p.l2p_core.meter import Meter, bytes_of
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
-from comfyui_l2p.l2p_core.sampler import euler, guided_velocity, schedule
+from comfyui_l2p.l2p_core.settings import Settings
+from comfyui_l2p.l2p_core.flow import euler, guided_velocity, schedule
 from comfyui_l2p.quant.quantize import quantize
 
 
-def picture(side: int, cfg_scale: float) -> Picture:
-    return Picture(Path("out.png"), "", "", 0, side, side, 30, cfg_scale, 3.0, "euler", 1.0, 1, 0.3, "squeezed", "cpu")
+def picture(side: int, cfg_scale: float) -> Settings:
+    return Settings(height=side, width=side, num_inference_steps=30, cfg_scale=cfg_scale, stage_strength=0.3)
 
 
 @pytest.mark.parametrize("batch, side, cfg_scale", [(1, 96, 1.0), (2, 192, 2.0)])

@@ -10,7 +10,7 @@ from comfyui_l2p.l2p_core import CheckpointError, L2PConfig, L2PPipeline, L2PTra
 from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS
 from comfyui_l2p.l2p_core.image import to_pictures, to_pixels
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
-from comfyui_l2p.l2p_core.sampler import euler, guided_velocity, schedule
+from comfyui_l2p.l2p_core.flow import euler, guided_velocity, schedule
 from comfyui_l2p.l2p_core.text import TextEncoder
 
 from helpers import apart
@@ -131,9 +131,9 @@ def test_misfitting_pictures_are_resized_and_it_is_said(pipe, photo):
 
 @pytest.mark.parametrize("arguments, said", [
     ({"height": 100}, "height is 100.*96 and 112"), ({"sampler": "dpm"}, "sampler is 'dpm'; expected one of euler, ab2"),
-    ({"denoising_strength": 0}, "strength above 0"), ({"num_images": 0}, "nothing to draw"),
+    ({"denoising_strength": 0}, "denoising_strength is 0; expected a number above 0 to 1"), ({"num_images": 0}, "nothing to generate"),
     ({"seed": [1, 2]}, "2 seeds came for 1 pictures"), ({"prompt_embeds": torch.ones(2, 96)}, "either prompt or prompt_embeds"),
-    ({"cfg_scale": float("nan")}, "cfg_scale is nan"), ({"shift": float("nan")}, "a shift above 0"),
+    ({"cfg_scale": float("nan")}, "cfg_scale is nan"), ({"shift": float("nan")}, "shift is nan; expected a number above 0 to 100"),
     ({"rand_device": "abacus"}, "device abacus can't be used"),
     ({"inpaint_mask": Image.new("L", (8, 8))}, "inpaint_mask came without an input_image"),
 ])
@@ -147,7 +147,7 @@ def test_a_picture_of_nan_is_refused(write, stages):
     weights = {name: tensor.clone() for name, tensor in load_model(BUNDLED_MODEL / "transformer.safetensors").state_dict().items()}
     weights["local_decoder.out_conv.weight"] *= 1e30
     pipe = L2PPipeline.from_pretrained(write(weights), text_encoder=BUNDLED_MODEL, torch_dtype=torch.float32)
-    with pytest.raises(ValueError, match="the picture came out as NaN"):
+    with pytest.raises(ValueError, match="the image came out as NaN"):
         pipe(PROMPT, stages=stages, **FEW)
 
 

@@ -255,9 +255,9 @@ def test_pictures_tell_their_settings_and_are_not_drawn_again(tmp_path, fakes, w
     (tmp_path / "out" / "00000.png").unlink()
     fake.history.clear()
     assert main(command) == 0
-    assert "1 of 2 pictures are there already" in capsys.readouterr().out and len(fake.graphs()) == 3
+    assert "1 of 2 images exist already" in capsys.readouterr().out and len(fake.graphs()) == 3
     assert main([*command, "--steps", "4"]) == 1
-    assert "drawn with other settings (5.steps 30, now 4)" in capsys.readouterr().err
+    assert "generated with other settings (5.steps 30, now 4)" in capsys.readouterr().err
     assert main([*command, "--steps", "4", "--overwrite"]) == 0
     assert len(fake.graphs()) == 5 and sorted(os.listdir(tmp_path / "out")) == ["00000.png", "00001.png"]
 

@@ -6,7 +6,7 @@ import torch
 
 from comfyui_l2p.l2p_core.image import to_levels, to_pixels
 from comfyui_l2p.l2p_core.pipeline import draw_noise
-from comfyui_l2p.l2p_core.sampler import SAMPLERS, ab2, euler, guided_velocity, keeping, schedule
+from comfyui_l2p.l2p_core.flow import SOLVERS, ab2, euler, guided_velocity, inpaint_velocity, schedule
 
 from helpers import rms
 
@@ -112,7 +112,7 @@ def circling(x, sigma):
 @pytest.mark.parametrize("name, order", [("euler", 1), ("ab2", 2)])
 def test_solver_converges_at_its_order(name, order):
     def error(steps):
-        x = SAMPLERS[name](circling, torch.zeros(1, 3, 1, 1, dtype=torch.float64), schedule(steps).double())
+        x = SOLVERS[name](circling, torch.zeros(1, 3, 1, 1, dtype=torch.float64), schedule(steps).double())
         return abs(x[0, 0, 0, 0].item() + math.sin(3))
     assert math.log2(error(64) / error(128)) == pytest.approx(order, abs=0.15)
 
@@ -124,7 +124,7 @@ def test_kept_pixels_come_back(solver):
     mask = (torch.rand(1, 1, 16, 16) > 0.5).float()
     sigmas = schedule(7, 0.8)
     start = (1 - sigmas[0]) * picture + sigmas[0] * noise
-    end = solver(keeping(lambda x, sigma: torch.sin(x), mask, picture, noise), start, sigmas)
+    end = solver(inpaint_velocity(lambda x, sigma: torch.sin(x), mask, picture, noise), start, sigmas)
     kept = (mask == 0).expand_as(picture)
     torch.testing.assert_close(end[kept], picture[kept], atol=1e-5, rtol=0)
     assert (end[~kept] - picture[~kept]).abs().mean() > 0.1

@@ -4,7 +4,7 @@ import torch
 
 from comfyui_l2p.l2p_core import L2PPipeline
 from comfyui_l2p.l2p_core.model import Block
-from comfyui_l2p.l2p_core.sampler import guided_velocity, schedule
+from comfyui_l2p.l2p_core.flow import guided_velocity, schedule
 from comfyui_l2p.l2p_core.step_cache import StepCache
 
 from helpers import apart
@@ -101,8 +101,9 @@ def test_compiled_blocks_draw_the_same(pipe, monkeypatch):
     assert len(compiled) == 6 and apart(found, pipe(PROMPT, **SETTINGS)) <= 1
 
 
-@pytest.mark.parametrize("settings", [{"cfg_truncation": 1.1}, {"cfg_truncation": -0.1}, {"cache_threshold": -1.0},
-                                      {"cache_threshold": float("nan")}])
-def test_shares_that_are_none_are_refused(pipe, settings):
-    with pytest.raises(ValueError, match="expected a share from 0 to 1"):
+@pytest.mark.parametrize("settings, expected", [
+    ({"cfg_truncation": 1.1}, "a number from 0 to 1"), ({"cfg_truncation": -0.1}, "a number from 0 to 1"),
+    ({"cache_threshold": -1.0}, "a number from 0$"), ({"cache_threshold": float("nan")}, "a number from 0$")])
+def test_shares_out_of_bounds_are_rejected(pipe, settings, expected):
+    with pytest.raises(ValueError, match=expected):
         pipe(PROMPT, **settings, **SETTINGS)

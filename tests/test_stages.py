@@ -8,7 +8,8 @@ from PIL import Image
 
 from comfyui_l2p.l2p_core import L2PPipeline
 from comfyui_l2p.l2p_core.model import rope_of_image
-from comfyui_l2p.l2p_core.stages import REDRAWS, SQUEEZED, WHOLE, WINDOWS, Stage, by_windows, misfit, plan_stages, windows
+from comfyui_l2p.l2p_core.settings import REFINEMENTS, SQUEEZED, WHOLE, WINDOWS, Settings, checked
+from comfyui_l2p.l2p_core.stages import Stage, by_windows, misfit, plan_stages, windows
 
 PROMPT = "a large red circle on a blue background, left"
 FEW = {"num_inference_steps": 6, "seed": 3}
@@ -19,28 +20,36 @@ def pipe():
     return L2PPipeline.from_pretrained(torch_dtype=torch.float32)
 
 
+def plan(height, width, trained=(1024, 1024), **settings):
+    return plan_stages(Settings(height=height, width=width, **{"num_inference_steps": 30, **settings}), trained, 16)
+
+
 def test_each_stage_is_twice_the_one_before_it():
-    assert plan_stages(4096, 2048, 30, 1.0, 3, 0.3, "windows", (1024, 1024), 16) == [
+    assert plan(4096, 2048, stages=3, stage_strength=0.3, redraw="windows") == [
         Stage(1024, 512, 30, 1.0, 0, 1.0), Stage(2048, 1024, 9, 0.3, 1024, 1.0), Stage(4096, 2048, 9, 0.3, 1024, 1.0)]
-    assert plan_stages(4096, 4096, 30, 1.0, 3, 0.3, "squeezed", (1024, 1024), 16) == [
+    assert plan(4096, 4096, stages=3, stage_strength=0.3, redraw="squeezed") == [
         Stage(1024, 1024, 30, 1.0, 0, 1.0), Stage(2048, 2048, 9, 0.3, 0, 0.5), Stage(4096, 4096, 9, 0.3, 0, 0.25)]
-    assert plan_stages(1040, 1040, 4, 0.5, 2, 0.1, "whole", (1024, 1024), 16) == [
+    assert plan(1040, 1040, num_inference_steps=4, denoising_strength=0.5, stages=2, stage_strength=0.1, redraw="whole") == [
         Stage(512, 512, 4, 0.5, 0, 1.0), Stage(1040, 1040, 1, 0.1, 0, 1.0)]
 
 
-@pytest.mark.parametrize("redraw", REDRAWS)
+@pytest.mark.parametrize("redraw", REFINEMENTS)
 def test_what_is_drawn_from_noise_alone_is_drawn_as_published(redraw):
-    assert plan_stages(2048, 2048, 30, 1.0, 1, 0.3, redraw, (1024, 1024), 16) == [Stage(2048, 2048, 30, 1.0, 0, 1.0)]
+    assert plan(2048, 2048, stage_strength=0.3, redraw=redraw) == [Stage(2048, 2048, 30, 1.0, 0, 1.0)]
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"stages": 0}, "stages is 0; expected 1 to 5"), ({"stages": 6}, "expected 1 to 5"), ({"stage_strength": 0.0}, "stage_strength is 0.0"),
-    ({"redraw": "twice"}, "redraw is 'twice'; expected one of squeezed")])
-def test_a_plan_that_is_none_is_refused(change, message):
-    settings = {"height": 256, "width": 512, "steps": 30, "strength": 1.0, "stages": 2, "stage_strength": 0.3, "redraw": "whole",
-                "trained": (128, 128), "multiple": 16}
-    with pytest.raises(ValueError, match=message):
-        plan_stages(**{**settings, **change})
+def test_more_stages_than_the_size_has_are_rejected():
+    with pytest.raises(ValueError, match="stages is 6; expected 1 to 5 for 512 x 256"):
+        plan(256, 512, (128, 128), stages=6)
+
+
+@pytest.mark.parametrize("name, value, message", [
+    ("stages", 0, "stages is 0; expected a whole number from 1 to 8"), ("stage_strength", 0.0, "stage_strength is 0.0; expected a number above 0 to 1"),
+    ("redraw", "twice", "redraw is 'twice'; expected one of squeezed, windows, whole")])
+def test_settings_of_stages_that_do_not_fit_are_rejected(pipe, name, value, message):
+    for attempt in (lambda: checked(name, value), lambda: pipe(PROMPT, **{name: value})):
+        with pytest.raises(ValueError, match=message):
+            attempt()
 
 
 @pytest.mark.parametrize("height, width, window, step", [(192, 192, 96, 16), (208, 96, 96, 16), (4096, 3072, 1024, 16), (640, 2560, 640, 320)])
@@ -78,7 +87,7 @@ def test_positions_can_be_squeezed():
     assert torch.equal(large.unflatten(0, (8, 16))[::2, ::2], small.unflatten(0, (4, 8)))
 
 
-@pytest.mark.parametrize("redraw", REDRAWS)
+@pytest.mark.parametrize("redraw", REFINEMENTS)
 def test_a_stage_redraws_the_one_before_it_enlarged(pipe, redraw):
     calls = []
     drawn = pipe(PROMPT, stages=2, stage_strength=0.5, height=192, width=144, redraw=redraw,
@@ -92,14 +101,14 @@ def test_a_stage_redraws_the_one_before_it_enlarged(pipe, redraw):
 
 def test_each_way_draws_another_picture(pipe):
     start = Image.new("RGB", (192, 192), (40, 80, 225))
-    drawn = {pipe(PROMPT, input_image=start, denoising_strength=0.5, redraw=redraw, **FEW).tobytes() for redraw in REDRAWS}
+    drawn = {pipe(PROMPT, input_image=start, denoising_strength=0.5, redraw=redraw, **FEW).tobytes() for redraw in REFINEMENTS}
     assert len(drawn) == 3
 
 
 @pytest.mark.parametrize("redraw, told", [(SQUEEZED, False), (WINDOWS, False), (WHOLE, True)])
 def test_a_redrawing_beyond_the_table_of_positions_is_told(redraw, told):
-    plan = plan_stages(1600, 1600, 4, 0.2, 1, 0.2, redraw, (96, 96), 16)
-    assert ("Redraw in windows" in (misfit(plan, (96, 96)) or "")) == told
+    stages = plan(1600, 1600, (96, 96), num_inference_steps=4, denoising_strength=0.2, redraw=redraw)
+    assert ("Redraw in windows" in (misfit(stages, (96, 96)) or "")) == told
 
 
 def test_inpainting_in_stages_keeps_the_picture(pipe):

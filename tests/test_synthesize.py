@@ -81,7 +81,7 @@ def test_processes_share_the_pictures_and_the_last_writes_the_table(latent, tmp_
 
 
 @pytest.mark.parametrize("more, words", [
-    (["--steps", "3"], "drawn with other settings (num_inference_steps 2, now 3)"), (["--height", "60"], "multiples of 16"),
+    (["--steps", "3"], "generated with other settings (num_inference_steps 2, now 3)"), (["--height", "60"], "multiples of 16"),
     (["--batch", "0"], "--batch is 0")])
 def test_what_does_not_fit_is_refused(latent, tmp_path, capsys, more, words):
     assert synthesize(latent, tmp_path) == 0

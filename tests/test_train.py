@@ -21,13 +21,13 @@ from comfyui_l2p.l2p_core.cli import main
 from comfyui_l2p.l2p_core.image import to_pixels
 from comfyui_l2p.l2p_core.interrupt import noted
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL, L2PPipeline, draw_noise
-from comfyui_l2p.l2p_core.sampler import schedule
+from comfyui_l2p.l2p_core.flow import schedule
 from comfyui_l2p.l2p_core.shapes.pictures import scenes
 from comfyui_l2p.l2p_core.text import TextEncoder
 from comfyui_l2p.l2p_core.train import record, trainer
 from comfyui_l2p.l2p_core.train.config import read_config, to_toml
 from comfyui_l2p.l2p_core.train.data import Batches, Example, crop_and_resize, hold_out, plan_epoch, read_examples, target_size
-from comfyui_l2p.l2p_core.train.loss import draw_sigmas, flow_matching_loss
+from comfyui_l2p.l2p_core.flow import training_sigmas, flow_matching_loss
 from comfyui_l2p.quant.merge import merge
 
 from golden import recipe
@@ -128,7 +128,7 @@ def test_a_lora_is_what_its_file_says(data):
 
 def test_noise_levels():
     def levels(sampling, patch=16):
-        return draw_sigmas(20_000, sampling, 3.0, patch, torch.Generator().manual_seed(0))
+        return training_sigmas(20_000, sampling, 3.0, patch, torch.Generator().manual_seed(0))
     assert set(levels("grid").tolist()) == set(schedule(500)[:-1].tolist())
     assert set(levels("grid", 64).tolist()) == set(schedule(1000)[:-1].tolist())
     assert levels("uniform").mean() == pytest.approx(0.5, abs=0.01) and levels("uniform").std() == pytest.approx(12**-0.5, abs=0.01)

@@ -12,7 +12,7 @@ from comfyui_l2p.l2p_core import load_model
 from comfyui_l2p.l2p_core.meter import Meter, bytes_of
 from comfyui_l2p.l2p_core.train import trainer
 from comfyui_l2p.l2p_core.train.estimate import estimate, state_in_8_bits
-from comfyui_l2p.l2p_core.train.loss import flow_matching_loss
+from comfyui_l2p.l2p_core.flow import flow_matching_loss
 from comfyui_l2p.l2p_core.train.memory import FrozenLinear, round_stochastically
 
 from small_runs import CHECKPOINT, Killed, config, losses

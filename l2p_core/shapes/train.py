@@ -17,7 +17,7 @@ from ..decoder import LocalDecoder
 from ..files.atomic import TEMPORARY, atomic_write, locked
 from ..files.save import save_tensors
 from ..model import L2PTransformer
-from ..sampler import shifted
+from ..flow import shifted
 from ..text import TEMPLATE, TextEncoder
 from ..train.config import TrainConfig
 from ..train.data import Batch

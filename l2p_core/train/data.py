@@ -28,7 +28,7 @@ from ..image import to_pixels
 from ..pipeline import L2PPipeline, draw_noise
 from ..text import LAYER, MAX_TOKENS, TEMPLATE, encoder_files, find_tokenizer
 from .config import TrainConfig
-from .loss import draw_sigmas
+from ..flow import training_sigmas
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.json")
 NAMED = 10  # faults that are listed one by one
@@ -188,7 +188,7 @@ class Batches:
         config = self.config
         order = self._epoch(number // self.per_epoch)[number % self.per_epoch]
         generator = self.generator(number)
-        sigma = draw_sigmas(self.size, config.timestep_sampling, config.shift, self.patch_size, generator)
+        sigma = training_sigmas(self.size, config.timestep_sampling, config.shift, self.patch_size, generator)
         dropped = torch.rand(self.size, generator=generator) < config.caption_dropout
         picks = torch.rand(self.size, generator=generator)
         examples = [self.examples[index] for index in order[self.own]]

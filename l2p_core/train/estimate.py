@@ -15,7 +15,7 @@ from ..model import L2PTransformer
 from ..text import MAX_TOKENS
 from .config import TrainConfig
 from .data import target_size
-from .loss import flow_matching_loss
+from ..flow import flow_matching_loss
 from .trainer import compute_dtype, make_optimizer, prepare, refuse_quantized, trained_of
 
 HOST = "meta"  # stands for the memory beside the device's

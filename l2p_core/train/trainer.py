@@ -32,13 +32,13 @@ from ..checkpoint import load_model
 from ..files.atomic import WAIT, WriteError, atomic_write, locked, process_rank
 from ..files.save import save_tensors
 from ..header import CheckpointError, hash_files
+from ..flow import flow_matching_loss
 from ..interrupt import Noted, noted
 from ..layout import Layout
 from ..model import L2PTransformer
 from ..pipeline import L2PPipeline
 from .config import OWN_RECIPES, TrainConfig, layers_of, read_config, to_toml
 from .data import Batch, Batches, Encodings, Example, hold_out, read_examples
-from .loss import flow_matching_loss
 from .memory import FrugalAdamW, quantize_frozen
 from .record import Log, Row, draw_curves, samples_file, show_samples
 from .shard import as_split_as, gather, is_split, reshard, shard
