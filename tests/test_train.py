@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from comfyui_l2p.l2p_core import L2PConfig, L2PTransformer, load_model
+from comfyui_l2p.l2p_core import CheckpointError, L2PConfig, L2PTransformer, load_model
 from comfyui_l2p.l2p_core.cli import main
 from comfyui_l2p.l2p_core.files.atomic import AlreadyRunning
 from comfyui_l2p.l2p_core.image import to_pixels
@@ -841,3 +841,57 @@ def test_two_identical_commands_train_one_run(data):
     assert [process.returncode for process in both] == [0, 0], said
     assert [step for step, _ in losses(data.parent / "run")] == [1, 2, 3, 4, 5, 6]
     assert "another run is training in" in "".join(said) and not list((data.parent / "run").glob(".*"))
+
+
+@pytest.mark.parametrize("features", [torch.zeros(96), torch.zeros(5, 97), torch.zeros(0, 96), torch.zeros(513, 96), torch.zeros(1, 5, 96), None])
+def test_prompt_embeddings_of_another_shape_are_refused(data, features):
+    """The folder may come with the images, from anyone."""
+    encodings = trainer.Encodings(data / "encodings", L2PPipeline.from_pretrained(None, torch_dtype=torch.float32))
+    encodings.add(["a star"])
+    assert encodings["a star"].shape[1] == 96
+    save_file({"other": torch.zeros(1)} if features is None else {"features": features}, encodings.file("a star"))
+    with pytest.raises(CheckpointError, match="can't be read .*Delete it"):
+        encodings["a star"]
+
+
+def test_what_a_killed_run_left_of_its_prompt_embeddings_is_removed(data):
+    (data / "encodings").mkdir()
+    (data / "encodings" / ".0123.l2p-part").write_bytes(b"half")
+    trainer.train(config(data, steps=1), progress=False)
+    assert not list((data / "encodings").glob(".*")) and len(list((data / "encodings").iterdir())) == 7
+    modes = {file.stat().st_mode & 0o777 for folder in (data / "encodings", data.parent / "run") for file in folder.iterdir() if file.is_file()}
+    mask = os.umask(0)
+    os.umask(mask)
+    assert modes == {0o666 & ~mask}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs links and FIFOs")
+@pytest.mark.parametrize("name", ["log.csv", "config.toml", "resume.pt", "loss.png", "samples.png", "step-1.safetensors", ".resume.pt.part"])
+def test_links_and_fifos_in_a_runs_folder_do_no_harm(data, name):
+    secret, run = data.parent / "secret", data.parent / "run"
+    for kind in ("link", "FIFO"):
+        run.mkdir()
+        secret.write_text("step,loss\n")
+        if kind == "link":
+            (run / name).symlink_to(secret)
+        else:
+            os.mkfifo(run / name)
+        settings = config(data, steps=1, sample_every=1, sample_steps=1, sample_prompts=("a star",))
+        if name == "resume.pt" or (kind, name) == ("FIFO", "config.toml"):
+            with pytest.raises(ValueError, match="holds something else than a run"):
+                trainer.train(settings, progress=False)
+        else:
+            trainer.train(settings, progress=False)
+            assert [step for step, _ in losses(run)] == [1]
+        assert secret.read_text() == "step,loss\n"
+        shutil.rmtree(run)
+
+
+@pytest.mark.parametrize("content", ["", "step,loss,learning_rate,grad_norm,seconds\n", b"\xff\xfe", "a\n1,x,y,z,w\n", "a\n\0\n"])
+def test_a_damaged_log_is_a_sentence_or_forgotten(data, content):
+    trainer.train(config(data, steps=1), progress=False)
+    (data.parent / "run" / "log.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+    try:
+        trainer.train(config(data, steps=2), progress=False)
+    except ValueError as error:
+        assert "log.csv can't be read" in str(error)

@@ -73,6 +73,8 @@ def refuse_other_components(model: Path) -> None:
     """Raise CheckpointError where model_index.json names classes that are not Z-Image's: diffusers would import the modules
     that it names, and transformers' Auto classes ask whether to run a folder's own code."""
     try:
+        if not (model / "model_index.json").is_file():
+            raise FileNotFoundError
         index = json.loads((model / "model_index.json").read_text(encoding="utf-8"))
         components = {name: tuple(map(str, value)) for name, value in index.items() if not name.startswith("_")}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
