@@ -105,8 +105,8 @@ def published(args: argparse.Namespace) -> tuple[list[float], float, Tensor]:
     pipe.dit = load_model(ZImageDiT, str(args.checkpoint), {
         "dim": dim, "n_heads": dim // 128, "n_kv_heads": dim // 128, "n_layers": layers, "cap_feat_dim": CAPTION_WIDTH,
     }, dtype, args.device, use_disk_map=True)
-    pipe.text_encoder = Qwen3Model.from_pretrained(BUNDLED_MODEL / "text_encoder", dtype=dtype).to(args.device).eval()
-    pipe.tokenizer = AutoTokenizer.from_pretrained(BUNDLED_MODEL / "tokenizer")
+    pipe.text_encoder = Qwen3Model.from_pretrained(BUNDLED_MODEL / "text_encoder", dtype=dtype, trust_remote_code=False).to(args.device).eval()
+    pipe.tokenizer = AutoTokenizer.from_pretrained(BUNDLED_MODEL / "tokenizer", trust_remote_code=False)
     pipe.tokenizer.chat_template = "<|im_start|>user\n{{ messages[0].content }}<|im_end|>\n<|im_start|>assistant{{ '\\n' }}"
     if dtype == torch.float32:
         embedder = pipe.dit.t_embedder

@@ -20,6 +20,18 @@ from .settings import FIELDS, describe, kind
 from .workflow import PLACES
 
 
+def program() -> None:
+    """Run `l2p` as a program.
+
+    After an interrupt it ends at once: taking torch apart takes seconds, and a launcher that stops its processes waits."""
+    status = main()
+    if status in STATUS.values():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run `l2p` with these arguments.
 
@@ -360,4 +372,4 @@ def add_train(commands: argparse._SubParsersAction) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

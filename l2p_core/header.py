@@ -94,6 +94,8 @@ def stamp(file: Path) -> tuple[int, ...]:
 @contextmanager
 def reading(file: Path) -> Iterator[BinaryIO]:
     """The file, opened. Raises CheckpointError where the system can't read it, now or later."""
+    if file.exists() and not file.is_file():  # a FIFO would wait for ever
+        raise CheckpointError(f"{file} is no file, so it can't be read. Give the checkpoint's file")
     try:
         with file.open("rb") as stream:
             yield stream

@@ -91,6 +91,8 @@ def find_tokenizer(encoder: Path, tokenizer: str | Path | None) -> Path:
 def refuse_code(folder: Path) -> None:
     """Raise CheckpointError where a folder's settings name Python code that comes with it (`auto_map`)."""
     for name in ("tokenizer_config.json", "config.json"):
+        if not (folder / name).is_file():
+            continue
         try:
             settings = json.loads((folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
@@ -117,6 +119,8 @@ def load_folder(folder: Path, dtype: torch.dtype) -> transformers.Qwen3Model:
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # what it would warn of is an error here
     try:
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder} has no config.json. Give the text_encoder/ folder of Tongyi-MAI/Z-Image-Turbo")
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind = settings.get("model_type")
         if kind != "qwen3":

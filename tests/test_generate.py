@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from comfyui_l2p.l2p_core import generate as generate_module
 from comfyui_l2p.l2p_core.cli import main
+from comfyui_l2p.l2p_core.files.atomic import locked
 from comfyui_l2p.l2p_core.generate import hash_files, open_picture, read_rows, save
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL, L2PPipeline
 
@@ -282,3 +283,42 @@ def test_inspect_speaks_to_people_and_programs(capsys):
     assert json.loads(capsys.readouterr().out)["patch"] == 16
     assert main(["inspect", __file__]) == 1
     assert "is not a whole .safetensors file" in capsys.readouterr().err
+
+
+def test_two_identical_commands_share_one_folder(tmp_path):
+    """The second waits and then finds everything; neither fails, and nothing is left."""
+    (tmp_path / "p.txt").write_text("a circle\na star\na cross\na square\n")
+    command = [sys.executable, "-m", "comfyui_l2p.l2p_core.cli", "generate", "--prompts", str(tmp_path / "p.txt"), "-o", str(tmp_path / "out"), *FEW]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sorted(os.listdir(tmp_path / "out")) == [f"0000{number}.png" for number in range(4)]
+
+
+@pytest.mark.parametrize("output, folder", [("out.png", False), ("out", True)])
+def test_a_second_run_is_told_of_the_first(tmp_path, monkeypatch, capsys, output, folder):
+    monkeypatch.setattr(generate_module, "WAIT", 0)
+    (tmp_path / "p.txt").write_text("a circle\na star\n")
+    command = ["generate", "-o", str(tmp_path / output), *FEW, *(["--prompts", str(tmp_path / "p.txt")] if folder else ["a circle"])]
+    with locked(tmp_path / output, "busy", folder=folder):
+        assert main(command) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"another run is writing to {tmp_path / output}. Wait for it to finish, or give another --output" in said
+    assert not [file for file in tmp_path.rglob("*.png")]
+    assert main(command) == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs links")
+@pytest.mark.parametrize("name", [".out.png.part", ".out.png.l2p-part", "out.png"])
+def test_a_link_beside_the_output_is_not_written_through(tmp_path, name):
+    (tmp_path / "secret").write_text("the only copy")
+    (tmp_path / name).symlink_to(tmp_path / "secret")
+    assert main(["generate", "a circle", "-o", str(tmp_path / "out.png"), *FEW, "--overwrite"]) == 0
+    assert (tmp_path / "secret").read_text() == "the only copy" and not (tmp_path / "out.png").is_symlink()
+    assert (tmp_path / "out.png").stat().st_mode & 0o777 == 0o666 & ~umask()
+
+
+def umask():
+    now = os.umask(0)
+    os.umask(now)
+    return now

@@ -17,6 +17,7 @@ from PIL import Image, PngImagePlugin
 
 from comfyui_l2p.l2p_core import queue as queue_module
 from comfyui_l2p.l2p_core.cli import main
+from comfyui_l2p.l2p_core.files.atomic import locked
 from comfyui_l2p.l2p_core.queue import plan
 from comfyui_l2p.l2p_core.workflow import fill, read_workflow
 
@@ -499,3 +500,24 @@ def test_without_websocket_client_the_pip_command_is_told(workflow, monkeypatch,
     monkeypatch.setitem(sys.modules, "websocket", None)
     assert main(["queue", workflow]) == 1
     assert "pip install" in capsys.readouterr().err
+
+
+def test_two_queues_into_one_folder_do_not_collide(tmp_path, fakes, workflow, monkeypatch, capsys):
+    fake = fakes()
+    (tmp_path / "p.txt").write_text("a\nb\nc\nd\n")
+    command = ["queue", workflow, "--server", fake.url, "--prompts", str(tmp_path / "p.txt"), "-o", str(tmp_path / "out")]
+    with locked(tmp_path / "out", "busy", folder=True), monkeypatch.context() as patch:
+        patch.setattr("comfyui_l2p.l2p_core.generate.WAIT", 0)
+        assert main(command) == 1
+    assert "another run is writing to" in capsys.readouterr().err and fake.graphs() == []
+    both = [subprocess.Popen([sys.executable, "-m", "comfyui_l2p.l2p_core.cli", *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            for _ in range(2)]
+    said = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sorted(os.listdir(tmp_path / "out")) == [f"0000{number}.png" for number in range(4)]
+    assert len(fake.graphs()) == 4, "no job was sent twice"
+
+
+def test_a_servers_answer_of_deeply_nested_json_is_refused():
+    with pytest.raises(ValueError, match="is it a ComfyUI server"):
+        queue_module.read_json(b"[" * 100_000, "http://x")

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from comfyui_l2p.l2p_core import L2PConfig, L2PTransformer, load_model
+from comfyui_l2p.l2p_core import CheckpointError, L2PConfig, L2PTransformer, load_model
 from comfyui_l2p.l2p_core.cli import main
+from comfyui_l2p.l2p_core.files.atomic import AlreadyRunning
 from comfyui_l2p.l2p_core.image import to_pixels
 from comfyui_l2p.l2p_core.interrupt import noted
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL, L2PPipeline, draw_noise
@@ -603,3 +604,294 @@ def test_paired_noise_needs_seeds(tmp_path):
     with pytest.raises(ValueError, match="have no seeds"):
         trainer.train(config(data, noise="paired"), progress=False)
     trainer.train(config(data, steps=1), progress=False)
+
+
+# What a run keeps when something goes wrong
+
+def state_of(run):
+    return torch.load(run / "resume.pt")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), OSError(5, "Input/output error"), ValueError("NaN"), RuntimeError()])
+@pytest.mark.parametrize("task", ["draw", "validate"])
+def test_a_failed_sample_is_a_warning(data, monkeypatch, error, task):
+    def fails(self):
+        raise error
+    monkeypatch.setattr(trainer.Run, task, fails)
+    settings = config(data, steps=4, save_every=2, sample_every=2, sample_steps=1, sample_prompts=("a star",), held_out=1, batch=1)
+    with pytest.warns(UserWarning, match=r"(samples|the validation loss) at step [024] failed \(.+\); training goes on"):
+        last = trainer.train(settings, progress=False)
+    assert last.exists() and [step for step, _ in losses(data.parent / "run")] == [1, 2, 3, 4]
+
+
+def test_the_state_is_saved_before_samples_are_generated(data, monkeypatch):
+    """Also where only samples are due, and without a step file then."""
+    seen = []
+
+    def draw(self):
+        if self.step:
+            seen.append((self.step, state_of(self.output)["step"], sorted(file.name for file in self.output.glob("step-*"))))
+    monkeypatch.setattr(trainer.Run, "draw", draw)
+    trainer.train(config(data, sample_every=2, save_every=3), progress=False)
+    assert seen == [(2, 2, []), (4, 4, ["step-3.safetensors"]), (6, 6, ["step-3.safetensors", "step-6.safetensors"])]
+
+
+@pytest.mark.parametrize("error", [OSError(116, "Stale file handle"), torch.OutOfMemoryError("CUDA out of memory"), ValueError("no image"), MemoryError()])
+@pytest.mark.parametrize("place", ["batch", "loss"])
+def test_an_error_in_a_step_saves_the_steps_before_it_and_resumes_bit_for_bit(data, monkeypatch, error, place):
+    real, calls = getattr(trainer.Run, place), []
+
+    def fails(self, *args):
+        calls.append(1)
+        if len(calls) == 5:
+            raise error
+        return real(self, *args)
+    settings = config(data, save_every=100, ema=0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Run, place, fails)
+        with pytest.raises(type(error)), pytest.warns(UserWarning, match="the state of step 4 is saved"):
+            trainer.train(settings, progress=False)
+    assert state_of(data.parent / "run")["step"] == 4
+    found = trainer.train(settings, progress=False)
+    wanted = trainer.train(replace(settings, output=str(data.parent / "whole")), progress=False)
+    one, other = load_file(found), load_file(wanted)
+    assert all(torch.equal(one[name], tensor) for name, tensor in other.items()) and losses(found.parent) == losses(wanted.parent)
+
+
+@pytest.mark.parametrize("changes", [{}, {"ema": 0.5}, {"step_in_backward": True, "stochastic_rounding": True, "mixed_precision": "bf16"}])
+def test_weights_of_half_a_step_are_not_saved(data, monkeypatch, changes):
+    """An error in the optimizer, in the mean of the weights, or in a backward pass that updates as it goes."""
+    calls = []
+
+    def counts(real):
+        def fails(self, *args, **kwargs):
+            result = real(self, *args, **kwargs)
+            calls.append(1)
+            if len(calls) == 4:
+                raise RuntimeError("half a step")
+            return result
+        return fails
+    if "ema" in changes:
+        monkeypatch.setattr(torch.Tensor, "lerp_", counts(torch.Tensor.lerp_))
+    elif changes:
+        monkeypatch.setattr(trainer.FrugalAdamW, "update", counts(trainer.FrugalAdamW.update))
+    else:
+        monkeypatch.setattr(torch.optim.AdamW, "step", counts(torch.optim.AdamW.step))
+    with pytest.raises(RuntimeError, match="half a step"):
+        trainer.train(config(data, save_every=100, **changes), progress=False)
+    assert not (data.parent / "run" / "resume.pt").exists()
+
+
+def test_a_full_disk_is_a_sentence_and_keeps_the_last_state(data, monkeypatch, capsys):
+    trainer.train(config(data, steps=2, save_every=2), progress=False)
+    before = (data.parent / "run" / "resume.pt").read_bytes()
+    real = torch.save
+
+    def full(state, stream):
+        stream.raw.failed = OSError(28, "No space left on device")
+        raise RuntimeError("[enforce fail at inline_container.cc:862] . PytorchStreamWriter failed writing file data/0")
+    monkeypatch.setattr(torch, "save", full)
+    toml = data.parent / "run.toml"
+    toml.write_text(to_toml(config(data, steps=4)))
+    assert main(["train", str(toml)]) == 1
+    assert "run is full, so resume.pt was not written" in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.setattr(torch, "save", real)
+    assert (data.parent / "run" / "resume.pt").read_bytes() == before
+    assert not list((data.parent / "run").glob(".*"))
+
+
+SPOILED = {
+    "empty": lambda file: file.write_bytes(b""),
+    "cut short": lambda file: file.write_bytes(file.read_bytes()[:-1000]),
+    "text": lambda file: file.write_text("hello"),
+    "a list": lambda file: torch.save([1], file),
+    "no keys": lambda file: torch.save({}, file),
+    "steps in words": lambda file: torch.save({**torch.load(file), "step": "two"}, file),
+    "other shapes": lambda file: torch.save({**torch.load(file), "tensors": {name: torch.zeros(1) for name in torch.load(file)["tensors"]}}, file),
+    "no tensors": lambda file: torch.save({**torch.load(file), "tensors": dict.fromkeys(torch.load(file)["tensors"], 3)}, file),
+    "another optimizer": lambda file: torch.save({**torch.load(file), "optimizer": {"state": {}, "param_groups": [1, 2]}}, file),
+    "no optimizer": lambda file: torch.save({**torch.load(file), "optimizer": {}}, file),
+    "a folder": lambda file: (file.unlink(), file.mkdir()),
+}
+
+
+@pytest.mark.parametrize("how", SPOILED)
+def test_a_spoiled_state_is_one_sentence(data, capsys, how):
+    trainer.train(config(data, steps=1), progress=False)
+    SPOILED[how](data.parent / "run" / "resume.pt")
+    toml = data.parent / "run.toml"
+    toml.write_text(to_toml(config(data, steps=2)))
+    assert main(["train", str(toml)]) == 1
+    said = capsys.readouterr().err
+    assert "resume.pt" in said.splitlines()[-1] and ("can't be read" in said or "is no file" in said) and "Traceback" not in said
+
+
+# Resuming compares contents
+
+def test_a_run_resumes_where_data_and_checkpoint_were_moved_to(data, monkeypatch):
+    settings = config(data, held_out=2, sample_every=2, sample_steps=1, batch=1, sample_prompts=("a star",))
+    trainer.train(replace(settings, steps=2, save_every=2), progress=False)
+    elsewhere = data.parent / "elsewhere"
+    shutil.move(data, elsewhere)
+    shutil.copy(CHECKPOINT, data.parent / "model.safetensors")
+    monkeypatch.chdir(data.parent)
+    moved = replace(settings, data="elsewhere", checkpoint="model.safetensors", text_encoder=str(BUNDLED_MODEL / "text_encoder"),
+                    output="run", steps=4)
+    split = []
+    monkeypatch.setattr(trainer, "hold_out", lambda *args: split.append(hold_out(*args)) or split[-1])
+    trainer.train(moved, progress=False)
+    assert [step for step, _ in losses(data.parent / "run")] == [1, 2, 3, 4]
+    before = hold_out(read_examples(elsewhere, None, 96 * 96, 16), 2, 0)[1]
+    assert [example.name for example in split[0][1]] == [example.name for example in before]
+
+
+def change_image(data):
+    Image.new("RGB", (96, 96), "blue").save(data / "images" / "0.png")
+
+
+def change_text(data, old, new):
+    file = data / "metadata.csv"
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new, 1))
+
+
+def add_image(data):
+    Image.new("RGB", (96, 96), "blue").save(data / "images" / "9.png")
+    with (data / "metadata.csv").open("a") as stream:
+        stream.write("9.png,a star,1009\n")
+
+
+def swap_rows(data):
+    first, *rows = (data / "metadata.csv").read_text().splitlines()
+    (data / "metadata.csv").write_text("\n".join([first, *rows[::-1]]) + "\n")
+
+
+CHANGES = {
+    "an image": (change_image, "6 images then and 6 now; 1 are new .*first: 0.png.*1 are gone"),
+    "a caption": (lambda data: change_text(data, "small", "tiny"), "1 are new or have another image, caption or seed"),
+    "a seed": (lambda data: change_text(data, "1000", "2000"), "1 are new or have another image, caption or seed"),
+    "one more": (add_image, "6 images then and 7 now.*first: 9.png.*0 are gone"),
+    "the order": (swap_rows, "in another order"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_changed_data_is_reported_and_nothing_is_trained_on_it(data, what):
+    trainer.train(config(data, steps=2, save_every=2), progress=False)
+    change, said = CHANGES[what]
+    change(data)
+    with pytest.raises(ValueError, match=f"run holds a run on other data: .*{said}"):
+        trainer.train(config(data, steps=4), progress=False)
+    assert [step for step, _ in losses(data.parent / "run")] == [1, 2] and state_of(data.parent / "run")["step"] == 2
+
+
+def test_renamed_images_are_the_same_data(data):
+    trainer.train(config(data, steps=2, save_every=2), progress=False)
+    (data / "images" / "0.png").rename(data / "images" / "zero.png")
+    change_text(data, "0.png", "zero.png")
+    trainer.train(config(data, steps=3), progress=False)
+    assert [step for step, _ in losses(data.parent / "run")] == [1, 2, 3]
+
+
+def test_another_checkpoint_or_text_encoder_is_reported(data, write):
+    trainer.train(config(data, steps=1), progress=False)
+    tensors = load_file(CHECKPOINT)
+    other = write({**tensors, "x_pad_token": tensors["x_pad_token"] + 1}, "model.safetensors")
+    encoder = str(BUNDLED_MODEL / "text_encoder")
+    with pytest.raises(ValueError, match="run holds a run with another checkpoint: its contents have changed"):
+        trainer.train(config(data, steps=2, checkpoint=str(other), text_encoder=encoder), progress=False)
+    shutil.copytree(BUNDLED_MODEL / "tokenizer", data / "tokenizer")
+    with (data / "tokenizer" / "tokenizer_config.json").open("a") as stream:
+        stream.write(" ")
+    with pytest.raises(ValueError, match="run holds a run with another tokenizer"):
+        trainer.train(config(data, steps=2, tokenizer=str(data / "tokenizer")), progress=False)
+
+
+def test_a_state_of_before_there_were_hashes_resumes_with_a_note(data):
+    trainer.train(config(data, steps=1), progress=False)
+    file = data.parent / "run" / "resume.pt"
+    torch.save({name: value for name, value in torch.load(file).items() if name != "inputs"}, file)
+    with pytest.warns(UserWarning, match="saved by an earlier version"):
+        trainer.train(config(data, steps=2), progress=False)
+    assert state_of(data.parent / "run")["inputs"]["images"]
+
+
+# Two runs at once
+
+def test_a_second_run_in_the_folder_is_refused_while_the_first_trains(data, monkeypatch):
+    monkeypatch.setattr(trainer, "WAIT", 0)
+    real = trainer.flow_matching_loss
+
+    def loss(*args):
+        with pytest.raises(AlreadyRunning, match="another run is training in .*run. Wait for it to finish, or give another output"):
+            trainer.train(config(data), progress=False)
+        return real(*args)
+    monkeypatch.setattr(trainer, "flow_matching_loss", loss)
+    trainer.train(config(data, steps=2), progress=False)
+    assert [step for step, _ in losses(data.parent / "run")] == [1, 2]
+
+
+def test_two_identical_commands_train_one_run(data):
+    toml = data.parent / "run.toml"
+    toml.write_text(to_toml(config(data, save_every=1)))
+    command = [sys.executable, "-m", "comfyui_l2p.l2p_core.cli", "train", str(toml)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            for _ in range(2)]
+    said = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert [step for step, _ in losses(data.parent / "run")] == [1, 2, 3, 4, 5, 6]
+    assert "another run is training in" in "".join(said) and not list((data.parent / "run").glob(".*"))
+
+
+@pytest.mark.parametrize("features", [torch.zeros(96), torch.zeros(5, 97), torch.zeros(0, 96), torch.zeros(513, 96), torch.zeros(1, 5, 96), None])
+def test_prompt_embeddings_of_another_shape_are_refused(data, features):
+    """The folder may come with the images, from anyone."""
+    encodings = trainer.Encodings(data / "encodings", L2PPipeline.from_pretrained(None, torch_dtype=torch.float32))
+    encodings.add(["a star"])
+    assert encodings["a star"].shape[1] == 96
+    save_file({"other": torch.zeros(1)} if features is None else {"features": features}, encodings.file("a star"))
+    with pytest.raises(CheckpointError, match="can't be read .*Delete it"):
+        encodings["a star"]
+
+
+def test_what_a_killed_run_left_of_its_prompt_embeddings_is_removed(data):
+    (data / "encodings").mkdir()
+    (data / "encodings" / ".0123.l2p-part").write_bytes(b"half")
+    trainer.train(config(data, steps=1), progress=False)
+    assert not list((data / "encodings").glob(".*")) and len(list((data / "encodings").iterdir())) == 7
+    modes = {file.stat().st_mode & 0o777 for folder in (data / "encodings", data.parent / "run") for file in folder.iterdir() if file.is_file()}
+    mask = os.umask(0)
+    os.umask(mask)
+    assert modes == {0o666 & ~mask}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs links and FIFOs")
+@pytest.mark.parametrize("name", ["log.csv", "config.toml", "resume.pt", "loss.png", "samples.png", "step-1.safetensors", ".resume.pt.part"])
+def test_links_and_fifos_in_a_runs_folder_do_no_harm(data, name):
+    secret, run = data.parent / "secret", data.parent / "run"
+    for kind in ("link", "FIFO"):
+        run.mkdir()
+        secret.write_text("step,loss\n")
+        if kind == "link":
+            (run / name).symlink_to(secret)
+        else:
+            os.mkfifo(run / name)
+        settings = config(data, steps=1, sample_every=1, sample_steps=1, sample_prompts=("a star",))
+        if name == "resume.pt" or (kind, name) == ("FIFO", "config.toml"):
+            with pytest.raises(ValueError, match="holds something else than a run"):
+                trainer.train(settings, progress=False)
+        else:
+            trainer.train(settings, progress=False)
+            assert [step for step, _ in losses(run)] == [1]
+        assert secret.read_text() == "step,loss\n"
+        shutil.rmtree(run)
+
+
+@pytest.mark.parametrize("content", ["", "step,loss,learning_rate,grad_norm,seconds\n", b"\xff\xfe", "a\n1,x,y,z,w\n", "a\n\0\n"])
+def test_a_damaged_log_is_a_sentence_or_forgotten(data, content):
+    trainer.train(config(data, steps=1), progress=False)
+    (data.parent / "run" / "log.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+    try:
+        trainer.train(config(data, steps=2), progress=False)
+    except ValueError as error:
+        assert "log.csv can't be read" in str(error)

@@ -159,10 +159,13 @@ class Encodings:
 
     def __getitem__(self, caption: str) -> Tensor:
         """(L, cap_feat_dim). Raises CheckpointError where the file is damaged."""
-        file = self.file(caption)
+        file, width = self.file(caption), self.pipe.layout.config.cap_feat_dim
         try:
-            return load_file(file)["features"]
-        except (SafetensorError, KeyError, OSError) as error:
+            features = load_file(file)["features"]
+            if features.dim() != 2 or features.shape[1] != width or not 1 <= len(features) <= MAX_TOKENS:
+                raise ValueError(f"it is {tuple(features.shape)}, expected (1 to {MAX_TOKENS}, {width})")
+            return features
+        except (SafetensorError, KeyError, OSError, ValueError) as error:
             raise CheckpointError(f"{file} can't be read ({error}). Delete it, and it is made again") from None
 
     def file(self, caption: str) -> Path:

@@ -95,7 +95,7 @@ class Log:
 
 def read_table(file: Path, types: list[type]) -> list[tuple]:
     """Its whole rows, none where there is no file; the last one of a killed run may be half written."""
-    if not file.exists():
+    if not file.is_file():
         return []
     try:
         with file.open(newline="", encoding="utf-8") as stream:

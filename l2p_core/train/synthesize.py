@@ -73,8 +73,10 @@ def refuse_other_components(model: Path) -> None:
     """Raise CheckpointError where model_index.json names classes that are not Z-Image's: diffusers would import the modules
     that it names, and transformers' Auto classes ask whether to run a folder's own code."""
     try:
+        if not (model / "model_index.json").is_file():
+            raise FileNotFoundError
         index = json.loads((model / "model_index.json").read_text(encoding="utf-8"))
-        components = {name: tuple(map(str, index[name])) for name in index if not name.startswith("_")}
+        components = {name: tuple(map(str, value)) for name, value in index.items() if not name.startswith("_")}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{model} is no latent Z-Image: it has no readable model_index.json. Give the folder of "
                               "Tongyi-MAI/Z-Image-Turbo") from None

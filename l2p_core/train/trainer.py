@@ -8,6 +8,7 @@
     resume.pt            the state from which a stopped run resumes, bit for bit on a CPU
 """
 import math
+import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -187,16 +188,16 @@ class Run:
 
     def train(self) -> Path:
         """Step after step to the end, with saves and samples on the way."""
-        config, step = self.config, self.step
+        config, first = self.config, self.step
         due = False
         with ExitStack() as stack:
-            batches = stack.enter_context(closing(ahead(map(self.batch, count(step * config.accumulate)))))
+            batches = stack.enter_context(closing(ahead(map(self.batch, count(first * config.accumulate)))))
             stack.enter_context(self.log)
             self.interrupted = stack.enter_context(noted())
-            bar = stack.enter_context(tqdm(total=config.steps, initial=step, unit="step", disable=not self.progress))
-            if self.sampling_due() and not (step and samples_file(self.output, step).exists()):  # which a stop may have left out
-                if self.look():
-                    raise self.interrupted.error()
+            bar = stack.enter_context(tqdm(total=config.steps, initial=first, unit="step", disable=not self.progress))
+            left_out = not (first and samples_file(self.output, first).exists())  # as after a stop
+            if self.sampling_due() and left_out and self.look():
+                raise self.interrupted.error()
             while self.step < config.steps:
                 step = self.step
                 try:
@@ -221,7 +222,7 @@ class Run:
                 if asked:
                     self.leave()
                     raise self.interrupted.error()
-        if not step_file(self.output, self.step).exists():  # fewer steps were asked for than are done
+        if self.step == first and not step_file(self.output, self.step).exists():  # fewer steps were asked for than are done
             self.save()
         self.leave()
         return step_file(self.output, self.step)
@@ -407,8 +408,8 @@ def compute_dtype(config: TrainConfig) -> torch.dtype:
 
 def check_run(output: Path, config: TrainConfig) -> None:
     """Raises ValueError where the folder holds a run with settings that would teach something else."""
-    if not (output / "config.toml").exists():
-        if (output / "resume.pt").exists() or output.is_file():
+    if not (output / "config.toml").is_file():
+        if any(os.path.lexists(output / name) for name in ("config.toml", "resume.pt")):
             raise ValueError(f"{output} holds something else than a run; give another output")
         return
     if not (output / "resume.pt").exists():  # nothing is learned yet
