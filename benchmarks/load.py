@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from comfyui_l2p.l2p_core import L2PConfig, load_model
-from comfyui_l2p.l2p_core.checkpoint import expected_shapes
-from comfyui_l2p.l2p_core.quantization import Int8Linear
+from comfyui_l2p.l2p_core.files.load import expected_shapes
+from comfyui_l2p.l2p_core.files.quantization import Int8Linear
 
 BYTES = {"F32": 4, "BF16": 2, "I8": 1}
 POOL = 1 << 24  # random numbers drawn once; every tensor is a run of them

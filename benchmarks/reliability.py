@@ -29,7 +29,7 @@ from transformers import AutoTokenizer, Qwen3Model  # noqa: F401, imported once 
 
 from comfyui_l2p.l2p_core.cli import main as l2p
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
-from comfyui_l2p.l2p_core.train import trainer  # noqa: F401
+from comfyui_l2p.l2p_core.train import run as training  # noqa: F401
 from comfyui_l2p.quant import export, merge, quantize  # noqa: F401
 
 MODEL = BUNDLED_MODEL / "transformer.safetensors"

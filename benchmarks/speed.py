@@ -39,7 +39,7 @@ def make(path: Path, scale: str) -> None:
     """Write a checkpoint of random weights that keep numbers at their size, in bfloat16."""
     from safetensors.torch import save_file
 
-    from comfyui_l2p.l2p_core.checkpoint import expected_shapes
+    from comfyui_l2p.l2p_core.files.load import expected_shapes
     from comfyui_l2p.l2p_core.config import L2PConfig
     dim, layers = SCALES[scale]
     config = L2PConfig(dim=dim, n_heads=dim // 128, n_layers=layers, ffn_dim=int(dim / 3 * 8), cap_feat_dim=CAPTION_WIDTH)

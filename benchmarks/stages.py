@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from comfyui_l2p.l2p_core import L2PPipeline
-from comfyui_l2p.l2p_core.image import to_pixels
+from comfyui_l2p.l2p_core.images import to_pixels
 from comfyui_l2p.l2p_core.shapes.pictures import test_scenes
 from comfyui_l2p.l2p_core.shapes.score import score
 from comfyui_l2p.l2p_core.stages import REDRAWS, enlarge, windows

@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
-        from comfyui_l2p.l2p_core.train.trainer import train
+        from comfyui_l2p.l2p_core.train.run import train
         config = read_config(args.run, {})
         train(replace(config, checkpoint=str(BUNDLED_MODEL / "transformer.safetensors"), height=96, width=96, steps=1,
                       freeze="1:-1", output=f"{config.output}-small"), progress=False)

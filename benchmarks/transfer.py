@@ -23,8 +23,8 @@ from tqdm import trange
 
 from comfyui_l2p.l2p_core import L2PTransformer
 from comfyui_l2p.l2p_core.config import L2PConfig, Level
-from comfyui_l2p.l2p_core.image import to_pictures, to_pixels
-from comfyui_l2p.l2p_core.layout import read_layout
+from comfyui_l2p.l2p_core.images import to_pictures, to_pixels
+from comfyui_l2p.l2p_core.files.layout import read_layout
 from comfyui_l2p.l2p_core.flow import euler, guided_velocity, schedule
 from comfyui_l2p.l2p_core.shapes import train as recipe
 from comfyui_l2p.l2p_core.shapes.pictures import SIZE, draw, test_scenes, training_scenes
@@ -33,7 +33,7 @@ from comfyui_l2p.l2p_core.text import TextEncoder
 from comfyui_l2p.l2p_core.train.config import read_config
 from comfyui_l2p.l2p_core.flow import flow_matching_loss
 from comfyui_l2p.l2p_core.train.record import draw_curves, grid, read_table
-from comfyui_l2p.l2p_core.train.trainer import train
+from comfyui_l2p.l2p_core.train.run import train
 from comfyui_l2p.quant.convert import convert
 
 CHANNELS, BLOCK, PATCH = 16, 8, 2  # of the latents; pixels to a side of one; latents to a side of a token

@@ -3,17 +3,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .checkpoint import load_model
+    from .files.load import load_model
     from .config import L2PConfig
-    from .header import CheckpointError
-    from .layout import read_layout
+    from .files.header import CheckpointError
+    from .files.layout import read_layout
     from .model import L2PTransformer
     from .pipeline import L2PPipeline
 
 __all__ = ["CheckpointError", "L2PConfig", "L2PPipeline", "L2PTransformer", "load_model", "read_layout"]
 
-MODULES = {"CheckpointError": "header", "L2PConfig": "config", "L2PPipeline": "pipeline", "L2PTransformer": "model",
-           "load_model": "checkpoint", "read_layout": "layout"}
+MODULES = {"CheckpointError": "files.header", "L2PConfig": "config", "L2PPipeline": "pipeline", "L2PTransformer": "model",
+           "load_model": "files.load", "read_layout": "files.layout"}
 
 
 def __getattr__(name: str) -> object:

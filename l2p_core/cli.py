@@ -14,10 +14,10 @@ from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 
-from .header import CheckpointError
+from .files.header import CheckpointError
 from .interrupt import STATUS, Terminated, ending_at_once
 from .settings import FIELDS, describe, kind
-from .workflow import PLACES
+from .remote.workflow import PLACES
 
 
 def program() -> None:
@@ -115,7 +115,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     def run(args: argparse.Namespace) -> None:
         import torch
 
-        from .generate import draw, plan, read_rows
+        from .batch import draw, plan, read_rows
         from .pipeline import BUNDLED_MODEL, L2PPipeline
         if (args.prompt is None) == (args.prompts is None) and not args.estimate:
             raise ValueError("give a prompt, or a file of them with --prompts")
@@ -194,7 +194,7 @@ def add_queue(commands: argparse._SubParsersAction) -> None:
                        help="any other input; NODE is the node's id, title or class; may be given again")
 
     def run(args: argparse.Namespace) -> None:
-        from .queue import queue
+        from .remote.queue import queue
         settings = {name: getattr(args, name, None) for name in PLACES}
         queue(args.workflow, args.output, args.server or ["http://127.0.0.1:8188"], args.prompts, settings, args.set,
               args.count, args.timeout, args.overwrite)
@@ -208,7 +208,7 @@ def add_inspect(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--json", action="store_true", help="for programs")
 
     def run(args: argparse.Namespace) -> None:
-        from .inspect import describe, report
+        from .files.describe import describe, report
         facts = describe(args.checkpoint)
         print(json.dumps(facts, indent=1) if args.json else report(facts))
     parser.set_defaults(run=run, when_stopped="Nothing was changed")
@@ -256,7 +256,7 @@ def add_merge(commands: argparse._SubParsersAction) -> None:
 
 def add_quantize(commands: argparse._SubParsersAction) -> None:
     from ..quant.quantize import PRESETS
-    from .quantization import FORMATS
+    from .files.quantization import FORMATS
     parser = commands.add_parser(
         "quantize", help="make an INT8, FP8 or 4-bit model, a third of the size or less",
         description="Write a whole model with its large linears in 8 or 4 bits, in a format that ComfyUI and this program load "
@@ -325,7 +325,7 @@ def add_synthesize(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--device", help="default: the GPU where there is one")
 
     def run(args: argparse.Namespace) -> None:
-        from .generate import read_rows
+        from .batch import read_rows
         from .train.synthesize import synthesize
         if args.batch < 1:
             raise ValueError(f"--batch is {args.batch}; expected 1 or more")
@@ -357,7 +357,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
 
     def run(args: argparse.Namespace) -> None:
         from .train.config import read_config
-        from .train.trainer import train
+        from .train.run import train
         flags = {each.name: value for each in fields(TrainConfig) if (value := getattr(args, each.name)) is not None}
         if args.estimate:
             from .meter import table

@@ -4,8 +4,8 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from .checkpoint import bytes_in_memory
-from .header import read_header
+from .files.load import bytes_in_memory
+from .files.header import read_header
 from .meter import Meter, shapes_only
 from .model import L2PTransformer, padded
 from .pipeline import L2PPipeline

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .checkpoint import bytes_in_memory, check, load_model
+from .files.load import bytes_in_memory, check, load_model
 from .flow import SOLVERS, Callback, guided_velocity, inpaint_velocity, interpolate, schedule
-from .image import check_size, size_for, to_mask, to_pictures, to_pixels
-from .layout import Layout, read_layout
+from .images import check_size, size_for, to_mask, to_pictures, to_pixels
+from .files.layout import Layout, read_layout
 from .model import L2PTransformer
 from .settings import FIELDS, Settings, checked
 from .stages import Stage, in_windows, misfit, plan_stages, run_stages

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from .flow import Velocity
-from .image import to_pictures, to_pixels
+from .images import to_pictures, to_pixels
 from .settings import SQUEEZED, WINDOWS, Settings
 
 OVERLAP = 4  # neighbouring windows share a quarter of their side

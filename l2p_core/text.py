@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .header import CheckpointError, read_header
+from .files.header import CheckpointError, read_header
 
 if TYPE_CHECKING:  # it takes seconds to import, so not before it is needed
     import transformers

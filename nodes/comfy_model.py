@@ -15,14 +15,14 @@ import comfy.supported_models
 import torch
 from torch import Tensor
 
-from ..l2p_core.checkpoint import check, expected_shapes
+from ..l2p_core.files.load import check, expected_shapes
 from ..l2p_core.config import L2PConfig, Level
 from ..l2p_core.decoder import decoder_bytes
 from ..l2p_core.files.naming import PACKED, layer_name, lora_names, name_in
-from ..l2p_core.header import CheckpointError, Entry
-from ..l2p_core.layout import FLOATS, MAX_MARKER_BYTES, Layout, Source, describe, find_prefix, read_marker
+from ..l2p_core.files.header import CheckpointError, Entry
+from ..l2p_core.files.layout import FLOATS, MAX_MARKER_BYTES, Layout, Source, describe, find_prefix, read_marker
 from ..l2p_core.model import TOKENS_AT_ONCE, Attention, Block, Hooks, L2PTransformer
-from ..l2p_core.quantization import FORMATS, dequantize, split_block_scales
+from ..l2p_core.files.quantization import FORMATS, dequantize, split_block_scales
 from ..l2p_core.text import MAX_TOKENS
 from ..quant.export import PREFIXES, marker
 from ..quant.stream import TORCH_DTYPES

@@ -14,7 +14,7 @@ import comfy.quant_ops
 import comfy.supported_models
 import comfy.text_encoders.llama
 import torch
-from comfy.ldm.common_dit import pad_to_patch_size  # the padding that ComfyUI's other transformers have
+from comfy.ldm.common_dit import pad_to_patch_size  # noqa: F401 - the padding of ComfyUI's other transformers
 from comfy.ldm.modules import attention
 from comfyui_version import __version__ as VERSION
 from torch import Tensor

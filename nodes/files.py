@@ -7,8 +7,8 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..l2p_core.files.atomic import readable_bytes
-from ..l2p_core.header import CheckpointError
-from ..l2p_core.quantization import FORMATS
+from ..l2p_core.files.header import CheckpointError
+from ..l2p_core.files.quantization import FORMATS
 from ..quant import convert, merge, quantize
 from ..quant.stream import Progress
 from .load import model_files, model_paths, stamps

@@ -15,9 +15,9 @@ from comfy.supported_models_base import ClipTarget
 from comfy_api.latest import io
 from transformers import Qwen2Tokenizer
 
-from ..l2p_core.checkpoint import check
-from ..l2p_core.header import SHARD_NAME, CheckpointError, find_files
-from ..l2p_core.layout import read_layout
+from ..l2p_core.files.load import check
+from ..l2p_core.files.header import SHARD_NAME, CheckpointError, find_files
+from ..l2p_core.files.layout import read_layout
 from ..l2p_core.pipeline import BUNDLED_MODEL
 from ..l2p_core.text import LAYER, TEMPLATE, find_tokenizer, qwen3_sizes
 from . import comfyui

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..l2p_core.flow import ab2, schedule
-from ..l2p_core.image import check_size, size_for, to_pictures
+from ..l2p_core.images import check_size, size_for, to_pictures
 from ..l2p_core.model import L2PTransformer
 from ..l2p_core.settings import FIELDS, SQUEEZED, Settings, kind
 from ..l2p_core.stages import LARGEST, Stage, by_windows, misfit, plan_stages, run_stages

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..l2p_core.checkpoint import check, expected_shapes
+from ..l2p_core.files.load import check, expected_shapes
 from ..l2p_core.config import PUBLISHED_DECODERS, L2PConfig
-from ..l2p_core.header import CheckpointError
-from ..l2p_core.layout import Layout, read_layout
+from ..l2p_core.files.header import CheckpointError
+from ..l2p_core.files.layout import Layout, read_layout
 from . import stream
 from .export import arrange, note_left_out
 from .stream import Piece, Progress, write

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..l2p_core.checkpoint import check
-from ..l2p_core.header import CheckpointError
+from ..l2p_core.files.load import check
+from ..l2p_core.files.header import CheckpointError
 from ..l2p_core.files.naming import PACKED, name_in
-from ..l2p_core.layout import Layout, Source, read_layout
-from ..l2p_core.quantization import FORMATS
+from ..l2p_core.files.layout import Layout, Source, read_layout
+from ..l2p_core.files.quantization import FORMATS
 from .stream import TORCH_DTYPES, Piece, Progress, read_scale, write
 
 PREFIXES = {"published": "", "comfyui": "model.diffusion_model."}  # what each naming usually stands behind

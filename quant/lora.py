@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..l2p_core.files.naming import lora_names, name_in
-from ..l2p_core.header import CheckpointError
-from ..l2p_core.layout import FLOATS, Layout, Source
+from ..l2p_core.files.header import CheckpointError
+from ..l2p_core.files.layout import FLOATS, Layout, Source
 from .stream import TORCH_DTYPES, Piece, read_floats
 
 FACTOR = re.compile(r"(.+)\.(?:(lora_A|lora_down)|(lora_B|lora_up))(?:\.default)?\.weight")

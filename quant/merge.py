@@ -3,9 +3,9 @@ import math
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ..l2p_core.checkpoint import check
-from ..l2p_core.header import CheckpointError
-from ..l2p_core.layout import Layout, Source, read_layout
+from ..l2p_core.files.load import check
+from ..l2p_core.files.header import CheckpointError
+from ..l2p_core.files.layout import Layout, Source, read_layout
 from .export import DTYPES, arrange, note_left_out
 from .lora import changes, with_changes
 from .stream import Progress, modelspec, write

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..l2p_core.checkpoint import check
+from ..l2p_core.files.load import check
 from ..l2p_core.files.atomic import atomic_write, readable_bytes
-from ..l2p_core.header import DTYPE_BYTES, CheckpointError
-from ..l2p_core.layout import Layout, Source, read_layout
-from ..l2p_core.quantization import FORMATS, dequantize, kernel, rotate
+from ..l2p_core.files.header import DTYPE_BYTES, CheckpointError
+from ..l2p_core.files.layout import Layout, Source, read_layout
+from ..l2p_core.files.quantization import FORMATS, dequantize, kernel, rotate
 from .export import PREFIXES, arrange, marker_piece, note_left_out
 from .stream import TORCH_DTYPES, Piece, Progress, on_all_cores, read_floats, single_threaded, write
 

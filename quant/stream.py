@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..l2p_core.ahead import ahead
+from ..l2p_core.prefetch import ahead
 from ..l2p_core.files.atomic import WriteError, atomic_write, locked
-from ..l2p_core.header import DTYPE_BYTES, CheckpointError, hash_files, reading, stamp
-from ..l2p_core.quantization import FORMATS, dequantize
-from ..l2p_core.layout import Layout, Source
+from ..l2p_core.files.header import DTYPE_BYTES, CheckpointError, hash_files, reading, stamp
+from ..l2p_core.files.quantization import FORMATS, dequantize
+from ..l2p_core.files.layout import Layout, Source
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
                 "I8": torch.int8, "U8": torch.uint8, "I32": torch.int32, "I64": torch.int64,

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from comfyui_l2p.l2p_core import CheckpointError, load_model, read_layout
-from comfyui_l2p.l2p_core.inspect import describe, report
-from comfyui_l2p.l2p_core.quantization import Int8Linear
-from comfyui_l2p.l2p_core.header import read_header
+from comfyui_l2p.l2p_core.files.describe import describe, report
+from comfyui_l2p.l2p_core.files.quantization import Int8Linear
+from comfyui_l2p.l2p_core.files.header import read_header
 
 from golden import recipe
 from helpers import GOLDEN, comfyui_naming, int8, rms

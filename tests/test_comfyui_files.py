@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from comfyui_l2p.l2p_core.layout import read_layout
+from comfyui_l2p.l2p_core.files.layout import read_layout
 from comfyui_l2p.quant.quantize import Options, quantize
 
 from real_comfyui import Refused

@@ -3,7 +3,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from comfyui_l2p.l2p_core.checkpoint import expected_shapes
+from comfyui_l2p.l2p_core.files.load import expected_shapes
 from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS, L2PConfig
 
 from helpers import comfyui_naming, int8, rms

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from comfyui_l2p.l2p_core import CheckpointError, load_model, read_layout
-from comfyui_l2p.l2p_core.checkpoint import expected_shapes
+from comfyui_l2p.l2p_core.files.load import expected_shapes
 from comfyui_l2p.l2p_core.cli import main
 from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS, L2PConfig
 from comfyui_l2p.l2p_core.model import L2PTransformer

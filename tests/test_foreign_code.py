@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from comfyui_l2p.l2p_core.cli import main
-from comfyui_l2p.l2p_core.generate import is_drawn, open_picture
-from comfyui_l2p.l2p_core.header import CheckpointError
+from comfyui_l2p.l2p_core.batch import is_drawn, open_picture
+from comfyui_l2p.l2p_core.files.header import CheckpointError
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
 from comfyui_l2p.l2p_core.text import TextEncoder
-from comfyui_l2p.l2p_core.train import trainer
+from comfyui_l2p.l2p_core.train import run as training
 from comfyui_l2p.l2p_core.train.config import OWN_RECIPES, read_config, to_toml
 from comfyui_l2p.l2p_core.train.data import read_examples
 from comfyui_l2p.l2p_core.train.synthesize import open_pipeline
@@ -124,12 +124,12 @@ def test_a_recipe_in_a_settings_file_alone_is_rejected(data, monkeypatch, capsys
     assert f"names the recipe '{recipe}', which is Python code" in said and f"--recipe {recipe}" in said
     assert main(["train", "--estimate", str(toml)]) == 1
     with pytest.raises(ValueError, match="must not run code"):
-        trainer.train(read_config(toml, {}), progress=False)
+        training.train(read_config(toml, {}), progress=False)
     assert sys.path == before and not (data.parent / "run").exists()
 
 
 def test_a_recipe_of_the_current_folder_runs_when_the_command_names_it(data, tmp_path):
-    (tmp_path / "mine.py").write_text("from comfyui_l2p.l2p_core.train.trainer import Run\nclass Mine(Run):\n    def loss(self, batch):\n"
+    (tmp_path / "mine.py").write_text("from comfyui_l2p.l2p_core.train.run import Run\nclass Mine(Run):\n    def loss(self, batch):\n"
                                       "        return 0 * super().loss(batch)\n")
     (tmp_path / "accelerate.py").write_text(MARK)
     (tmp_path / "run.toml").write_text(to_toml(config(data, steps=1, recipe="mine:Mine")))
@@ -145,7 +145,7 @@ def test_a_recipe_of_the_current_folder_runs_when_the_command_names_it(data, tmp
 def test_the_programs_own_recipes_may_stand_in_a_settings_file(data, recipe):
     toml = data / "run.toml"
     toml.write_text(to_toml(config(data, recipe=recipe)))
-    assert issubclass(trainer.find_recipe(read_config(toml, {}).recipe), trainer.Run)
+    assert issubclass(training.find_recipe(read_config(toml, {}).recipe), training.Run)
 
 
 @pytest.mark.parametrize("module", ["accelerate", "peft", "torch", "json", "PIL", "tomllib"])

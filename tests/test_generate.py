@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from comfyui_l2p.l2p_core import generate as generate_module
+from comfyui_l2p.l2p_core import batch as generate_module
 from comfyui_l2p.l2p_core.cli import main
 from comfyui_l2p.l2p_core.files.atomic import locked
-from comfyui_l2p.l2p_core.generate import hash_files, open_picture, read_rows, save
+from comfyui_l2p.l2p_core.batch import hash_files, open_picture, read_rows, save
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL, L2PPipeline
 
 from helpers import apart

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from comfyui_l2p.l2p_core.image import check_size, to_levels, to_mask, to_pictures, to_pixels
+from comfyui_l2p.l2p_core.images import check_size, to_levels, to_mask, to_pictures, to_pixels
 
 RAMP = Image.fromarray(np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, 2))
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from comfyui_l2p.l2p_core.interrupt import Terminated, noted
-from comfyui_l2p.l2p_core.train import trainer
+from comfyui_l2p.l2p_core.train import run as training
 
 from small_runs import config
+
+LOSS = training.Run.loss  # as it is before a test replaces it
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 SLOW = """
@@ -97,7 +99,7 @@ def test_the_first_is_noted_and_says_which_it_was(number, error):
 
 @pytest.mark.parametrize("sample_every, save_every, saved", [(2, 100, 2), (2, 2, 2), (3, 2, 3)])
 def test_sigterm_while_sampling_ends_within_a_pass_and_keeps_every_step(data, monkeypatch, sample_every, save_every, saved):
-    passes, real, model = [], trainer.Run.draw, trainer.L2PTransformer.forward
+    passes, real, model = [], training.Run.draw, training.L2PTransformer.forward
 
     def draw(self):
         if self.step:
@@ -109,43 +111,41 @@ def test_sigterm_while_sampling_ends_within_a_pass_and_keeps_every_step(data, mo
     def counted(self, *args, **kwargs):
         passes.append(1)
         return model(self, *args, **kwargs)
-    monkeypatch.setattr(trainer.Run, "draw", draw)
-    monkeypatch.setattr(trainer.L2PTransformer, "forward", counted)
+    monkeypatch.setattr(training.Run, "draw", draw)
+    monkeypatch.setattr(training.L2PTransformer, "forward", counted)
     with pytest.raises(Terminated):
-        trainer.train(config(data, sample_every=sample_every, save_every=save_every, sample_steps=5, sample_prompts=("a star",)), progress=False)
+        training.train(config(data, sample_every=sample_every, save_every=save_every, sample_steps=5, sample_prompts=("a star",)), progress=False)
     assert len(passes) <= 1
     assert torch.load(data.parent / "run" / "resume.pt")["step"] == saved
-    assert not trainer.samples_file(data.parent / "run", saved).exists()
+    assert not training.samples_file(data.parent / "run", saved).exists()
 
 
 def test_while_the_validation_loss_is_computed(data, monkeypatch):
-    real = trainer.flow_matching_loss
-
     def loss(*args):
         if not torch.is_grad_enabled():
             os.kill(os.getpid(), signal.SIGINT)
-        return real(*args)
-    monkeypatch.setattr(trainer, "flow_matching_loss", loss)
+        return LOSS(*args)
+    monkeypatch.setattr(training.Run, "loss", loss)
     with pytest.raises(KeyboardInterrupt):
-        trainer.train(config(data, sample_every=2, sample_steps=1, held_out=2, batch=1), progress=False)
+        training.train(config(data, sample_every=2, sample_steps=1, held_out=2, batch=1), progress=False)
     assert not (data.parent / "run" / "held_out.csv").exists()
 
 
 def test_between_the_batches_of_a_step(data, monkeypatch):
     """Eight batches make a step: what is missing of it is not waited for, and the steps before it are saved."""
-    calls, real = [], trainer.flow_matching_loss
+    calls = []
 
     def loss(*args):
         calls.append(1)
         if len(calls) == 18:  # the second batch of step 3
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args)
-    monkeypatch.setattr(trainer, "flow_matching_loss", loss)
+        return LOSS(*args)
+    monkeypatch.setattr(training.Run, "loss", loss)
     settings = config(data, accumulate=8, steps=4, save_every=100)
     with pytest.raises(Terminated):
-        trainer.train(settings, progress=False)
+        training.train(settings, progress=False)
     assert len(calls) == 18 and torch.load(data.parent / "run" / "resume.pt")["step"] == 2
-    found = trainer.train(settings, progress=False)
-    whole = trainer.train(config(data, accumulate=8, steps=4, save_every=100, output=str(data.parent / "whole")), progress=False)
-    one, other = (trainer.torch.load(path.parent / "resume.pt")["tensors"] for path in (found, whole))
+    found = training.train(settings, progress=False)
+    whole = training.train(config(data, accumulate=8, steps=4, save_every=100, output=str(data.parent / "whole")), progress=False)
+    one, other = (training.torch.load(path.parent / "resume.pt")["tensors"] for path in (found, whole))
     assert one.keys() == other.keys() and all(torch.equal(one[name], tensor) for name, tensor in other.items())

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from comfyui_l2p.l2p_core import L2PConfig, L2PTransformer
-from comfyui_l2p.l2p_core.image import to_pixels
+from comfyui_l2p.l2p_core.images import to_pixels
 from comfyui_l2p.l2p_core.flow import schedule
 from comfyui_l2p.l2p_core.train.config import layers_of
 from comfyui_l2p.l2p_core.flow import flow_matching_loss

@@ -8,7 +8,7 @@ from PIL import Image
 
 from comfyui_l2p.l2p_core import CheckpointError, L2PConfig, L2PPipeline, L2PTransformer, load_model
 from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS
-from comfyui_l2p.l2p_core.image import to_pictures, to_pixels
+from comfyui_l2p.l2p_core.images import to_pictures, to_pixels
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
 from comfyui_l2p.l2p_core.flow import euler, guided_velocity, schedule
 from comfyui_l2p.l2p_core.text import TextEncoder

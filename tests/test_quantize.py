@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from comfyui_l2p.l2p_core import CheckpointError, load_model, read_layout
 from comfyui_l2p.l2p_core.cli import main
-from comfyui_l2p.l2p_core.quantization import Int8Linear
+from comfyui_l2p.l2p_core.files.quantization import Int8Linear
 from comfyui_l2p.quant import quantize as quantize_module
 from comfyui_l2p.quant import stream
 from comfyui_l2p.quant.quantize import Options, quantize, table

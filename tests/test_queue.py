@@ -15,11 +15,11 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from PIL import Image, PngImagePlugin
 
-from comfyui_l2p.l2p_core import queue as queue_module
+from comfyui_l2p.l2p_core.remote import queue as queue_module
 from comfyui_l2p.l2p_core.cli import main
 from comfyui_l2p.l2p_core.files.atomic import locked
-from comfyui_l2p.l2p_core.queue import plan
-from comfyui_l2p.l2p_core.workflow import fill, read_workflow
+from comfyui_l2p.l2p_core.remote.queue import plan
+from comfyui_l2p.l2p_core.remote.workflow import fill, read_workflow
 
 GRAPH = {
     "1": {"class_type": "L2PCheckpointLoader", "inputs": {"checkpoint": "a.safetensors"}},

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from comfyui_l2p.l2p_core.image import to_levels, to_pixels
+from comfyui_l2p.l2p_core.images import to_levels, to_pixels
 from comfyui_l2p.l2p_core.pipeline import draw_noise
 from comfyui_l2p.l2p_core.flow import SOLVERS, ab2, euler, guided_velocity, inpaint_velocity, schedule
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from comfyui_l2p.l2p_core import CheckpointError, read_layout
-from comfyui_l2p.l2p_core.layout import Source
+from comfyui_l2p.l2p_core.files.layout import Source
 from comfyui_l2p.quant import stream
 from comfyui_l2p.quant.stream import Piece, write
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from comfyui_l2p.l2p_core import CheckpointError
-from comfyui_l2p.l2p_core.header import Entry
+from comfyui_l2p.l2p_core.files.header import Entry
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
 from comfyui_l2p.l2p_core.text import LAYER, MAX_TOKENS, TEMPLATE, TextEncoder
 

@@ -19,13 +19,16 @@ from safetensors.torch import load_file, save_file
 from comfyui_l2p.l2p_core import CheckpointError, L2PConfig, L2PTransformer, load_model
 from comfyui_l2p.l2p_core.cli import main
 from comfyui_l2p.l2p_core.files.atomic import AlreadyRunning
-from comfyui_l2p.l2p_core.image import to_pixels
+from comfyui_l2p.l2p_core.images import to_pixels
 from comfyui_l2p.l2p_core.interrupt import noted
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL, L2PPipeline, draw_noise
 from comfyui_l2p.l2p_core.flow import schedule
 from comfyui_l2p.l2p_core.shapes.pictures import scenes
 from comfyui_l2p.l2p_core.text import TextEncoder
-from comfyui_l2p.l2p_core.train import record, trainer
+from comfyui_l2p.l2p_core.train import record
+from comfyui_l2p.l2p_core.train import prepare as preparing
+from comfyui_l2p.l2p_core.train import resume as resuming
+from comfyui_l2p.l2p_core.train import run as training
 from comfyui_l2p.l2p_core.train.config import read_config, to_toml
 from comfyui_l2p.l2p_core.train.data import Batches, Example, crop_and_resize, hold_out, plan_epoch, read_examples, target_size
 from comfyui_l2p.l2p_core.flow import training_sigmas, flow_matching_loss
@@ -34,6 +37,8 @@ from comfyui_l2p.quant.merge import merge
 from golden import recipe
 from helpers import GOLDEN, rms
 from small_runs import CHECKPOINT, Killed, config, losses, make_data
+
+LOSS = training.Run.loss  # as it is before a test replaces it
 
 RECORDED = json.loads((GOLDEN / "training.json").read_text())
 
@@ -45,15 +50,15 @@ def test_seven_steps_are_the_published(golden, tiny_weights, tmp_path):
     model = L2PTransformer(L2PConfig.from_shapes(recipe.shapes(recipe.TINY)))
     model.load_state_dict(tiny_weights)
     settings = config(tmp_path, learning_rate=5e-5, freeze="5:-5", checkpointing=False)
-    trained = trainer.prepare(model, settings)
+    trained = preparing.prepare(model, settings)
     model.double()  # some CPUs' float32 convolution gradients are off by 2e-4
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
-    optimizer = trainer.make_optimizer(trained, settings)
+    optimizer = preparing.make_optimizer(trained, settings)
     picture = to_pixels(Image.fromarray(recorded["input.image_u8.64x128"].numpy())).double()
     caption, noise = recorded["input.caption.7"].double(), recorded["input.noise.64x128.seed77"].double()
     for step, wanted in enumerate(run["steps"]):
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * trainer.rate_at(step, settings)
+            group["lr"] = settings.learning_rate * preparing.rate_at(step, settings)
         assert group["lr"] == pytest.approx(wanted["lr"])
         loss = flow_matching_loss(model, picture, [caption], noise, schedule(500)[wanted["timestep_id"]][None].double())
         assert loss.item() == pytest.approx(wanted["loss"], rel=1e-5)
@@ -73,7 +78,7 @@ def test_seven_steps_are_the_published(golden, tiny_weights, tmp_path):
 def test_the_layers_that_freeze_are_the_published(depth, rule, tmp_path):
     with torch.device("meta"):
         model = L2PTransformer(replace(L2PConfig(), dim=64, n_heads=2, ffn_dim=64, n_layers=int(depth)))
-    trained = trainer.prepare(model, config(tmp_path, freeze="5:-5"))
+    trained = preparing.prepare(model, config(tmp_path, freeze="5:-5"))
     assert len(trained) == rule["trainable_tensors"]
     frozen = {int(name.split(".")[1]) for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert sorted(frozen) == rule["frozen_main_layers"]
@@ -82,7 +87,7 @@ def test_the_layers_that_freeze_are_the_published(depth, rule, tmp_path):
 def test_the_full_models_trained_tensors_are_the_published(tmp_path):
     with torch.device("meta"):
         model = L2PTransformer(L2PConfig())
-    trained = trainer.prepare(model, config(tmp_path, freeze="5:-5"))
+    trained = preparing.prepare(model, config(tmp_path, freeze="5:-5"))
     assert sorted(trained) == sorted(RECORDED["full_model"]["trainable_names"])
     assert sum(parameter.numel() for parameter in trained.values()) == RECORDED["full_model"]["trainable_parameters"]
 
@@ -92,7 +97,7 @@ def test_recomputing_gives_the_same_gradients(golden, tiny_weights, tmp_path):
     for checkpointing in (False, True):
         model = L2PTransformer(L2PConfig.from_shapes(recipe.shapes(recipe.TINY)))
         model.load_state_dict(tiny_weights)
-        trained = trainer.prepare(model, config(tmp_path, freeze="1:-1", checkpointing=checkpointing))
+        trained = preparing.prepare(model, config(tmp_path, freeze="1:-1", checkpointing=checkpointing))
         picture = to_pixels(Image.fromarray(recorded["input.image_u8.64x48"].numpy()))
         flow_matching_loss(model, picture, [recorded["input.caption.7"]], recorded["input.noise.64x48.seed77"],
                            torch.tensor([0.5])).backward()
@@ -103,15 +108,15 @@ def test_recomputing_gives_the_same_gradients(golden, tiny_weights, tmp_path):
 
 def test_a_lora_is_what_its_file_says(data):
     """The trained model's output is that of the weights with B @ A of the file added."""
-    last = trainer.train(config(data, lora_rank=4, steps=3, learning_rate=1e-2), progress=False)
+    last = training.train(config(data, lora_rank=4, steps=3, learning_rate=1e-2), progress=False)
     lora, weights = load_file(last), load_model(CHECKPOINT, dtype=torch.float32).state_dict()
     targets = {name.removesuffix(".lora_A.weight") for name in lora if name.endswith(".lora_A.weight")}
     linears = {name.removesuffix(".weight") for name, tensor in weights.items() if name.startswith("layers.") and tensor.dim() == 2}
     assert targets == {f"diffusion_model.{name}" for name in linears}
     settings = config(data, lora_rank=4)
     model = load_model(CHECKPOINT, dtype=torch.float32)
-    trained = trainer.prepare(model, settings)
-    trainer.load(data.parent / "run" / "resume.pt", trained, trainer.make_optimizer(trained, settings), settings.batch)
+    trained = preparing.prepare(model, settings)
+    resuming.load_state(data.parent / "run" / "resume.pt", trained, preparing.make_optimizer(trained, settings), settings.batch)
     changed = load_model(CHECKPOINT, dtype=torch.float32)
     for target in targets:
         weight = changed.get_parameter(target.removeprefix("diffusion_model.") + ".weight")
@@ -195,7 +200,7 @@ def test_faults_are_named_before_training(data):
     with (data / "metadata.csv").open("a") as stream:
         stream.write("broken.png,a,1\nnotes.png,b,2\nthin.png,c,3\nabsent.png,d,4\n0.png,again,5\n1.png,,6\n2.png,e,minus\n3.png,f,\n")
     with pytest.raises(ValueError) as error:
-        trainer.train(config(data), progress=False)
+        training.train(config(data), progress=False)
     told = str(error.value)
     for words in ("broken.png", "notes.png", "thin.png: 8 x 200", "absent.png: no such file", "0.png is named 2 times",
                   "1.png: no caption", "2.png: seed is 'minus'", "3.png: no seed, but"):
@@ -232,7 +237,7 @@ def test_a_coarser_grid_makes_fewer_sizes(data):
     assert {example.size for example in read_examples(data, None, 128 * 128, 16)} == {(96, 96), (96, 112), (96, 128)}
     assert {example.size for example in read_examples(data, None, 128 * 128, 32)} == {(96, 96), (96, 128)}
     with pytest.raises(ValueError, match="size_step is 24.*multiples of 16"):
-        trainer.train(config(data, size_step=24), progress=False)
+        training.train(config(data, size_step=24), progress=False)
 
 
 def test_paired_noise_is_that_of_the_examples_seed(data):
@@ -274,19 +279,19 @@ def test_one_of_a_pictures_captions_is_drawn_each_time(data):
 
 
 def test_captions_are_encoded_once(data, monkeypatch):
-    trainer.train(config(data, steps=1), progress=False)
+    training.train(config(data, steps=1), progress=False)
     pipe = L2PPipeline.from_pretrained(None, torch_dtype=torch.float32)
     caption = scenes()[0].caption()
-    encodings = trainer.Encodings(data / "encodings", pipe)
+    encodings = training.Encodings(data / "encodings", pipe)
     assert torch.equal(encodings[caption], pipe.encode_prompt(caption))
     monkeypatch.setattr(TextEncoder, "load", None)
-    trainer.train(config(data, steps=2), progress=False)
-    other = trainer.Encodings(data / "encodings", L2PPipeline.from_pretrained(None, torch_dtype=torch.bfloat16))
+    training.train(config(data, steps=2), progress=False)
+    other = training.Encodings(data / "encodings", L2PPipeline.from_pretrained(None, torch_dtype=torch.bfloat16))
     assert other.file(caption) != encodings.file(caption), "what another dtype gives is another encoding"
     shutil.copytree(BUNDLED_MODEL / "tokenizer", data / "tokenizer")
     with (data / "tokenizer" / "tokenizer_config.json").open("a") as stream:
         stream.write(" ")
-    other = trainer.Encodings(data / "encodings", L2PPipeline.from_pretrained(None, tokenizer=data / "tokenizer", torch_dtype=torch.float32))
+    other = training.Encodings(data / "encodings", L2PPipeline.from_pretrained(None, tokenizer=data / "tokenizer", torch_dtype=torch.float32))
     assert other.file(caption) != encodings.file(caption), "and another tokenizer"
 
 
@@ -294,7 +299,7 @@ def test_captions_are_encoded_once(data, monkeypatch):
 
 def test_a_run_leaves_what_it_should_and_merges(data):
     settings = config(data, sample_every=3, sample_steps=2, sample_prompts=("a red circle", "a blue star"), keep=1)
-    last = trainer.train(settings, progress=False)
+    last = training.train(settings, progress=False)
     run = data.parent / "run"
     assert sorted(file.name for file in run.iterdir() if file.name != "tensorboard") == [
         "config.toml", "log.csv", "loss.png", "resume.pt", "samples", "samples.png", "step-6.safetensors"]
@@ -314,26 +319,26 @@ def test_training_learns_its_pictures(data):
     for number in range(6):  # nothing the model has seen
         levels = np.sin(np.arange(96) / (2 + number))[:, None, None] * [100, 60, 20] + 128
         Image.fromarray(np.broadcast_to(levels, (96, 96, 3)).astype(np.uint8)).save(data / "images" / f"{number}.png")
-    trainer.train(config(data, steps=60, save_every=60, learning_rate=2e-3, batch=4, height=96, width=96), progress=False)
+    training.train(config(data, steps=60, save_every=60, learning_rate=2e-3, batch=4, height=96, width=96), progress=False)
     found = [loss for _, loss in losses(data.parent / "run")]
     assert sum(found[-12:]) < 0.7 * sum(found[:12])
 
 
 def test_a_killed_run_goes_on_bit_for_bit(data, monkeypatch):
-    whole = trainer.train(config(data, output=str(data.parent / "whole"), caption_dropout=0.3, accumulate=2), progress=False)
+    whole = training.train(config(data, output=str(data.parent / "whole"), caption_dropout=0.3, accumulate=2), progress=False)
     calls = []
 
     def dies(*args):
         calls.append(1)
         if len(calls) == 10:  # in the middle of step 5
             raise Killed
-        return flow_matching_loss(*args)
-    monkeypatch.setattr(trainer, "flow_matching_loss", dies)
+        return LOSS(*args)
+    monkeypatch.setattr(training.Run, "loss", dies)
     halves = config(data, caption_dropout=0.3, accumulate=2)
     with pytest.raises(Killed):
-        trainer.train(halves, progress=False)
-    monkeypatch.setattr(trainer, "flow_matching_loss", flow_matching_loss)
-    again = trainer.train(halves, progress=False)
+        training.train(halves, progress=False)
+    monkeypatch.setattr(training.Run, "loss", LOSS)
+    again = training.train(halves, progress=False)
     assert losses(data.parent / "run") == losses(data.parent / "whole") and len(losses(data.parent / "run")) == 6
     wanted, found = load_file(whole), load_file(again)
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items()) and found.keys() == wanted.keys()
@@ -348,15 +353,15 @@ def told(run):
 def test_what_is_held_out_is_never_trained_on_and_its_loss_is_that_of_the_step_file(data, monkeypatch):
     seen = []
 
-    def watched(model, pictures, *rest):
-        seen.append((torch.is_grad_enabled(), pictures))
-        return flow_matching_loss(model, pictures, *rest)
-    monkeypatch.setattr(trainer, "flow_matching_loss", watched)
+    def watched(run, batch):
+        seen.append((torch.is_grad_enabled(), batch.pictures))
+        return LOSS(run, batch)
+    monkeypatch.setattr(training.Run, "loss", watched)
     settings = config(data, held_out=2, sample_every=2, sample_steps=1, sample_prompts=("a star",), height=96, width=96, batch=1, ema=0.5)
-    trainer.train(replace(settings, steps=4, save_every=4), progress=False)
+    training.train(replace(settings, steps=4, save_every=4), progress=False)
     learned, looked = ({picture.numpy().tobytes() for grad, picture in seen if grad == which} for which in (True, False))
     assert len(learned) == 4 and len(looked) == 2 and not learned & looked
-    trainer.train(settings, progress=False)
+    training.train(settings, progress=False)
     run = data.parent / "run"
     found = told(run)
     assert list(found) == [0, 2, 4, 6]
@@ -365,7 +370,7 @@ def test_what_is_held_out_is_never_trained_on_and_its_loss_is_that_of_the_step_f
     for step, file in ((0, CHECKPOINT), (6, data.parent / "merged.safetensors")):
         model, losses_by_hand = load_model(file, dtype=torch.float32), []
         for number in range(2):
-            batch = Batches(hold_out(examples, 2, 0)[1], trainer.Encodings(data / "encodings", pipe), settings, 16)[number]
+            batch = Batches(hold_out(examples, 2, 0)[1], training.Encodings(data / "encodings", pipe), settings, 16)[number]
             example, = (each for each in examples if torch.equal(to_pixels(crop_and_resize(Image.open(each.file), 96, 96)), batch.pictures))
             noise = draw_noise((1, 3, 96, 96), [example.seed])
             x = (1 - batch.sigma) * batch.pictures + batch.sigma * noise
@@ -378,27 +383,27 @@ def test_what_is_held_out_is_never_trained_on_and_its_loss_is_that_of_the_step_f
 
 def test_step_files_hold_the_mean_that_was_asked_for(data):
     """Against the weights of every step of the same run without it."""
-    plain = trainer.train(config(data, save_every=1, keep=0), progress=False).parent
+    plain = training.train(config(data, save_every=1, keep=0), progress=False).parent
     mean = load_model(CHECKPOINT, dtype=torch.float32).state_dict()
     for step in range(1, 7):
         for name, tensor in load_file(plain / f"step-{step}.safetensors").items():
             mean[name] += (1 - min(0.3, step / (9 + step))) * (tensor - mean[name])
     halves = config(data, ema=0.3, output=str(data.parent / "mean"), steps=4, save_every=4)
-    trainer.train(halves, progress=False)
-    found = load_file(trainer.train(replace(halves, steps=6), progress=False))
+    training.train(halves, progress=False)
+    found = load_file(training.train(replace(halves, steps=6), progress=False))
     assert losses(data.parent / "mean") == losses(plain), "training itself is the same"
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, mean[name], atol=1e-6, rtol=1e-5, msg=name)
 
 
-class Doubled(trainer.Run):
+class Doubled(training.Run):
     def loss(self, batch):
         return 2 * super().loss(batch)
 
 
 def test_samples_that_a_stop_left_out_are_drawn_when_it_goes_on(data):
     def go_on(steps):
-        trainer.train(config(data, steps=steps, sample_every=2, sample_steps=1, sample_prompts=("a star",)), progress=False)
+        training.train(config(data, steps=steps, sample_every=2, sample_steps=1, sample_prompts=("a star",)), progress=False)
     go_on(2)
     samples = data.parent / "run" / "samples"
     begun = (samples / "step-0000000.png").stat().st_mtime_ns
@@ -411,8 +416,8 @@ def test_samples_that_a_stop_left_out_are_drawn_when_it_goes_on(data):
 
 
 def test_a_recipe_replaces_parts_of_the_run(data):
-    plain = trainer.train(config(data, steps=1), progress=False).parent
-    trainer.train(config(data, steps=1, recipe=f"{__name__}:Doubled", output=str(data.parent / "doubled")), progress=False)
+    plain = training.train(config(data, steps=1), progress=False).parent
+    training.train(config(data, steps=1, recipe=f"{__name__}:Doubled", output=str(data.parent / "doubled")), progress=False)
     (_, once), (_, twice) = *losses(plain), *losses(data.parent / "doubled")
     assert twice == pytest.approx(2 * once)
 
@@ -420,7 +425,7 @@ def test_a_recipe_replaces_parts_of_the_run(data):
 @pytest.mark.parametrize("name", ["nothing", "absent.module:Run", "math:Run", "math:pi", "pathlib:Path"])
 def test_a_recipe_that_is_none_is_refused(data, name):
     with pytest.raises(ValueError, match=f"recipe is '{name}'"):
-        trainer.train(config(data, recipe=name), progress=False)
+        training.train(config(data, recipe=name), progress=False)
 
 
 def test_an_interrupt_saves_the_step_it_is_in(data, monkeypatch):
@@ -428,13 +433,13 @@ def test_an_interrupt_saves_the_step_it_is_in(data, monkeypatch):
         if not calls:
             os.kill(os.getpid(), signal.SIGINT)
         calls.append(1)
-        return flow_matching_loss(*args)
+        return LOSS(*args)
     calls = []
-    monkeypatch.setattr(trainer, "flow_matching_loss", interrupted)
+    monkeypatch.setattr(training.Run, "loss", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        trainer.train(config(data), progress=False)
+        training.train(config(data), progress=False)
     assert torch.load(data.parent / "run" / "resume.pt")["step"] == 1
-    trainer.train(config(data), progress=False)
+    training.train(config(data), progress=False)
     assert [step for step, _ in losses(data.parent / "run")] == [1, 2, 3, 4, 5, 6]
 
 
@@ -445,10 +450,10 @@ def test_a_run_that_goes_wrong_stops_at_the_last_good_state(data, monkeypatch, f
 
     def goes_wrong(*args):
         calls.append(1)
-        return flow_matching_loss(*args) * (factor if len(calls) > 4 else 1)
-    monkeypatch.setattr(trainer, "flow_matching_loss", goes_wrong)
+        return LOSS(*args) * (factor if len(calls) > 4 else 1)
+    monkeypatch.setattr(training.Run, "loss", goes_wrong)
     with pytest.raises(ValueError, match=f"{words}.*at step 5.*last good state is step 3"):
-        trainer.train(config(data), progress=False)
+        training.train(config(data), progress=False)
     assert sorted(file.name for file in (data.parent / "run").glob("step-*")) == ["step-3.safetensors"]
     assert torch.load(data.parent / "run" / "resume.pt")["step"] == 3
 
@@ -459,9 +464,9 @@ def test_nothing_is_saved_where_the_loss_has_begun_to_climb(data, monkeypatch):
 
     def climbs(*args):
         calls.append(1)
-        return flow_matching_loss(*args) * (800 if len(calls) == 3 else 1)
-    monkeypatch.setattr(trainer, "flow_matching_loss", climbs)
-    trainer.train(config(data), progress=False)
+        return LOSS(*args) * (800 if len(calls) == 3 else 1)
+    monkeypatch.setattr(training.Run, "loss", climbs)
+    training.train(config(data), progress=False)
     assert sorted(file.name for file in (data.parent / "run").glob("step-*")) == ["step-4.safetensors", "step-6.safetensors"]
 
 
@@ -477,20 +482,20 @@ def test_a_loss_that_diverges_is_told_from_one_that_is_large(tmp_path, losses, s
 
 
 def test_a_run_that_learned_nothing_yet_takes_other_settings(data, monkeypatch):
-    monkeypatch.setattr(trainer, "flow_matching_loss", lambda *_: 1 / 0)
+    monkeypatch.setattr(training.Run, "loss", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        trainer.train(config(data), progress=False)
+        training.train(config(data), progress=False)
     monkeypatch.undo()
-    trainer.train(config(data, optimizer="adamw8bit"), progress=False)
+    training.train(config(data, optimizer="adamw8bit"), progress=False)
 
 
 def test_a_run_with_other_settings_is_not_gone_on_with(data):
-    trainer.train(config(data, steps=1), progress=False)
+    training.train(config(data, steps=1), progress=False)
     with pytest.raises(ValueError, match="weight_decay 0.01, now 0.1"):
-        trainer.train(config(data, weight_decay=0.1), progress=False)
+        training.train(config(data, weight_decay=0.1), progress=False)
     with pytest.raises(ValueError, match="takes 2 pictures at once, now 4"):
-        trainer.train(config(data, batch=4), progress=False)
-    trainer.train(config(data, steps=2, learning_rate=1e-4), progress=False)
+        training.train(config(data, batch=4), progress=False)
+    training.train(config(data, steps=2, learning_rate=1e-4), progress=False)
     with (data.parent / "run" / "log.csv").open() as stream:
         assert [float(row["learning_rate"]) for row in csv.DictReader(stream)] == pytest.approx([1e-3 / 3, 1e-4 / 3])
 
@@ -499,15 +504,15 @@ def test_what_another_run_left_is_not_taken_away(data):
     run = data.parent / "run"
     run.mkdir()
     (run / "step-9000.safetensors").write_text("of before")
-    trainer.train(config(data, keep=1), progress=False)
+    training.train(config(data, keep=1), progress=False)
     assert {file.name for file in run.glob("step-*")} == {"step-6.safetensors", "step-9000.safetensors"}
 
 
 def test_half_a_line_of_the_log_is_forgotten(data):
-    trainer.train(config(data, steps=3), progress=False)
+    training.train(config(data, steps=3), progress=False)
     with (data.parent / "run" / "log.csv").open("a") as stream:
         stream.write("4,0.1")
-    trainer.train(config(data, steps=6), progress=False)
+    training.train(config(data, steps=6), progress=False)
     assert [step for step, _ in losses(data.parent / "run")] == [1, 2, 3, 4, 5, 6]
 
 
@@ -522,10 +527,10 @@ def test_a_launchers_stop_after_the_keyboards_does_not_abort_the_save():
 
 @pytest.mark.parametrize("file, words", [("resume.pt", "can't be read"), ("config.toml", "is no TOML")])
 def test_a_damaged_run_is_refused_in_words(data, file, words):
-    trainer.train(config(data, steps=1), progress=False)
+    training.train(config(data, steps=1), progress=False)
     (data.parent / "run" / file).write_bytes(b"\x80 damaged")
     with pytest.raises(ValueError, match=words):
-        trainer.train(config(data, steps=2), progress=False)
+        training.train(config(data, steps=2), progress=False)
 
 
 def in_two_processes(settings):
@@ -539,7 +544,7 @@ def in_two_processes(settings):
 
 
 def test_two_processes_train_as_one_with_the_doubled_batch(data):
-    trainer.train(config(data, steps=3, batch=4), progress=False)
+    training.train(config(data, steps=3, batch=4), progress=False)
     in_two_processes(config(data, steps=3, output=str(data.parent / "two")))
     one, two = (losses(data.parent / name) for name in ("run", "two"))
     assert [step for step, _ in two] == [1, 2, 3]
@@ -551,7 +556,7 @@ def test_a_split_model_trains_saves_and_goes_on_as_a_whole_one(data, kind):
     """Two processes that hold half of everything, stopped after two steps, against one that was not."""
     common = {"accumulate": 2, "max_grad_norm": 0.5, "ema": 0.5, "save_every": 2, "sample_every": 1, "sample_steps": 1, "held_out": 2,
               "sample_prompts": ("a star",), "height": 96, "width": 96}
-    whole = trainer.train(config(data, batch=4, steps=4, **common), progress=False)
+    whole = training.train(config(data, batch=4, steps=4, **common), progress=False)
     split = config(data, output=str(data.parent / "split"), shard=kind, **common)
     in_two_processes(replace(split, steps=2))
     in_two_processes(replace(split, steps=4))
@@ -571,7 +576,7 @@ def test_a_split_model_trains_saves_and_goes_on_as_a_whole_one(data, kind):
     ({"shard": "state", "optimizer": "adamw8bit"}, "optimizer is 'adamw8bit'"), ({"shard": "half"}, "expected one of")])
 def test_what_cannot_be_split_is_refused(data, changes, words):
     with pytest.raises(ValueError, match=words):
-        trainer.train(config(data, **changes), progress=False)
+        training.train(config(data, **changes), progress=False)
 
 
 # Settings
@@ -602,8 +607,8 @@ def test_settings_that_make_no_sense_are_named(tmp_path, capsys, text, words):
 def test_paired_noise_needs_seeds(tmp_path):
     data = make_data(tmp_path / "data", seeds=False)
     with pytest.raises(ValueError, match="have no seeds"):
-        trainer.train(config(data, noise="paired"), progress=False)
-    trainer.train(config(data, steps=1), progress=False)
+        training.train(config(data, noise="paired"), progress=False)
+    training.train(config(data, steps=1), progress=False)
 
 
 # What a run keeps when something goes wrong
@@ -617,10 +622,10 @@ def state_of(run):
 def test_a_failed_sample_is_a_warning(data, monkeypatch, error, task):
     def fails(self):
         raise error
-    monkeypatch.setattr(trainer.Run, task, fails)
+    monkeypatch.setattr(training.Run, task, fails)
     settings = config(data, steps=4, save_every=2, sample_every=2, sample_steps=1, sample_prompts=("a star",), held_out=1, batch=1)
     with pytest.warns(UserWarning, match=r"(samples|the validation loss) at step [024] failed \(.+\); training goes on"):
-        last = trainer.train(settings, progress=False)
+        last = training.train(settings, progress=False)
     assert last.exists() and [step for step, _ in losses(data.parent / "run")] == [1, 2, 3, 4]
 
 
@@ -631,15 +636,15 @@ def test_the_state_is_saved_before_samples_are_generated(data, monkeypatch):
     def draw(self):
         if self.step:
             seen.append((self.step, state_of(self.output)["step"], sorted(file.name for file in self.output.glob("step-*"))))
-    monkeypatch.setattr(trainer.Run, "draw", draw)
-    trainer.train(config(data, sample_every=2, save_every=3), progress=False)
+    monkeypatch.setattr(training.Run, "draw", draw)
+    training.train(config(data, sample_every=2, save_every=3), progress=False)
     assert seen == [(2, 2, []), (4, 4, ["step-3.safetensors"]), (6, 6, ["step-3.safetensors", "step-6.safetensors"])]
 
 
 @pytest.mark.parametrize("error", [OSError(116, "Stale file handle"), torch.OutOfMemoryError("CUDA out of memory"), ValueError("no image"), MemoryError()])
 @pytest.mark.parametrize("place", ["batch", "loss"])
 def test_an_error_in_a_step_saves_the_steps_before_it_and_resumes_bit_for_bit(data, monkeypatch, error, place):
-    real, calls = getattr(trainer.Run, place), []
+    real, calls = getattr(training.Run, place), []
 
     def fails(self, *args):
         calls.append(1)
@@ -648,12 +653,12 @@ def test_an_error_in_a_step_saves_the_steps_before_it_and_resumes_bit_for_bit(da
         return real(self, *args)
     settings = config(data, save_every=100, ema=0.5)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Run, place, fails)
+        patch.setattr(training.Run, place, fails)
         with pytest.raises(type(error)), pytest.warns(UserWarning, match="the state of step 4 is saved"):
-            trainer.train(settings, progress=False)
+            training.train(settings, progress=False)
     assert state_of(data.parent / "run")["step"] == 4
-    found = trainer.train(settings, progress=False)
-    wanted = trainer.train(replace(settings, output=str(data.parent / "whole")), progress=False)
+    found = training.train(settings, progress=False)
+    wanted = training.train(replace(settings, output=str(data.parent / "whole")), progress=False)
     one, other = load_file(found), load_file(wanted)
     assert all(torch.equal(one[name], tensor) for name, tensor in other.items()) and losses(found.parent) == losses(wanted.parent)
 
@@ -674,16 +679,16 @@ def test_weights_of_half_a_step_are_not_saved(data, monkeypatch, changes):
     if "ema" in changes:
         monkeypatch.setattr(torch.Tensor, "lerp_", counts(torch.Tensor.lerp_))
     elif changes:
-        monkeypatch.setattr(trainer.FrugalAdamW, "update", counts(trainer.FrugalAdamW.update))
+        monkeypatch.setattr(preparing.FrugalAdamW, "update", counts(preparing.FrugalAdamW.update))
     else:
         monkeypatch.setattr(torch.optim.AdamW, "step", counts(torch.optim.AdamW.step))
     with pytest.raises(RuntimeError, match="half a step"):
-        trainer.train(config(data, save_every=100, **changes), progress=False)
+        training.train(config(data, save_every=100, **changes), progress=False)
     assert not (data.parent / "run" / "resume.pt").exists()
 
 
 def test_a_full_disk_is_a_sentence_and_keeps_the_last_state(data, monkeypatch, capsys):
-    trainer.train(config(data, steps=2, save_every=2), progress=False)
+    training.train(config(data, steps=2, save_every=2), progress=False)
     before = (data.parent / "run" / "resume.pt").read_bytes()
     real = torch.save
 
@@ -717,7 +722,7 @@ SPOILED = {
 
 @pytest.mark.parametrize("how", SPOILED)
 def test_a_spoiled_state_is_one_sentence(data, capsys, how):
-    trainer.train(config(data, steps=1), progress=False)
+    training.train(config(data, steps=1), progress=False)
     SPOILED[how](data.parent / "run" / "resume.pt")
     toml = data.parent / "run.toml"
     toml.write_text(to_toml(config(data, steps=2)))
@@ -730,7 +735,7 @@ def test_a_spoiled_state_is_one_sentence(data, capsys, how):
 
 def test_a_run_resumes_where_data_and_checkpoint_were_moved_to(data, monkeypatch):
     settings = config(data, held_out=2, sample_every=2, sample_steps=1, batch=1, sample_prompts=("a star",))
-    trainer.train(replace(settings, steps=2, save_every=2), progress=False)
+    training.train(replace(settings, steps=2, save_every=2), progress=False)
     elsewhere = data.parent / "elsewhere"
     shutil.move(data, elsewhere)
     shutil.copy(CHECKPOINT, data.parent / "model.safetensors")
@@ -738,8 +743,8 @@ def test_a_run_resumes_where_data_and_checkpoint_were_moved_to(data, monkeypatch
     moved = replace(settings, data="elsewhere", checkpoint="model.safetensors", text_encoder=str(BUNDLED_MODEL / "text_encoder"),
                     output="run", steps=4)
     split = []
-    monkeypatch.setattr(trainer, "hold_out", lambda *args: split.append(hold_out(*args)) or split[-1])
-    trainer.train(moved, progress=False)
+    monkeypatch.setattr(training, "hold_out", lambda *args: split.append(hold_out(*args)) or split[-1])
+    training.train(moved, progress=False)
     assert [step for step, _ in losses(data.parent / "run")] == [1, 2, 3, 4]
     before = hold_out(read_examples(elsewhere, None, 96 * 96, 16), 2, 0)[1]
     assert [example.name for example in split[0][1]] == [example.name for example in before]
@@ -777,57 +782,55 @@ CHANGES = {
 
 @pytest.mark.parametrize("what", CHANGES)
 def test_changed_data_is_reported_and_nothing_is_trained_on_it(data, what):
-    trainer.train(config(data, steps=2, save_every=2), progress=False)
+    training.train(config(data, steps=2, save_every=2), progress=False)
     change, said = CHANGES[what]
     change(data)
     with pytest.raises(ValueError, match=f"run holds a run on other data: .*{said}"):
-        trainer.train(config(data, steps=4), progress=False)
+        training.train(config(data, steps=4), progress=False)
     assert [step for step, _ in losses(data.parent / "run")] == [1, 2] and state_of(data.parent / "run")["step"] == 2
 
 
 def test_renamed_images_are_the_same_data(data):
-    trainer.train(config(data, steps=2, save_every=2), progress=False)
+    training.train(config(data, steps=2, save_every=2), progress=False)
     (data / "images" / "0.png").rename(data / "images" / "zero.png")
     change_text(data, "0.png", "zero.png")
-    trainer.train(config(data, steps=3), progress=False)
+    training.train(config(data, steps=3), progress=False)
     assert [step for step, _ in losses(data.parent / "run")] == [1, 2, 3]
 
 
 def test_another_checkpoint_or_text_encoder_is_reported(data, write):
-    trainer.train(config(data, steps=1), progress=False)
+    training.train(config(data, steps=1), progress=False)
     tensors = load_file(CHECKPOINT)
     other = write({**tensors, "x_pad_token": tensors["x_pad_token"] + 1}, "model.safetensors")
     encoder = str(BUNDLED_MODEL / "text_encoder")
     with pytest.raises(ValueError, match="run holds a run with another checkpoint: its contents have changed"):
-        trainer.train(config(data, steps=2, checkpoint=str(other), text_encoder=encoder), progress=False)
+        training.train(config(data, steps=2, checkpoint=str(other), text_encoder=encoder), progress=False)
     shutil.copytree(BUNDLED_MODEL / "tokenizer", data / "tokenizer")
     with (data / "tokenizer" / "tokenizer_config.json").open("a") as stream:
         stream.write(" ")
     with pytest.raises(ValueError, match="run holds a run with another tokenizer"):
-        trainer.train(config(data, steps=2, tokenizer=str(data / "tokenizer")), progress=False)
+        training.train(config(data, steps=2, tokenizer=str(data / "tokenizer")), progress=False)
 
 
 def test_a_state_of_before_there_were_hashes_resumes_with_a_note(data):
-    trainer.train(config(data, steps=1), progress=False)
+    training.train(config(data, steps=1), progress=False)
     file = data.parent / "run" / "resume.pt"
     torch.save({name: value for name, value in torch.load(file).items() if name != "inputs"}, file)
     with pytest.warns(UserWarning, match="saved by an earlier version"):
-        trainer.train(config(data, steps=2), progress=False)
+        training.train(config(data, steps=2), progress=False)
     assert state_of(data.parent / "run")["inputs"]["images"]
 
 
 # Two runs at once
 
 def test_a_second_run_in_the_folder_is_refused_while_the_first_trains(data, monkeypatch):
-    monkeypatch.setattr(trainer, "WAIT", 0)
-    real = trainer.flow_matching_loss
-
+    monkeypatch.setattr(training, "WAIT", 0)
     def loss(*args):
         with pytest.raises(AlreadyRunning, match="another run is training in .*run. Wait for it to finish, or give another output"):
-            trainer.train(config(data), progress=False)
-        return real(*args)
-    monkeypatch.setattr(trainer, "flow_matching_loss", loss)
-    trainer.train(config(data, steps=2), progress=False)
+            training.train(config(data), progress=False)
+        return LOSS(*args)
+    monkeypatch.setattr(training.Run, "loss", loss)
+    training.train(config(data, steps=2), progress=False)
     assert [step for step, _ in losses(data.parent / "run")] == [1, 2]
 
 
@@ -846,7 +849,7 @@ def test_two_identical_commands_train_one_run(data):
 @pytest.mark.parametrize("features", [torch.zeros(96), torch.zeros(5, 97), torch.zeros(0, 96), torch.zeros(513, 96), torch.zeros(1, 5, 96), None])
 def test_prompt_embeddings_of_another_shape_are_refused(data, features):
     """The folder may come with the images, from anyone."""
-    encodings = trainer.Encodings(data / "encodings", L2PPipeline.from_pretrained(None, torch_dtype=torch.float32))
+    encodings = training.Encodings(data / "encodings", L2PPipeline.from_pretrained(None, torch_dtype=torch.float32))
     encodings.add(["a star"])
     assert encodings["a star"].shape[1] == 96
     save_file({"other": torch.zeros(1)} if features is None else {"features": features}, encodings.file("a star"))
@@ -857,7 +860,7 @@ def test_prompt_embeddings_of_another_shape_are_refused(data, features):
 def test_what_a_killed_run_left_of_its_prompt_embeddings_is_removed(data):
     (data / "encodings").mkdir()
     (data / "encodings" / ".0123.l2p-part").write_bytes(b"half")
-    trainer.train(config(data, steps=1), progress=False)
+    training.train(config(data, steps=1), progress=False)
     assert not list((data / "encodings").glob(".*")) and len(list((data / "encodings").iterdir())) == 7
     modes = {file.stat().st_mode & 0o777 for folder in (data / "encodings", data.parent / "run") for file in folder.iterdir() if file.is_file()}
     mask = os.umask(0)
@@ -879,9 +882,9 @@ def test_links_and_fifos_in_a_runs_folder_do_no_harm(data, name):
         settings = config(data, steps=1, sample_every=1, sample_steps=1, sample_prompts=("a star",))
         if name == "resume.pt" or (kind, name) == ("FIFO", "config.toml"):
             with pytest.raises(ValueError, match="holds something else than a run"):
-                trainer.train(settings, progress=False)
+                training.train(settings, progress=False)
         else:
-            trainer.train(settings, progress=False)
+            training.train(settings, progress=False)
             assert [step for step, _ in losses(run)] == [1]
         assert secret.read_text() == "step,loss\n"
         shutil.rmtree(run)
@@ -889,9 +892,9 @@ def test_links_and_fifos_in_a_runs_folder_do_no_harm(data, name):
 
 @pytest.mark.parametrize("content", ["", "step,loss,learning_rate,grad_norm,seconds\n", b"\xff\xfe", "a\n1,x,y,z,w\n", "a\n\0\n"])
 def test_a_damaged_log_is_a_sentence_or_forgotten(data, content):
-    trainer.train(config(data, steps=1), progress=False)
+    training.train(config(data, steps=1), progress=False)
     (data.parent / "run" / "log.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
     try:
-        trainer.train(config(data, steps=2), progress=False)
+        training.train(config(data, steps=2), progress=False)
     except ValueError as error:
         assert "log.csv can't be read" in str(error)

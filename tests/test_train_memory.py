@@ -10,17 +10,20 @@ from torch.utils._pytree import tree_leaves
 
 from comfyui_l2p.l2p_core import load_model
 from comfyui_l2p.l2p_core.meter import Meter, bytes_of
-from comfyui_l2p.l2p_core.train import trainer
+from comfyui_l2p.l2p_core.train import prepare as preparing
+from comfyui_l2p.l2p_core.train import run as training
 from comfyui_l2p.l2p_core.train.estimate import estimate, state_in_8_bits
 from comfyui_l2p.l2p_core.flow import flow_matching_loss
-from comfyui_l2p.l2p_core.train.memory import FrozenLinear, round_stochastically
+from comfyui_l2p.l2p_core.train.low_memory import FrozenLinear, round_stochastically
 
 from small_runs import CHECKPOINT, Killed, config, losses
 
 
+LOSS = training.Run.loss  # as it is before a test replaces it
+
 def trained_by(data, name, **changes):
     """The step file's tensors of a run of six steps."""
-    return load_file(trainer.train(config(data, output=str(data.parent / name), **changes), progress=False))
+    return load_file(training.train(config(data, output=str(data.parent / name), **changes), progress=False))
 
 
 def moved(after):
@@ -66,7 +69,7 @@ def test_steps_too_small_for_bfloat16_still_count(data):
     """A hundred steps of a thousandth of what bfloat16 tells apart: rounded to the nearest, nothing would ever move."""
     settings = config(data, stochastic_rounding=True, mixed_precision="bf16", learning_rate=1e-5, weight_decay=0.0)
     weights = torch.nn.Parameter(torch.ones(20_000, dtype=torch.bfloat16))
-    optimizer = trainer.make_optimizer({"weights": weights}, settings)
+    optimizer = preparing.make_optimizer({"weights": weights}, settings)
     for _ in range(100):
         weights.grad = torch.ones_like(weights)
         optimizer.step()
@@ -112,11 +115,11 @@ def test_with_all_of_it_a_killed_run_goes_on_bit_for_bit(data, monkeypatch):
         calls.append(1)
         if len(calls) == 5:
             raise Killed
-        return flow_matching_loss(*args)
-    monkeypatch.setattr(trainer, "flow_matching_loss", dies)
+        return LOSS(*args)
+    monkeypatch.setattr(training.Run, "loss", dies)
     with pytest.raises(Killed):
         trained_by(data, "halves", **EVERYTHING)
-    monkeypatch.setattr(trainer, "flow_matching_loss", flow_matching_loss)
+    monkeypatch.setattr(training.Run, "loss", LOSS)
     found = trained_by(data, "halves", **EVERYTHING)
     assert losses(data.parent / "halves") == losses(data.parent / "whole")
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
@@ -142,7 +145,7 @@ def test_the_estimate_counts_weights_gradients_and_state(data, precision, frozen
     model = load_model(CHECKPOINT, dtype=torch.float32)
     frozen = sum(parameter.numel() for parameter in model.layers[1:-1].parameters())
     trained = sum(parameter.numel() for parameter in model.parameters()) - frozen
-    count = len(trainer.prepare(model, config(data)))
+    count = len(preparing.prepare(model, config(data)))
     found = parts(data, mixed_precision=precision)
     assert found["weights that are trained"] == found["gradients"] == 4 * trained
     assert found["frozen weights"] == frozen_bytes * frozen
@@ -179,7 +182,7 @@ def test_the_estimate_is_what_a_real_step_holds(data):
     """The same meter over real tensors: so shapes alone take the same path."""
     settings = config(data, mixed_precision="no")
     model = load_model(CHECKPOINT, dtype=torch.float32)
-    optimizer = trainer.make_optimizer(trainer.prepare(model, settings), settings)
+    optimizer = preparing.make_optimizer(preparing.prepare(model, settings), settings)
     inputs = torch.randn(2, 3, 96, 96), [torch.randn(512, 96) for _ in range(2)], torch.randn(2, 3, 96, 96), torch.rand(2)
     flow_matching_loss(model, *inputs).backward()
     optimizer.step()

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from ..files.atomic import atomic_write
-from ..image import open_image
+from ..images import open_image
 from ..pipeline import L2PPipeline
 from .pictures import SIZE, Scene, judge, test_scenes
 

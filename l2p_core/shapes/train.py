@@ -21,7 +21,7 @@ from ..flow import shifted
 from ..text import TEMPLATE, TextEncoder
 from ..train.config import TrainConfig
 from ..train.data import Batch
-from ..train.trainer import WAIT, Run
+from ..train.run import WAIT, Run
 from .pictures import SIZE, Scene, draw, scenes, test_scenes, training_scenes
 from .score import draw as draw_all
 from .score import score

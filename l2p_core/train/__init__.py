@@ -1,1 +1,1 @@
-"""Training: what is learned (`loss`), from what (`data`), with which settings (`config`), and the loop (`trainer`)."""
+"""Training: settings (`config`), data, what is trained (`prepare`), the loop (`run`), and its files (`resume`, `record`)."""

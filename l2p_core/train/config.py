@@ -35,7 +35,7 @@ class TrainConfig:
     seed: int = knob(0, "of the data's order, the noise levels and the noise that is not paired")
 
     freeze: str = knob("5:-5", "main layers that stay as they are, as a Python slice; '' trains everything")
-    recipe: str = knob("", "another way to train: module:Class, of a subclass of trainer.Run, in an installed package or the current "
+    recipe: str = knob("", "another way to train: module:Class, of a subclass of train.run.Run, in an installed package or the current "
                        "folder. It is code, so only this flag names it, and a TOML file names none but the small model's own")
     lora_rank: int = knob(0, "train a LoRA of this rank on the main layers' attention, feed-forward and adaLN; all weights stay frozen. 0: "
                          "train the weights")

@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from ..files.atomic import atomic_write, remove_leftovers
 from ..files.save import save_tensors
-from ..generate import open_picture, read_rows
-from ..header import CheckpointError, hash_files
-from ..image import to_pixels
+from ..batch import open_picture, read_rows
+from ..files.header import CheckpointError, hash_files
+from ..images import to_pixels
 from ..pipeline import L2PPipeline, draw_noise
 from ..text import LAYER, MAX_TOKENS, TEMPLATE, encoder_files, find_tokenizer
 from .config import TrainConfig

@@ -8,15 +8,15 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
-from ..checkpoint import check
-from ..layout import read_layout
+from ..files.load import check
+from ..files.layout import read_layout
 from ..meter import Meter, bytes_of, shapes_only
 from ..model import L2PTransformer
 from ..text import MAX_TOKENS
 from .config import TrainConfig
 from .data import target_size
 from ..flow import flow_matching_loss
-from .trainer import compute_dtype, make_optimizer, prepare, refuse_quantized, trained_of
+from .run import compute_dtype, make_optimizer, prepare, refuse_quantized, trained_of
 
 HOST = "meta"  # stands for the memory beside the device's
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from ..files.atomic import append, atomic_write
-from ..image import open_image
+from ..images import open_image
 
 WINDOW, DIVERGED = 100, 3  # a mean loss over so many steps that is so many times the lowest before it
 RECENT = 10  # steps that show where it is going

@@ -14,8 +14,8 @@ import torch
 from tqdm import tqdm
 
 from ..files.atomic import WAIT, atomic_write, locked
-from ..generate import is_drawn, save
-from ..header import CheckpointError
+from ..batch import is_drawn, save
+from ..files.header import CheckpointError
 from ..pipeline import usable_device
 from .config import Draws
 

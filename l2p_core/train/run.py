@@ -8,14 +8,12 @@
     resume.pt            the state from which a stopped run resumes, bit for bit on a CPU
 """
 import math
-import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from importlib import import_module
 from itertools import count
 from pathlib import Path
@@ -24,32 +22,23 @@ from time import monotonic
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
-from torch.utils._pytree import tree_map
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from ..ahead import ahead
-from ..checkpoint import load_model
+from ..prefetch import ahead
+from ..files.load import load_model
 from ..files.atomic import WAIT, WriteError, atomic_write, locked, process_rank
-from ..files.save import save_tensors
-from ..header import CheckpointError, hash_files
+from ..files.header import hash_files
 from ..flow import flow_matching_loss
 from ..interrupt import Noted, noted
-from ..layout import Layout
-from ..model import L2PTransformer
 from ..pipeline import L2PPipeline
-from .config import OWN_RECIPES, TrainConfig, layers_of, read_config, to_toml
+from .config import OWN_RECIPES, TrainConfig, to_toml
 from .data import Batch, Batches, Encodings, Example, hold_out, read_examples
-from .memory import FrugalAdamW, quantize_frozen
+from .prepare import compute_dtype, make_optimizer, on_device, prepare, rate_at, refuse_quantized, trained_of
 from .record import Log, Row, draw_curves, samples_file, show_samples
-from .shard import as_split_as, gather, is_split, reshard, shard
+from .resume import check_run, first_line, load_state, save_step, step_file
+from .shard import gather, is_split, reshard, shard
 
-# What may change when a run goes on: a loss that diverged may need other steps, and the rest is not learned from.
-FREE = ("steps", "learning_rate", "max_grad_norm", "batch", "save_every", "keep", "sample_every", "sample_prompts", "sample_steps",
-        "device", "cache", "checkpointing", "offload_activations", "shard")  # of `batch`, `load` looks at what all processes take
-PATHS = ("checkpoint", "data", "text_encoder", "tokenizer", "output")  # compared by content, see `Run.identity`
 PATIENCE = timedelta(hours=6)  # of processes with the one that draws samples or writes files
-LORA_TARGETS = r"layers\.\d+\.(attention\.(to_[qkv]|to_out\.0)|feed_forward\.w[123]|adaLN_modulation\.0)"
 
 
 def train(config: TrainConfig, progress: bool = True) -> Path:
@@ -155,7 +144,7 @@ class Run:
         optimizer = self.make_optimizer()
         resume = self.output / "resume.pt"
         self.inputs = self.identity(examples) if self.main else {}
-        self.step = self.saved = load(resume, self.saved_tensors, optimizer, self.batches.size, self.inputs) if resume.exists() else 0
+        self.step = self.saved = load_state(resume, self.saved_tensors, optimizer, self.batches.size, self.inputs) if resume.exists() else 0
         if len(set(self.accelerator.gather(torch.tensor([self.step], device=self.device)).tolist())) > 1:
             raise ValueError(f"not all processes find the run in {self.output}, or not the same; give a folder that all machines share")
         self.model, self.optimizer = self.pipe.transformer, self.accelerator.prepare(optimizer, device_placement=[False])
@@ -393,213 +382,6 @@ def stoppable(model: nn.Module, interrupted: Noted) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def first_line(error: BaseException) -> str:
-    """An error in one line: what it says or, if that is nothing, its kind."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-def compute_dtype(config: TrainConfig) -> torch.dtype:
-    """What is computed in, and what frozen weights and step files are stored in."""
-    return torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-
-
-def check_run(output: Path, config: TrainConfig) -> None:
-    """Raises ValueError where the folder holds a run with settings that would teach something else."""
-    if not (output / "config.toml").is_file():
-        if any(os.path.lexists(output / name) for name in ("config.toml", "resume.pt")):
-            raise ValueError(f"{output} holds something else than a run; give another output")
-        return
-    if not (output / "resume.pt").exists():  # nothing is learned yet
-        return
-    before = read_config(output / "config.toml", {}, of_run=True)
-    for each in fields(TrainConfig):
-        if each.name not in (*FREE, *PATHS) and (was := getattr(before, each.name)) != (now := getattr(config, each.name)):
-            raise ValueError(f"{output} holds a run with {each.name} {was!r}, now {now!r}; give another output, or go on as it was")
-
-
-def refuse_quantized(layout: Layout) -> None:
-    """Raises CheckpointError."""
-    if layout.quantization:
-        raise CheckpointError(f"{layout.path.name} is quantized ({layout.quantization}); train the BF16 or FP32 model")
-
-
-def prepare(model: L2PTransformer, config: TrainConfig, device: torch.device | None = None) -> dict[str, nn.Parameter]:
-    """Freeze what stays, put the rest into what it is trained in, and return it by name.
-
-    device: to put it on, of what is quantized each linear by itself; None leaves all where it is."""
-    model.train()
-    frozen = model.layers if config.lora_rank else model.layers[layers_of(config.freeze)]
-    frozen.requires_grad_(False)
-    if config.quantize_frozen:
-        quantize_frozen(frozen, config.quantize_frozen, device)
-    if config.lora_rank:
-        add_lora(model, config)
-    trained = trained_of(model)
-    for parameter in trained.values():
-        dtype = torch.bfloat16 if config.stochastic_rounding else torch.float32
-        parameter.data = parameter.data.to(device, dtype, copy=True)  # the file it is mapped from is not written to
-    if device:
-        model.to(device)
-    if config.checkpointing:
-        for part in (*model.noise_refiner, *model.context_refiner, *model.layers, model.local_decoder):
-            part.forward = partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)
-    return trained
-
-
-def trained_of(model: L2PTransformer) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def add_lora(model: L2PTransformer, config: TrainConfig) -> None:
-    """Put a LoRA beside every linear of the main layers, its scale (alpha / rank) 1, and freeze all else."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise ImportError("training a LoRA needs peft: pip install 'comfyui-l2p[train]'") from None
-    model.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        inject_adapter_in_model(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=LORA_TARGETS), model)
-
-
-def saved_name(name: str) -> str:
-    """A trained tensor's name in a step file: the published one; a LoRA's as ai-toolkit and ComfyUI have it."""
-    return f"diffusion_model.{name.replace('.default.', '.')}" if ".lora_" in name else name
-
-
-def make_optimizer(trained: dict[str, nn.Parameter], config: TrainConfig, host: str = "cpu") -> torch.optim.Optimizer:
-    """The published one, or the same in less memory; host: where it may keep its state."""
-    settings = {"lr": config.learning_rate, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": config.weight_decay}
-    if config.optimizer == "adamw" and not (config.offload_state or config.stochastic_rounding or config.step_in_backward):
-        on_gpu = any(parameter.is_cuda for parameter in trained.values())
-        return torch.optim.AdamW(trained.values(), fused=on_gpu or None, **settings)  # else it holds a copy of all weights there
-    return FrugalAdamW(trained.values(), config, host, **settings)
-
-
-def rate_at(step: int, config: TrainConfig) -> float:
-    """What the learning rate is multiplied by for the step after `step`."""
-    warm = min((step + 1) / config.warmup, 1) if config.warmup else 1
-    match config.schedule:
-        case "published":  # torch's ConstantLR as it comes
-            return 1 / 3 if step < 5 else 1
-        case "linear":
-            return warm * (1 - step / config.steps)
-        case "cosine":
-            return warm * (1 + math.cos(math.pi * step / config.steps)) / 2
-    return warm
-
-
-def on_device(batch: Batch, device: torch.device) -> Batch:
-    return Batch(batch.pictures.to(device), [caption.to(device) for caption in batch.captions], batch.noise.to(device),
-                 batch.sigma.to(device))
-
-
-def step_file(output: Path, step: int) -> Path:
-    return output / f"step-{step}.safetensors"
-
-
-def save_step(output: Path, step: int, trained: dict[str, nn.Parameter], dtype: torch.dtype, config: TrainConfig,
-              size: tuple[int, int]) -> None:
-    """Write step-N.safetensors and take away those before it that are more than `config.keep` behind."""
-    tensors = {saved_name(name): parameter.detach().to("cpu", dtype) for name, parameter in trained.items()}
-    metadata = {"format": "pt", "l2p.step": str(step), "l2p.config": to_toml(config),
-                "modelspec.resolution": f"{size[1]}x{size[0]}"}
-    with atomic_write(step_file(output, step)) as stream:
-        save_tensors(stream, tensors, metadata)
-    numbers = sorted(int(file.stem[5:]) for file in output.glob("step-*.safetensors") if file.stem[5:].isdigit())
-    for number in [number for number in numbers if number <= step][:-config.keep] if config.keep else []:
-        step_file(output, number).unlink()
-
-
-def load(file: Path, tensors: dict[str, Tensor], optimizer: torch.optim.Optimizer, size: int,
-         inputs: dict[str, object] | None = None) -> int:
-    """Put a saved state back and return its step.
-
-    size: images that all processes together take at once. inputs: what the run learns from now, see `Run.identity`; not
-    compared where there is none. Raises CheckpointError where the file can't be read, ValueError where it is of another
-    run."""
-    elsewhere = any(is_split(tensor) or tensor.device.type != "cpu" for tensor in tensors.values())
-    state = read_state(file, elsewhere)
-    if state.get("size", size) != size:
-        raise ValueError(f"{file} is of a run that takes {state['size']} pictures at once, now {size}; give a batch that is, "
-                         f"over all processes, {state['size']}")
-    if inputs:
-        compare_inputs(file, state.get("inputs"), inputs)
-    if missing := [name for name in tensors if name not in state["tensors"]]:
-        raise ValueError(f"{file} lacks {len(missing)} of {len(tensors)} trained tensors (first: {missing[0]}): it was saved by another "
-                         "recipe, or version of this program. Give another output")
-    for name, tensor in tensors.items():
-        saved = state["tensors"][name]
-        if not isinstance(saved, Tensor) or saved.shape != tensor.shape:
-            found = tuple(saved.shape) if isinstance(saved, Tensor) else type(saved).__name__
-            raise damaged(file, f"{name} is {found}, expected {tuple(tensor.shape)}")
-        tensor.data.copy_(as_split_as(tensor, saved))
-    state["optimizer"] = tree_map(lambda value: value.clone() if isinstance(value, Tensor) and value.dim() == 0 else value,
-                                  state["optimizer"])  # optimizers take counts as they are, and each would keep the file open
-    try:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        for number, its in state["optimizer"].get("state", {}).items():  # split before the optimizer takes them to the device
-            its.update({name: as_split_as(parameters[number], value) for name, value in its.items()})
-        optimizer.load_state_dict(state["optimizer"])
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
-        raise damaged(file, f"its optimizer's state does not fit: {first_line(error)}") from None
-    return state["step"]
-
-
-def read_state(file: Path, mmap: bool) -> dict:
-    """The contents of a resume.pt. Raises CheckpointError where it is empty, damaged or something else."""
-    if not file.is_file():
-        raise CheckpointError(f"{file} is no file; a run keeps its state there. Give another output")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what a damaged file seems to be
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-    except MemoryError:
-        raise
-    except Exception as error:  # whatever torch makes of a damaged file
-        raise damaged(file, first_line(error) if file.stat().st_size else "it is empty") from None
-    kinds = {"step": int, "tensors": dict, "optimizer": dict}
-    if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
-        raise damaged(file, "it is no state of a run")
-    return state
-
-
-def damaged(file: Path, why: str) -> CheckpointError:
-    return CheckpointError(f"{file} can't be read ({why}), so this run can't be resumed. Restore the file; or move it and the step "
-                           "files away to start anew")
-
-
-def compare_inputs(file: Path, before: object, now: dict[str, object]) -> None:
-    """Raise ValueError, saying what changed, where a run would resume on other contents than it began with."""
-    if not isinstance(before, dict):
-        warnings.warn(f"{file} was saved by an earlier version, which kept no hashes of the checkpoint and the images; whether they "
-                      "are the same is not checked", stacklevel=3)
-        return
-    run = file.parent
-    for name in ("checkpoint", "text encoder", "tokenizer"):
-        if before.get(name) != now[name]:
-            raise ValueError(f"{run} holds a run with another {name}: its contents have changed. Give the one it began with, or another "
-                             "output")
-    was, images = before.get("images"), now["images"]
-    if was == images:
-        return
-    digests = [[digest for _, digest in rows] for rows in (was, images)]
-    if digests[0] == digests[1]:  # files were renamed
-        return
-    if Counter(digests[0]) == Counter(digests[1]):
-        what = "the rows of the metadata are in another order"
-    else:
-        known = set(digests[0])
-        new = [name for name, digest in images if digest not in known]
-        kept = set(digests[1])
-        gone = [name for name, digest in was if digest not in kept]
-        what = (f"{len(was)} images then and {len(images)} now; {len(new)} are new or have another image, caption or seed"
-                + (f" (first: {new[0]})" if new else "") + f", {len(gone)} are gone" + (f" (first: {gone[0]})" if gone else ""))
-    raise ValueError(f"{run} holds a run on other data: {what}. The validation set and the order of the images follow from them. "
-                     "Restore the data, or give another output")
 
 
 @contextmanager

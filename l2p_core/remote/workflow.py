@@ -3,7 +3,7 @@ import json
 import math
 from pathlib import Path
 
-from .settings import FIELDS, checked, graph_inputs, kind
+from ..settings import FIELDS, checked, graph_inputs, kind
 
 TEXTS = graph_inputs("prompt")
 PLACES = {  # what a flag or a column is called → the inputs that it fills, INPUT or CLASS.INPUT

@@ -17,8 +17,8 @@ from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 from .files.atomic import WAIT, atomic_write, locked, process_rank
-from .header import hash_files
-from .image import open_image
+from .files.header import hash_files
+from .images import open_image
 from .pipeline import L2PPipeline, check_mask
 from .settings import FIELDS, Settings, checked
 from .text import encoder_files

@@ -10,11 +10,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .config import L2PConfig, block_numbers
+from ..config import L2PConfig, block_numbers
 from .quantization import Int8Linear, dequantize, kernel
 from .header import SHARD_NAME, CheckpointError, Entry
 from .layout import FLOATS, UNSCALED, Layout, read_layout
-from .model import L2PTransformer
+from ..model import L2PTransformer
 
 KEPT_IN_8_BITS = "int8_tensorwise"  # other formats are multiplied out
 

@@ -12,8 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from .config import L2PConfig, block_numbers
-from .files.naming import COMFYUI_NAMES, PACKED, layer_name
+from ..config import L2PConfig, block_numbers
+from .naming import COMFYUI_NAMES, PACKED, layer_name
 from .header import CheckpointError, Entry, find_files, read_header, reading, stamp
 from .quantization import FORMATS
 

@@ -19,9 +19,9 @@ from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
-from .files.atomic import atomic_write
-from .generate import PNG_KEY, is_drawn, lock_outputs, open_picture, output_files, read_rows
-from .header import hash_files
+from ..files.atomic import atomic_write
+from ..batch import PNG_KEY, is_drawn, lock_outputs, open_picture, output_files, read_rows
+from ..files.header import hash_files
 from .workflow import fill, places, read_workflow, title
 
 PICTURES = ("input_image", "inpaint_mask")  # files of ours, uploaded

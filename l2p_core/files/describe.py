@@ -3,8 +3,8 @@ import dataclasses
 from collections import Counter
 from pathlib import Path
 
-from .checkpoint import check
-from .config import L2PConfig
+from .load import check
+from ..config import L2PConfig
 from .header import CheckpointError
 from .layout import read_layout
 

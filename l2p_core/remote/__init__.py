@@ -1,0 +1,1 @@
+"""Programs on other machines: ComfyUI servers and their workflows."""

@@ -1,0 +1,93 @@
+"""What a run trains, in which dtype, and with which optimizer and learning rate."""
+import math
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ..files.header import CheckpointError
+from ..files.layout import Layout
+from ..model import L2PTransformer
+from .config import TrainConfig, layers_of
+from .data import Batch
+from .low_memory import FrugalAdamW, quantize_frozen
+
+LORA_TARGETS = r"layers\.\d+\.(attention\.(to_[qkv]|to_out\.0)|feed_forward\.w[123]|adaLN_modulation\.0)"
+
+
+def compute_dtype(config: TrainConfig) -> torch.dtype:
+    """What is computed in, and what frozen weights and step files are stored in."""
+    return torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+
+
+def refuse_quantized(layout: Layout) -> None:
+    """Raises CheckpointError."""
+    if layout.quantization:
+        raise CheckpointError(f"{layout.path.name} is quantized ({layout.quantization}); train the BF16 or FP32 model")
+
+
+def prepare(model: L2PTransformer, config: TrainConfig, device: torch.device | None = None) -> dict[str, nn.Parameter]:
+    """Freeze what stays, put the rest into what it is trained in, and return it by name.
+
+    device: to put it on, of what is quantized each linear by itself; None leaves all where it is."""
+    model.train()
+    frozen = model.layers if config.lora_rank else model.layers[layers_of(config.freeze)]
+    frozen.requires_grad_(False)
+    if config.quantize_frozen:
+        quantize_frozen(frozen, config.quantize_frozen, device)
+    if config.lora_rank:
+        add_lora(model, config)
+    trained = trained_of(model)
+    for parameter in trained.values():
+        dtype = torch.bfloat16 if config.stochastic_rounding else torch.float32
+        parameter.data = parameter.data.to(device, dtype, copy=True)  # the file it is mapped from is not written to
+    if device:
+        model.to(device)
+    if config.checkpointing:
+        for part in (*model.noise_refiner, *model.context_refiner, *model.layers, model.local_decoder):
+            part.forward = partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)
+    return trained
+
+
+def trained_of(model: L2PTransformer) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def add_lora(model: L2PTransformer, config: TrainConfig) -> None:
+    """Put a LoRA beside every linear of the main layers, its scale (alpha / rank) 1, and freeze all else."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise ImportError("training a LoRA needs peft: pip install 'comfyui-l2p[train]'") from None
+    model.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        inject_adapter_in_model(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=LORA_TARGETS), model)
+
+
+def make_optimizer(trained: dict[str, nn.Parameter], config: TrainConfig, host: str = "cpu") -> torch.optim.Optimizer:
+    """The published one, or the same in less memory; host: where it may keep its state."""
+    settings = {"lr": config.learning_rate, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw" and not (config.offload_state or config.stochastic_rounding or config.step_in_backward):
+        on_gpu = any(parameter.is_cuda for parameter in trained.values())
+        return torch.optim.AdamW(trained.values(), fused=on_gpu or None, **settings)  # else it holds a copy of all weights there
+    return FrugalAdamW(trained.values(), config, host, **settings)
+
+
+def rate_at(step: int, config: TrainConfig) -> float:
+    """What the learning rate is multiplied by for the step after `step`."""
+    warm = min((step + 1) / config.warmup, 1) if config.warmup else 1
+    match config.schedule:
+        case "published":  # torch's ConstantLR as it comes
+            return 1 / 3 if step < 5 else 1
+        case "linear":
+            return warm * (1 - step / config.steps)
+        case "cosine":
+            return warm * (1 + math.cos(math.pi * step / config.steps)) / 2
+    return warm
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    return Batch(batch.pictures.to(device), [caption.to(device) for caption in batch.captions], batch.noise.to(device),
+                 batch.sigma.to(device))
