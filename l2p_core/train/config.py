@@ -7,6 +7,7 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 
 
+# Recipes of this program itself, which a settings file may name: they are no code of others.
 OWN_RECIPES = ("comfyui_l2p.l2p_core.shapes.train:ShapesRun", "comfyui_l2p.l2p_core.shapes.train:ScoredRun")
 
 
