@@ -5,8 +5,10 @@
     python .ci/workflows.py screenshots   # after either
     python .ci/workflows.py all
 
-Names after the word limit it to those workflows. Runs the pack in a ComfyUI of its own (tests/real_comfyui.py says where
-it is looked for) and, but for thumbnails, in a browser: pip install -e ".[test,browser]", and chromium on PATH."""
+Names after the word limit it to those workflows. Runs the pack in a ComfyUI of its own
+(tests/real_comfyui.py says where it is looked for) and, but for thumbnails, in a browser: pip
+install -e ".[test,browser]", and chromium on PATH."""
+
 import io
 import json
 import signal
@@ -22,16 +24,39 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import comfyui_browser  # noqa: E402
 import real_comfyui  # noqa: E402
-from workflow_variants import BUNDLED, NAMES, PICTURE, WORKFLOWS, api, canvas, input_picture, notes, small, write_models  # noqa: E402
+from workflow_variants import (
+    BUNDLED,
+    NAMES,
+    PICTURE,
+    WORKFLOWS,
+    api,
+    canvas,
+    input_picture,
+    notes,
+    small,
+    write_models,
+)  # noqa: E402
 
 SIDE = 512
-SHAPES = ["a large red circle on a blue background, left", "a large yellow diamond on a purple background",
-          "a large green triangle on a white background", "a large orange square on a black background"]
-PROMPTS = {"text_to_image": SHAPES[1], "int8": SHAPES[2], "lora": SHAPES[1], "4k_checkpoint": SHAPES[3],
-           "upscale_to_4k": SHAPES[1], "image_to_image": "a large yellow circle on a green background, left",
-           "inpaint": "a large yellow diamond on a blue background, right", "core_nodes": SHAPES[2]}
+SHAPES = [
+    "a large red circle on a blue background, left",
+    "a large yellow diamond on a purple background",
+    "a large green triangle on a white background",
+    "a large orange square on a black background",
+]
+PROMPTS = {
+    "text_to_image": SHAPES[1],
+    "int8": SHAPES[2],
+    "lora": SHAPES[1],
+    "4k_checkpoint": SHAPES[3],
+    "upscale_to_4k": SHAPES[1],
+    "image_to_image": "a large yellow circle on a green background, left",
+    "inpaint": "a large yellow diamond on a blue background, right",
+    "core_nodes": SHAPES[2],
+}
 
-# Opens an API form as ComfyUI itself does, then puts each of its groups into a column of its own, the note under the first.
+# Opens an API form as ComfyUI itself does, then puts each of its groups into a column of its own,
+# the note under the first.
 ARRANGE = """async (graph, note) => {
   await app.loadApiJson(graph, 'workflow')
   const width = {L2PTextEncode: 380, CLIPTextEncode: 380, L2PPromptList: 380, MarkdownNote: 320}
@@ -75,13 +100,16 @@ PLACE = """async (left, top) => {
 
 
 def make_canvas(server: real_comfyui.Server, names: list[str]) -> None:
+    """Write the canvas form of these workflows."""
     browser = comfyui_browser.Browser(*comfyui_browser.find(), server.url)
     try:
         for name in names:
             graph = browser.call(ARRANGE, api(name), notes()[name])
             graph["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"comfyui-l2p/{name}"))
             graph["extra"] = {}
-            (WORKFLOWS / f"{name}.json").write_text(json.dumps(without_nulls(graph), indent=1, ensure_ascii=False) + "\n")
+            (WORKFLOWS / f"{name}.json").write_text(
+                json.dumps(without_nulls(graph), indent=1, ensure_ascii=False) + "\n"
+            )
             print("canvas", name, flush=True)
     finally:
         browser.close()
@@ -90,13 +118,19 @@ def make_canvas(server: real_comfyui.Server, names: list[str]) -> None:
 def without_nulls(value):
     """JSON without the keys that say nothing; a link that is not there is said."""
     if isinstance(value, dict):
-        return {key: without_nulls(each) for key, each in value.items() if each is not None or key in ("link", "links")}
+        return {
+            key: without_nulls(each)
+            for key, each in value.items()
+            if each is not None or key in ("link", "links")
+        }
     if isinstance(value, list):
         return [without_nulls(each) for each in value]
     return round(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def make_thumbnails(server: real_comfyui.Server, names: list[str]) -> None:
+    """Generate and write the thumbnails of these workflows."""
+
     def draw(name: str, steps: int = 30, **options) -> list[Image.Image]:
         prompt = options.pop("prompt", PROMPTS.get(name, SHAPES[0]))
         files = server.run(small(name, steps, prompt, model_4k=BUNDLED, **options))
@@ -111,14 +145,21 @@ def make_thumbnails(server: real_comfyui.Server, names: list[str]) -> None:
                 picture = halves(first, draw(name, denoise=0.8)[0])
             case "inpaint":
                 masked = first.copy()
-                ImageDraw.Draw(masked).rectangle((masked.width // 2, 0, *masked.size), fill=(127, 127, 127))
+                ImageDraw.Draw(masked).rectangle(
+                    (masked.width // 2, 0, *masked.size), fill=(127, 127, 127)
+                )
                 picture = halves(masked, draw(name)[0])
             case "lora":
                 picture = halves(draw("text_to_image")[0], draw(name)[0])
             case "upscale_to_4k":
                 picture = halves(draw("text_to_image")[0], draw(name)[0])
             case "batch_of_prompts":
-                picture = grid([each.resize((SIDE // 2,) * 2, Image.Resampling.LANCZOS) for each in draw(name, prompt="\n".join(SHAPES))])
+                picture = grid(
+                    [
+                        each.resize((SIDE // 2,) * 2, Image.Resampling.LANCZOS)
+                        for each in draw(name, prompt="\n".join(SHAPES))
+                    ]
+                )
             case _:
                 picture = draw(name)[-1].resize((SIDE, SIDE), Image.Resampling.LANCZOS)
         path = WORKFLOWS / f"{name}.jpg"
@@ -131,11 +172,14 @@ def halves(before: Image.Image, after: Image.Image) -> Image.Image:
     side = SIDE * 5 // 8
     out = Image.new("RGB", (SIDE, SIDE), (32, 32, 32))
     out.paste(before.resize((SIDE * 7 // 16,) * 2, Image.Resampling.NEAREST), (8, 8))
-    out.paste(after.resize((side, side), Image.Resampling.LANCZOS), (SIDE - side - 8, SIDE - side - 8))
+    out.paste(
+        after.resize((side, side), Image.Resampling.LANCZOS), (SIDE - side - 8, SIDE - side - 8)
+    )
     return out
 
 
 def grid(pictures: list[Image.Image]) -> Image.Image:
+    """Four images as one."""
     out = Image.new("RGB", (SIDE, SIDE))
     for index, picture in enumerate(pictures):
         out.paste(picture, (index % 2 * SIDE // 2, index // 2 * SIDE // 2))
@@ -143,6 +187,7 @@ def grid(pictures: list[Image.Image]) -> Image.Image:
 
 
 def make_screenshots(server: real_comfyui.Server, names: list[str]) -> None:
+    """Write the screenshots in docs/."""
     server.post("/settings", {"Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasMenu": False})
     for name in {"demo", "text_to_image"} & set(names):
         browser = comfyui_browser.Browser(*comfyui_browser.find(), server.url, 2200, 1000)
@@ -154,8 +199,12 @@ def make_screenshots(server: real_comfyui.Server, names: list[str]) -> None:
             width, height = browser.call(PLACE, left, top)
             browser.page.wait_for_timeout(1500)
             path = ROOT / "docs" / f"canvas-{name.replace('_', '-')}.png"
-            png = browser.page.screenshot(clip={"x": left, "y": top, "width": width, "height": height})
-            Image.open(io.BytesIO(png)).convert("RGB").quantize(255, dither=Image.Dither.NONE).save(path, optimize=True)
+            png = browser.page.screenshot(
+                clip={"x": left, "y": top, "width": width, "height": height}
+            )
+            Image.open(io.BytesIO(png)).convert("RGB").quantize(255, dither=Image.Dither.NONE).save(
+                path, optimize=True
+            )
             print("screenshot", path.name, path.stat().st_size, (width, height))
         finally:
             browser.close()
@@ -164,9 +213,16 @@ def make_screenshots(server: real_comfyui.Server, names: list[str]) -> None:
 TASKS = {"canvas": make_canvas, "thumbnails": make_thumbnails, "screenshots": make_screenshots}
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] not in (*TASKS, "all") or not set(sys.argv[2:]) <= set(NAMES):
+    if (
+        len(sys.argv) < 2
+        or sys.argv[1] not in (*TASKS, "all")
+        or not set(sys.argv[2:]) <= set(NAMES)
+    ):
         sys.exit(__doc__)
-    for found in (real_comfyui.find(), *(() if sys.argv[1] == "thumbnails" else (comfyui_browser.find(),))):
+    for found in (
+        real_comfyui.find(),
+        *(() if sys.argv[1] == "thumbnails" else (comfyui_browser.find(),)),
+    ):
         if isinstance(found, str):
             sys.exit(found)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server is stopped too

@@ -1,14 +1,16 @@
-"""Two checkouts of the pack in one ComfyUI: time of a pass, memory at load, and memory of a pass of 65,536 tokens.
+"""Two checkouts of the pack in one ComfyUI: time of a pass, memory at load, and memory of a pass of
+65,536 tokens.
 
     git worktree add /tmp/before COMMIT
     python benchmarks/comfyui.py --before /tmp/before [--rounds 5]
 
-Random weights of 1024 numbers wide with 8 layers and the published decoder, 512 x 512 pixels, on the CPU, in FP32 and in
-INT8 with ComfyUI's packed names. Each round runs both checkouts, each in a process of its own, and the ratio is the
-median over rounds of after / before. Memory at load is private memory (RssAnon) that the process has after loading beside
-what it had before. The large pass is counted on tensors that have only a shape, at the published widths in bfloat16.
-ComfyUI is found as by the tests: $COMFYUI_PATH, or ~/comfy/ComfyUI.
-"""
+Random weights of 1024 numbers wide with 8 layers and the published decoder, 512 x 512 pixels, on
+the CPU, in FP32 and in INT8 with ComfyUI's packed names. Each round runs both checkouts, each in a
+process of its own, and the ratio is the median over rounds of after / before. Memory at load is
+private memory (RssAnon) that the process has after loading beside what it had before. The large
+pass is counted on tensors that have only a shape, at the published widths in bfloat16. ComfyUI is
+found as by the tests: $COMFYUI_PATH, or ~/comfy/ComfyUI."""
+
 import argparse
 import json
 import subprocess
@@ -34,6 +36,7 @@ def child(pack: str, file: str) -> None:
     sys.argv = [sys.argv[0], "--cpu"]
     sys.path.insert(0, root)
     import comfy.options
+
     comfy.options.enable_args_parsing()
     import app.frontend_management  # noqa: F401
     import comfy.ldm.lumina.model
@@ -41,8 +44,9 @@ def child(pack: str, file: str) -> None:
     import comfy.model_management
     import comfy.ops
     import comfy.sd
-    import nodes
     import torch
+
+    import nodes
 
     torch.manual_seed(0)
     assert asyncio.run(nodes.load_custom_node(pack)), "the pack failed to import"
@@ -71,15 +75,19 @@ def child(pack: str, file: str) -> None:
 
     def no_scores(q, *_, **__):
         return torch.empty_like(q).movedim(1, 2).flatten(2)
+
     for place in (comfy.ldm.lumina.model, comfy.ldm.modules.attention):
         place.optimized_attention_masked = no_scores
     config = config_module.L2PConfig(n_layers=1, n_refiner_layers=1)
     with torch.device("meta"), torch.no_grad():
         large = (getattr(module, "L2PNetwork", None) or module.NextDiTL2P)(
-            config, dtype=torch.bfloat16, operations=comfy.ops.disable_weight_init, device="meta")
+            config, dtype=torch.bfloat16, operations=comfy.ops.disable_weight_init, device="meta"
+        )
         image = torch.empty(1, 3, 4096, 4096, dtype=torch.bfloat16)
         prompt = torch.empty(1, 100, 2560, dtype=torch.bfloat16)
-        peak, _ = meter.peak_bytes(lambda: large(image, torch.ones(1), prompt, 100, transformer_options={}))
+        peak, _ = meter.peak_bytes(
+            lambda: large(image, torch.ones(1), prompt, 100, transformer_options={})
+        )
     print(json.dumps({"seconds": min(seconds[1:]), "loaded": loaded, "peak": peak}), file=answers)
 
 
@@ -87,32 +95,45 @@ def write_model(path: Path, quantized: bool) -> None:
     """Random weights under ComfyUI's names, q, k and v packed."""
     sys.path[:0] = [str(ROOT / "tests")]
     import torch
+    from comfyui_l2p.l2p_core.config import L2PConfig
+    from comfyui_l2p.l2p_core.model import L2PTransformer
     from helpers import comfyui_naming, int8
     from safetensors.torch import save_file
 
-    from comfyui_l2p.l2p_core.config import L2PConfig
-    from comfyui_l2p.l2p_core.model import L2PTransformer
     torch.manual_seed(0)
-    weights = L2PTransformer(L2PConfig(dim=1024, n_heads=8, n_layers=8, ffn_dim=2728 // 8 * 8)).state_dict()
+    weights = L2PTransformer(
+        L2PConfig(dim=1024, n_heads=8, n_layers=8, ffn_dim=2728 // 8 * 8)
+    ).state_dict()
     named = comfyui_naming(weights)
-    tensors = int8(named, "model.diffusion_model.", "row")[0] if quantized else {
-        f"model.diffusion_model.{name}": tensor for name, tensor in named.items()}
+    tensors = (
+        int8(named, "model.diffusion_model.", "row")[0]
+        if quantized
+        else {f"model.diffusion_model.{name}": tensor for name, tensor in named.items()}
+    )
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
 def main() -> None:
     """Run both checkouts in turn and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--before", type=Path, required=True, metavar="FOLDER", help="the other checkout")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--before", type=Path, required=True, metavar="FOLDER", help="the other checkout"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="pairs to run (default 5)")
     args = parser.parse_args()
     sys.path[:0] = [str(ROOT / "tests")]
     import real_comfyui
+
     found = real_comfyui.find()
     if isinstance(found, str):
         sys.exit(found)
     root, python = found
-    print("| weights | time, after / before | memory at load, GB | pass of 65,536 tokens, GB |\n|---|---|---|---|")
+    print(
+        "| weights | time, after / before | memory at load, GB | pass of 65,536 tokens, GB"
+        " |\n|---|---|---|---|"
+    )
     with tempfile.TemporaryDirectory() as folder:
         for name, quantized in (("FP32", False), ("INT8", True)):
             write_model(file := Path(folder) / f"{name}.safetensors", quantized)
@@ -120,16 +141,29 @@ def main() -> None:
             for _ in range(args.rounds):
                 for side, pack in (("before", args.before), ("after", ROOT)):
                     command = [python, __file__, "--child", pack.resolve(), file]
-                    run = subprocess.run(command, env={"COMFYUI_ROOT": str(root), "PATH": "/usr/bin:/bin"}, cwd=folder,
-                                         capture_output=True, text=True)
+                    run = subprocess.run(
+                        command,
+                        env={"COMFYUI_ROOT": str(root), "PATH": "/usr/bin:/bin"},
+                        cwd=folder,
+                        capture_output=True,
+                        text=True,
+                    )
                     if run.returncode:
                         sys.exit(run.stderr[-3000:])
                     results[side].append(json.loads(run.stdout.strip().splitlines()[-1]))
-            ratios = [after["seconds"] / before["seconds"] for before, after in zip(results["before"], results["after"])]
-            loaded, peak = ([median(each[key] for each in results[side]) / 1e9 for side in ("before", "after")]
-                            for key in ("loaded", "peak"))
-            print(f"| {name} | {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | {loaded[0]:.2f} → {loaded[1]:.2f} | "
-                  f"{peak[0]:.2f} → {peak[1]:.2f} |", flush=True)
+            ratios = [
+                after["seconds"] / before["seconds"]
+                for before, after in zip(results["before"], results["after"])
+            ]
+            loaded, peak = (
+                [median(each[key] for each in results[side]) / 1e9 for side in ("before", "after")]
+                for key in ("loaded", "peak")
+            )
+            print(
+                f"| {name} | {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |"
+                f" {loaded[0]:.2f} → {loaded[1]:.2f} | {peak[0]:.2f} → {peak[1]:.2f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """How much memory and time it takes to load a full-size checkpoint, against reading its file once.
 
-    python benchmarks/load.py --folder /tmp/l2p          (27 GB of disk, 14 GB of memory, some minutes)
+    python benchmarks/load.py --folder /tmp/l2p (27 GB of disk, 14 GB of memory, some minutes)
 
-Makes two files with random weights, under the names, shapes and dtypes of the real ones: model-1k-merge (19.57 GB,
-main layers 5..24 in FP32) and its INT8 form (7.2 GB: ComfyUI's naming, packed q, k and v, the linears of layers 1..29
-in INT8). Each is loaded to bfloat16 in a process of its own. Private memory is the process's anonymous pages (RssAnon),
-polled; pages of the memory-mapped file are the kernel's to drop and are not counted.
-"""
+Makes two files with random weights, under the names, shapes and dtypes of the real ones:
+model-1k-merge (19.57 GB, main layers 5..24 in FP32) and its INT8 form (7.2 GB: ComfyUI's naming,
+packed q, k and v, the linears of layers 1..29 in INT8). Each is loaded to bfloat16 in a process of
+its own. Private memory is the process's anonymous pages (RssAnon), polled; pages of the
+memory-mapped file are the kernel's to drop and are not counted."""
+
 import argparse
 import json
 import math
@@ -22,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
 from comfyui_l2p.l2p_core import L2PConfig, load_model
 from comfyui_l2p.l2p_core.files.load import expected_shapes
 from comfyui_l2p.l2p_core.files.quantization import Int8Linear
@@ -45,8 +45,12 @@ def int8_tensors() -> Iterator[tuple[str, str, tuple[int, ...]]]:
             continue
         if "to_q" in name:
             name, shape = name.replace("to_q", "qkv"), (3 * shape[0], shape[1])
-        name = (name.replace("to_out.0", "out").replace("norm_q", "q_norm").replace("norm_k", "k_norm")
-                .replace("all_x_embedder.16-1", "x_embedder"))
+        name = (
+            name.replace("to_out.0", "out")
+            .replace("norm_q", "q_norm")
+            .replace("norm_k", "k_norm")
+            .replace("all_x_embedder.16-1", "x_embedder")
+        )
         quantized = re.match(r"layers\.(?!0\.).*(attention|feed_forward)", name) and len(shape) == 2
         yield f"model.diffusion_model.{name}", "I8" if quantized else "BF16", shape
         if quantized:
@@ -54,9 +58,10 @@ def int8_tensors() -> Iterator[tuple[str, str, tuple[int, ...]]]:
 
 
 def make(path: Path, tensors: list[tuple[str, str, tuple[int, ...]]]) -> None:
-    """Write a safetensors file of random weights, a block of rows at a time: normal, standard deviation about 0.02, with
-    outliers as trained models have them: one value in 1000 up to 30 times that (SqueezeLLM, arXiv 2306.07629), the input
-    channels' scales spread by a third, and one in 1000 of them 20 times the others (LLM.int8(), arXiv 2208.07339)."""
+    """Write a safetensors file of random weights, a block of rows at a time: normal, standard
+    deviation about 0.02, with outliers as trained models have them: one value in 1000 up to 30
+    times that (SqueezeLLM, arXiv 2306.07629), the input channels' scales spread by a third, and one
+    in 1000 of them 20 times the others (LLM.int8(), arXiv 2208.07339)."""
     rng = np.random.default_rng(0)
     pool = rng.standard_normal(POOL, dtype=np.float32) * 0.02
     pool[rng.random(POOL) < 0.001] *= 10
@@ -72,16 +77,22 @@ def make(path: Path, tensors: list[tuple[str, str, tuple[int, ...]]]) -> None:
         stream.write(struct.pack("<Q", len(encoded)) + encoded)
         for _, dtype, shape in tensors:
             rows, channels = (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
-            scales = np.exp(rng.normal(0, 0.33, channels)) * np.where(rng.random(channels) < 0.001, 20, 1)
-            scales = torch.from_numpy(scales.astype(np.float32)) if rows > 1 else torch.ones(channels)
+            scales = np.exp(rng.normal(0, 0.33, channels)) * np.where(
+                rng.random(channels) < 0.001, 20, 1
+            )
+            scales = (
+                torch.from_numpy(scales.astype(np.float32)) if rows > 1 else torch.ones(channels)
+            )
             while rows:
                 count = min(rows, max(1, (1 << 20) // channels))
                 start, rows = int(rng.integers(0, POOL - count * channels)), rows - count
                 if dtype == "I8":
-                    stream.write(codes[start:start + count * channels])
+                    stream.write(codes[start : start + count * channels])
                     continue
-                block = pool[start:start + count * channels].view(count, channels) * scales
-                stream.write((block if dtype == "F32" else block.bfloat16().view(torch.int16)).numpy())
+                block = pool[start : start + count * channels].view(count, channels) * scales
+                stream.write(
+                    (block if dtype == "F32" else block.bfloat16().view(torch.int16)).numpy()
+                )
 
 
 def drop_from_cache(path: Path) -> None:
@@ -103,7 +114,10 @@ def read_once(path: Path) -> float:
 def private_bytes(process: int | str = "self") -> int:
     """0 of a process that has just ended."""
     try:
-        return int(re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())[1]) * 1024
+        return (
+            int(re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())[1])
+            * 1024
+        )
     except (OSError, TypeError):
         return 0
 
@@ -116,6 +130,7 @@ def measure(path: Path) -> None:
     def watch() -> None:
         while not done.wait(0.01):
             peak[0] = max(peak[0], private_bytes())
+
     watcher = threading.Thread(target=watch)
     before = private_bytes()
     watcher.start()
@@ -125,14 +140,28 @@ def measure(path: Path) -> None:
     done.set()
     watcher.join()
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
-    print(json.dumps({"seconds": seconds, "peak_private_gb": peak[0] / 1e9, "before_gb": before / 1e9, "weights_gb": weights / 1e9,
-                      "parameters": sum(tensor.numel() for name, tensor in model.state_dict().items()
-                                        if not name.endswith("weight_scale")),
-                      "int8_layers": sum(isinstance(module, Int8Linear) for module in model.modules())}))
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,
+                "peak_private_gb": peak[0] / 1e9,
+                "before_gb": before / 1e9,
+                "weights_gb": weights / 1e9,
+                "parameters": sum(
+                    tensor.numel()
+                    for name, tensor in model.state_dict().items()
+                    if not name.endswith("weight_scale")
+                ),
+                "int8_layers": sum(isinstance(module, Int8Linear) for module in model.modules()),
+            }
+        )
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, help="where the two files are made, and kept")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -141,17 +170,29 @@ def main() -> None:
     if not args.folder:
         parser.error("give a --folder with 27 GB of room")
     args.folder.mkdir(parents=True, exist_ok=True)
-    for name, tensors in (("model-1k-merge", list(published_tensors())), ("model-1k-int8", list(int8_tensors()))):
+    for name, tensors in (
+        ("model-1k-merge", list(published_tensors())),
+        ("model-1k-int8", list(int8_tensors())),
+    ):
         path = args.folder / f"{name}.safetensors"
         if not path.exists():
             make(path, tensors)
         reading = read_once(path)
-        result = json.loads(subprocess.run([sys.executable, __file__, "--measure", path], check=True, text=True,
-                                           stdout=subprocess.PIPE).stdout)
-        print(f"{name}: {path.stat().st_size / 1e9:.2f} GB, {result['parameters']:,} parameters, "
-              f"{result['int8_layers']} INT8 layers; weights {result['weights_gb']:.2f} GB, peak private memory "
-              f"{result['peak_private_gb']:.2f} GB, of which {result['before_gb']:.2f} before loading; {result['seconds']:.1f} s, {result['seconds'] / reading:.2f} x reading "
-              f"the file once ({reading:.1f} s)")
+        result = json.loads(
+            subprocess.run(
+                [sys.executable, __file__, "--measure", path],
+                check=True,
+                text=True,
+                stdout=subprocess.PIPE,
+            ).stdout
+        )
+        print(
+            f"{name}: {path.stat().st_size / 1e9:.2f} GB, {result['parameters']:,} parameters,"
+            f" {result['int8_layers']} INT8 layers; weights {result['weights_gb']:.2f} GB, peak"
+            f" private memory {result['peak_private_gb']:.2f} GB, of which"
+            f" {result['before_gb']:.2f} before loading; {result['seconds']:.1f} s,"
+            f" {result['seconds'] / reading:.2f} x reading the file once ({reading:.1f} s)"
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""What each option that saves time gains, what those that save memory cost in time, and all of them in pictures, on the bundled model.
+"""What each option that saves time gains, what those that save memory cost in time, and all of them
+in pictures, on the bundled model.
 
     python benchmarks/options.py --count 100          (a quarter of an hour on two CPU cores)
 
-Times are of one picture, drawn in turns with the plain one; "right" is the score's over `count` pictures, drawn 25 at a time,
-PSNR theirs against the plain ones, with 255 as the peak. The bundled model is small: see the docs for which gains carry over.
-"""
+Times are of one picture, drawn in turns with the plain one; "right" is the score's over `count`
+pictures, drawn 25 at a time, PSNR theirs against the plain ones, with 255 as the peak. The bundled
+model is small: see the docs for which gains carry over."""
+
 import argparse
 import tempfile
 import time
@@ -13,14 +15,13 @@ from statistics import median
 from unittest.mock import patch
 
 import torch
-from quantization import psnr
-
 from comfyui_l2p.l2p_core import L2PPipeline, flow, model
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
 from comfyui_l2p.l2p_core.shapes.pictures import test_scenes
 from comfyui_l2p.l2p_core.shapes.score import draw, score
 from comfyui_l2p.l2p_core.step_cache import StepCache
 from comfyui_l2p.quant.quantize import Options, quantize
+from quantization import psnr
 
 CHECKPOINT = BUNDLED_MODEL / "transformer.safetensors"
 TOKENS, TOKENS_AT_ONCE = 16, model.TOKENS_AT_ONCE  # the picture has 36, or 64 with the padding
@@ -33,7 +34,10 @@ OPTIONS: dict[str, tuple[dict, dict]] = {
     "INT8 weights": ({"format": "int8_tensorwise"}, {}),
     "FP8 weights": ({"format": "float8_e4m3fn"}, {}),
     **{f"cfg_truncation {share}": ({}, {"cfg_truncation": share}) for share in (0.75, 0.5, 0.25)},
-    **{f"cache_threshold {share}": ({}, {"cache_threshold": share}) for share in (0.02, 0.05, 0.1, 0.2)},
+    **{
+        f"cache_threshold {share}": ({}, {"cache_threshold": share})
+        for share in (0.02, 0.05, 0.1, 0.2)
+    },
     "decoder_tile 32": ({"decoder_tile": 32}, {}),
     f"tokens in runs of {TOKENS}": ({}, {"tokens": TOKENS}),
     "offload": ({"offload": True}, {}),
@@ -62,29 +66,54 @@ def settle(drawn: dict) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=100, help="pictures to score (default 100)")
     parser.add_argument("--rounds", type=int, default=5, help="pictures to time (default 5)")
-    parser.add_argument("--only", nargs="+", choices=OPTIONS, default=list(OPTIONS), metavar="NAME", help="these options, by name")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=OPTIONS,
+        default=list(OPTIONS),
+        metavar="NAME",
+        help="these options, by name",
+    )
     args = parser.parse_args()
     scenes = test_scenes(args.count)
     captions = [scene.caption() for scene in scenes]
     plain, wanted = L2PPipeline.from_pretrained(), None
-    print(f"{torch.get_num_threads()} threads, {args.count} pictures\n| option | time | PSNR | right | passes cut short |\n"
-          "|---|---|---|---|---|", flush=True)
+    print(
+        f"{torch.get_num_threads()} threads, {args.count} pictures\n| option | time | PSNR | right"
+        " | passes cut short |\n|---|---|---|---|---|",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as folder:
         for name in dict.fromkeys(["plain", *args.only]):
             opened, drawn = OPTIONS[name]
             pipe = open_pipe(Path(folder), **opened)
             caches = []
-            with patch.object(flow, "StepCache", lambda *args, **kw: caches.append(StepCache(*args, **kw)) or caches[-1]):
+            with patch.object(
+                flow,
+                "StepCache",
+                lambda *args, **kw: caches.append(StepCache(*args, **kw)) or caches[-1],
+            ):
                 pictures = draw(pipe, captions, **settle(drawn))
-            left_out = sum(cache.skipped for cache in caches) / max(1, sum(cache.skipped + cache.ran for cache in caches))
+            left_out = sum(cache.skipped for cache in caches) / max(
+                1, sum(cache.skipped + cache.ran for cache in caches)
+            )
             wanted = wanted or pictures
-            times = [(seconds(pipe, captions[0], drawn), seconds(plain, captions[0], {})) for _ in range(args.rounds + 1)][1:]
+            times = [
+                (seconds(pipe, captions[0], drawn), seconds(plain, captions[0], {}))
+                for _ in range(args.rounds + 1)
+            ][1:]
             ratio = median(one / other for one, other in times)
-            print(f"| {name} | {ratio:.2f} | {'' if name == 'plain' else f'{psnr(pictures, wanted):.1f} dB'} | "
-                  f"{score(pictures, scenes)['right']} | {f'{left_out:.0%}' if caches else ''} |", flush=True)
+            print(
+                f"| {name} | {ratio:.2f} |"
+                f" {'' if name == 'plain' else f'{psnr(pictures, wanted):.1f} dB'} |"
+                f" {score(pictures, scenes)['right']} | {f'{left_out:.0%}' if caches else ''} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -1,45 +1,68 @@
-"""What quantizing costs in pictures: the small model in each format against bfloat16, with the same prompts and noise.
+"""What quantizing costs in pictures: the small model in each format against bfloat16, with the same
+prompts and noise.
 
     python benchmarks/quantization.py --count 300          (a quarter of an hour on two CPU cores)
 
-All linears of the blocks are quantized. PSNR is over all pictures, with 255 as the peak; "right" is the score's.
-"""
+All linears of the blocks are quantized. PSNR is over all pictures, with 255 as the peak; "right" is
+the score's."""
+
 import argparse
 import math
 import tempfile
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
-
 from comfyui_l2p.l2p_core import L2PPipeline
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
 from comfyui_l2p.l2p_core.shapes.pictures import test_scenes
 from comfyui_l2p.l2p_core.shapes.score import draw, score
 from comfyui_l2p.quant.quantize import Options, quantize
+from PIL import Image
 
 CHECKPOINT = BUNDLED_MODEL / "transformer.safetensors"
-KINDS = [("int8_tensorwise", "tensor"), ("int8_tensorwise", "row"), ("int8_tensorwise", "convrot"), ("float8_e4m3fn", "tensor")]
+KINDS = [
+    ("int8_tensorwise", "tensor"),
+    ("int8_tensorwise", "row"),
+    ("int8_tensorwise", "convrot"),
+    ("float8_e4m3fn", "tensor"),
+]
 
 
 def psnr(pictures: list[Image.Image], wanted: list[Image.Image]) -> float:
-    squares = [np.square(np.asarray(one, float) - np.asarray(other, float)).mean() for one, other in zip(pictures, wanted, strict=True)]
+    squares = [
+        np.square(np.asarray(one, float) - np.asarray(other, float)).mean()
+        for one, other in zip(pictures, wanted, strict=True)
+    ]
     return 10 * math.log10(255**2 / np.mean(squares))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=60, help="pictures (default 60)")
     scenes = test_scenes(parser.parse_args().count)
     captions = [scene.caption() for scene in scenes]
     wanted = draw(L2PPipeline.from_pretrained(), captions)
-    print(f"| format | granularity | PSNR | right |\n|---|---|---|---|\n| bfloat16 | | | {score(wanted, scenes)['right']} |", flush=True)
+    print(
+        "| format | granularity | PSNR | right |\n|---|---|---|---|\n| bfloat16 | | |"
+        f" {score(wanted, scenes)['right']} |",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as folder:
         for kind, granularity in KINDS:
             file = Path(folder) / f"{kind}-{granularity}.safetensors"
-            quantize(CHECKPOINT, file, Options(format=kind, granularity=granularity, preset="small"))
-            pictures = draw(L2PPipeline.from_pretrained(file, BUNDLED_MODEL / "text_encoder"), captions)
-            print(f"| {kind} | {granularity} | {psnr(pictures, wanted):.1f} dB | {score(pictures, scenes)['right']} |", flush=True)
+            quantize(
+                CHECKPOINT, file, Options(format=kind, granularity=granularity, preset="small")
+            )
+            pictures = draw(
+                L2PPipeline.from_pretrained(file, BUNDLED_MODEL / "text_encoder"), captions
+            )
+            print(
+                f"| {kind} | {granularity} | {psnr(pictures, wanted):.1f} dB |"
+                f" {score(pictures, scenes)['right']} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """Kill the programs at random moments, feed them broken headers, and check that nothing is lost.
 
-python benchmarks/reliability.py files --count 500      SIGKILL export, merge and quantize
-python benchmarks/reliability.py generate --count 80    SIGKILL l2p generate
-python benchmarks/reliability.py train --count 80       SIGKILL l2p train
-python benchmarks/reliability.py headers --count 10000  read broken headers with all that reads headers
+    python benchmarks/reliability.py files --count 500      SIGKILL export, merge and quantize
+    python benchmarks/reliability.py generate --count 80    SIGKILL l2p generate
+    python benchmarks/reliability.py train --count 80       SIGKILL l2p train
+    python benchmarks/reliability.py headers --count 10000  read broken headers
 
-Each prints what it counted and exits with 1 at the first loss. The killed programs are forks of this one, which has
-imported torch and used none of it, so that a kill takes no import. For Linux and macOS.
-"""
+Each prints what it counted and exits with 1 at the first loss. The killed programs are forks of
+this one, which has imported torch and used none of it, so that a kill takes no import. For Linux
+and macOS."""
+
 import argparse
 import hashlib
 import json
@@ -24,29 +25,40 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator  # noqa: F401
-from PIL import Image
-from transformers import AutoTokenizer, Qwen3Model  # noqa: F401, imported once for all forks
-
 from comfyui_l2p.l2p_core.cli import main as l2p
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
 from comfyui_l2p.l2p_core.train import run as training  # noqa: F401
 from comfyui_l2p.quant import export, merge, quantize  # noqa: F401
+from PIL import Image
+from transformers import AutoTokenizer, Qwen3Model  # noqa: F401, imported once for all forks
 
 MODEL = BUNDLED_MODEL / "transformer.safetensors"
-PROMPTS = [f"a large {colour} circle on a blue background, left" for colour in ("red", "green", "yellow", "white")]
+PROMPTS = [
+    f"a large {colour} circle on a blue background, left"
+    for colour in ("red", "green", "yellow", "white")
+]
 HIDDEN = ".l2p-"  # in the names of temporary files and locks
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("files", "generate", "train", "headers"))
     parser.add_argument("--count", type=int, default=100, help="kills, or headers (default 100)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and of the broken headers (default 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the moments and of the broken headers (default 0)"
+    )
     args = parser.parse_args()
     began = time.time()
     with tempfile.TemporaryDirectory(prefix="l2p-reliability-") as folder:
         os.chdir(folder)
-        work = {"files": kill_file_tools, "generate": kill_generate, "train": kill_train, "headers": break_headers}
+        work = {
+            "files": kill_file_tools,
+            "generate": kill_generate,
+            "train": kill_train,
+            "headers": break_headers,
+        }
         counted = work[args.what](args.count, random.Random(args.seed))
         os.chdir("/")
     print(json.dumps({"what": args.what, **counted, "seconds": round(time.time() - began)}))
@@ -97,16 +109,18 @@ def sha256(file: Path) -> str:
 def tensors(file: Path) -> bytes:
     """A safetensors file without its header, which names the run's folder."""
     content = file.read_bytes()
-    return content[8 + int.from_bytes(content[:8], "little"):]
+    return content[8 + int.from_bytes(content[:8], "little") :]
 
 
 def kill_file_tools(count: int, rng: random.Random) -> dict:
-    """The target is always the old file or a whole new one. What is left is removed by the next tool in the folder."""
+    """The target is always the old file or a whole new one. What is left is removed by the next
+    tool in the folder."""
     shutil.copy(MODEL, "model.safetensors")
     tools = {
         "export": ["export", "model.safetensors", "--dtype", "fp32"],
         "merge": ["merge", "--trained", "model.safetensors", "--base", "model.safetensors"],
-        "quantize": ["quantize", "model.safetensors", "--preset", "small"]}
+        "quantize": ["quantize", "model.safetensors", "--preset", "small"],
+    }
     folder, counted = Path("out"), Counter()
     folder.mkdir()
     target = folder / "model.safetensors"
@@ -117,7 +131,9 @@ def kill_file_tools(count: int, rng: random.Random) -> dict:
     last = new["quantize"]
     while counted["killed"] < count:
         name = rng.choice(list(tools))
-        counted["killed"] += kill(lambda: l2p([*tools[name], "-o", str(target)]), rng.random() * took[name])
+        counted["killed"] += kill(
+            lambda: l2p([*tools[name], "-o", str(target)]), rng.random() * took[name]
+        )
         found = sha256(target)
         assert found in (last, new[name]), f"a killed {name} lost the file"
         counted["old file"] += found == last
@@ -129,7 +145,8 @@ def kill_file_tools(count: int, rng: random.Random) -> dict:
 
 
 def kill_generate(count: int, rng: random.Random) -> dict:
-    """Every PNG that is there is whole and the right image, and the last run finishes the folder."""
+    """Every PNG that is there is whole and the right image, and the last run finishes the
+    folder."""
     Path("prompts.txt").write_text("\n".join(PROMPTS))
     command = ["generate", "--prompts", "prompts.txt", "--steps", "1", "--device", "cpu"]
     took = finish(lambda: l2p([*command, "-o", "wanted"]))
@@ -156,7 +173,8 @@ def pixels(file: Path) -> bytes:
 
 
 def kill_train(count: int, rng: random.Random) -> dict:
-    """A run that is killed again and again ends with the weights and the log of one that was not."""
+    """A run that is killed again and again ends with the weights and the log of one that was
+    not."""
     data = Path("data")
     data.mkdir()
     rows = ["file_name,text,seed"]
@@ -164,8 +182,29 @@ def kill_train(count: int, rng: random.Random) -> dict:
         Image.effect_noise((96, 96), 50).convert("RGB").save(data / f"{number}.png")
         rows.append(f"{number}.png,a red star {number},{number}")
     (data / "metadata.csv").write_text("\n".join(rows) + "\n")
-    command = ["train", "--checkpoint", str(MODEL), "--data", "data", "--device", "cpu", "--mixed-precision", "no",
-               "--freeze", "1:-1", "--save-every", "1", "--sample-every", "2", "--sample-steps", "1", "--sample-prompts", "a red star", "--steps", "4"]
+    command = [
+        "train",
+        "--checkpoint",
+        str(MODEL),
+        "--data",
+        "data",
+        "--device",
+        "cpu",
+        "--mixed-precision",
+        "no",
+        "--freeze",
+        "1:-1",
+        "--save-every",
+        "1",
+        "--sample-every",
+        "2",
+        "--sample-steps",
+        "1",
+        "--sample-prompts",
+        "a red star",
+        "--steps",
+        "4",
+    ]
     took = finish(lambda: l2p([*command, "--output", "wanted"]))
     wanted, counted = tensors(Path("wanted/step-4.safetensors")), Counter()
     run = Path("run")
@@ -189,13 +228,14 @@ def kill_train(count: int, rng: random.Random) -> dict:
 
 
 def break_headers(count: int, rng: random.Random) -> dict:
-    """Each broken file is read or refused in words, quickly and in little memory, by all that reads headers."""
+    """Each broken file is read or refused in words, quickly and in little memory, by all that reads
+    headers."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
     import resource
 
+    from comfyui_l2p.l2p_core import CheckpointError, read_layout
     from test_hostile import header_of, use, write_broken
 
-    from comfyui_l2p.l2p_core import CheckpointError, read_layout
     whole, refused, slowest = read_layout(MODEL), 0, 0.0
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     source, path = header_of(MODEL), Path("hostile.safetensors")
@@ -208,7 +248,12 @@ def break_headers(count: int, rng: random.Random) -> dict:
             refused += 1
         slowest = max(slowest, time.process_time() - began)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return {"headers": count, "refused": refused, "slowest, CPU seconds": round(slowest, 2), "memory grew, MB": grown // 1024}
+    return {
+        "headers": count,
+        "refused": refused,
+        "slowest, CPU seconds": round(slowest, 2),
+        "memory grew, MB": grown // 1024,
+    }
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
-"""How many evaluations of the model each solver needs: distance to a 400-step solution on the bundled model.
+"""How many evaluations of the model each solver needs: distance to a 400-step solution on the
+bundled model.
 
     python benchmarks/solvers.py          (a quarter of an hour on two CPU cores)
 
-Distance is the root mean square difference, in levels of 255, of pictures from the same noise, over eight prompts.
-"""
+Distance is the root mean square difference, in levels of 255, of pictures from the same noise, over
+eight prompts."""
+
 import random
 
 import torch
-from tqdm import tqdm
-
-from comfyui_l2p.l2p_core.shapes.pictures import test_scenes
 from comfyui_l2p.l2p_core import L2PPipeline
-from comfyui_l2p.l2p_core.pipeline import draw_noise
 from comfyui_l2p.l2p_core.flow import SOLVERS, guided_velocity, schedule
+from comfyui_l2p.l2p_core.pipeline import draw_noise
+from comfyui_l2p.l2p_core.shapes.pictures import test_scenes
+from tqdm import tqdm
 
 PICTURES = 8
 REFERENCE_STEPS = 400
@@ -24,7 +25,9 @@ def main() -> None:
     pipe = L2PPipeline.from_pretrained(torch_dtype=torch.float32)
     scenes = random.Random(1).sample(test_scenes(), PICTURES)
     captions = [pipe.encode_prompt(scene.caption()) for scene in scenes]
-    velocity = guided_velocity(pipe.transformer, captions, [pipe.encode_prompt("")] * PICTURES, pipe.defaults.cfg_scale)
+    velocity = guided_velocity(
+        pipe.transformer, captions, [pipe.encode_prompt("")] * PICTURES, pipe.defaults.cfg_scale
+    )
     noise = draw_noise((PICTURES, 3, pipe.defaults.height, pipe.defaults.width), 0).to(pipe.device)
 
     def solution(name: str, shift: float, steps: int) -> torch.Tensor:
@@ -32,15 +35,25 @@ def main() -> None:
 
     reference = solution("euler", SHIFTS[0], REFERENCE_STEPS)
     ways = [(name, shift) for name in SOLVERS for shift in SHIFTS]
-    table = {(*way, steps): float((solution(*way, steps) - reference).square().mean().sqrt() * 127.5)
-             for way in ways for steps in tqdm(STEPS, desc=f"{way[0]}, shift {way[1]:g}")}
-    print("| evaluations |", " | ".join(f"{name}, shift {shift:g}" for name, shift in ways), "|\n|---|" + "---|" * len(ways))
+    table = {
+        (*way, steps): float((solution(*way, steps) - reference).square().mean().sqrt() * 127.5)
+        for way in ways
+        for steps in tqdm(STEPS, desc=f"{way[0]}, shift {way[1]:g}")
+    }
+    print(
+        "| evaluations |",
+        " | ".join(f"{name}, shift {shift:g}" for name, shift in ways),
+        "|\n|---|" + "---|" * len(ways),
+    )
     for steps in STEPS:
         print(f"| {steps} |", " | ".join(f"{table[(*way, steps)]:.2f}" for way in ways), "|")
     bar = table["euler", SHIFTS[0], 30]
     for name, shift in ways:
-        print(f"{name} of shift {shift:g} reaches the distance of euler at 30 ({bar:.2f}) in "
-              f"{min((steps for steps in STEPS if table[name, shift, steps] <= bar), default=None)} evaluations")
+        print(
+            f"{name} of shift {shift:g} reaches the distance of euler at 30 ({bar:.2f}) in"
+            f" {min((steps for steps in STEPS if table[name, shift, steps] <= bar), default=None)}"
+            " evaluations"
+        )
 
 
 if __name__ == "__main__":

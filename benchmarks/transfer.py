@@ -1,13 +1,16 @@
-"""The claim of L2P at toy scale: a latent model's middle layers, frozen, against the same pixel model from nothing.
+"""The claim of L2P at toy scale: a latent model's middle layers, frozen, against the same pixel
+model from nothing.
 
-    python benchmarks/transfer.py --folder /tmp/transfer          (an hour and a half on two CPU cores)
+    python benchmarks/transfer.py --folder /tmp/transfer (an hour and a half on two CPU cores)
 
-A small latent Z-Image learns the shapes in latents that are fixed: the 16 principal components of 8 x 8 pixels. `l2p convert`
-makes a pixel initialisation of it, and of the same latent model before it learned anything. Both get the same new ends, those of the
-small model's recipe (the published decoder is too wide to learn anything in so few steps), and are trained by that recipe, the
-first with its middle layers frozen, the second with all of it. Scores are of prompts that were never trained on, transfer.png shows the
-samples of both side by side, transfer-loss.png their losses, the second in red. Every part that is in the folder already is not made again.
-"""
+A small latent Z-Image learns the shapes in latents that are fixed: the 16 principal components of 8
+x 8 pixels. `l2p convert` makes a pixel initialisation of it, and of the same latent model before it
+learned anything. Both get the same new ends, those of the small model's recipe (the published
+decoder is too wide to learn anything in so few steps), and are trained by that recipe, the first
+with its middle layers frozen, the second with all of it. Scores are of prompts that were never
+trained on, transfer.png shows the samples of both side by side, transfer-loss.png their losses, the
+second in red. Every part that is in the folder already is not made again."""
+
 import argparse
 import json
 from dataclasses import replace
@@ -15,30 +18,41 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from comfyui_l2p.l2p_core import L2PTransformer
+from comfyui_l2p.l2p_core.config import L2PConfig, Level
+from comfyui_l2p.l2p_core.files.layout import read_layout
+from comfyui_l2p.l2p_core.flow import euler, flow_matching_loss, guided_velocity, schedule
+from comfyui_l2p.l2p_core.images import to_pictures, to_pixels
+from comfyui_l2p.l2p_core.shapes import train as recipe
+from comfyui_l2p.l2p_core.shapes.pictures import SIZE, draw, test_scenes, training_scenes
+from comfyui_l2p.l2p_core.shapes.score import score
+from comfyui_l2p.l2p_core.text import TextEncoder
+from comfyui_l2p.l2p_core.train.config import read_config
+from comfyui_l2p.l2p_core.train.record import draw_curves, grid, read_table
+from comfyui_l2p.l2p_core.train.run import train
+from comfyui_l2p.quant.convert import convert
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import trange
 
-from comfyui_l2p.l2p_core import L2PTransformer
-from comfyui_l2p.l2p_core.config import L2PConfig, Level
-from comfyui_l2p.l2p_core.images import to_pictures, to_pixels
-from comfyui_l2p.l2p_core.files.layout import read_layout
-from comfyui_l2p.l2p_core.flow import euler, guided_velocity, schedule
-from comfyui_l2p.l2p_core.shapes import train as recipe
-from comfyui_l2p.l2p_core.shapes.pictures import SIZE, draw, test_scenes, training_scenes
-from comfyui_l2p.l2p_core.shapes.score import score
-from comfyui_l2p.l2p_core.text import TextEncoder
-from comfyui_l2p.l2p_core.train.config import read_config
-from comfyui_l2p.l2p_core.flow import flow_matching_loss
-from comfyui_l2p.l2p_core.train.record import draw_curves, grid, read_table
-from comfyui_l2p.l2p_core.train.run import train
-from comfyui_l2p.quant.convert import convert
-
-CHANNELS, BLOCK, PATCH = 16, 8, 2  # of the latents; pixels to a side of one; latents to a side of a token
-CONFIG = L2PConfig(patch_size=PATCH, dim=192, n_heads=4, n_layers=6, n_refiner_layers=1, ffn_dim=384, cap_feat_dim=96, t_hidden_dim=256,
-                   decoder=(Level("1", 8, 8, 8),))
+CHANNELS, BLOCK, PATCH = (
+    16,
+    8,
+    2,
+)  # of the latents; pixels to a side of one; latents to a side of a token
+CONFIG = L2PConfig(
+    patch_size=PATCH,
+    dim=192,
+    n_heads=4,
+    n_layers=6,
+    n_refiner_layers=1,
+    ffn_dim=384,
+    cap_feat_dim=96,
+    t_hidden_dim=256,
+    decoder=(Level("1", 8, 8, 8),),
+)
 FREEZE = "1:-1"  # four of six layers; of the full model's thirty, twenty
 BATCH = 16
 ASPECTS = ("right", "shape", "colour", "background", "place", "size", "clean")
@@ -46,7 +60,8 @@ SETTINGS = Path(recipe.__file__).with_name("shapes.toml")
 
 
 class Latents:
-    """Pictures (B, 3, H, W) to (B, 16, H / 8, W / 8) and back, by the principal components of the training pictures' blocks."""
+    """Pictures (B, 3, H, W) to (B, 16, H / 8, W / 8) and back, by the principal components of the
+    training pictures' blocks."""
 
     def __init__(self, pictures: Tensor):
         blocks = F.pixel_unshuffle(pictures, BLOCK).movedim(1, -1).flatten(0, 2)
@@ -56,35 +71,53 @@ class Latents:
         self.scale = ((blocks - self.mean) @ self.components.T).std(0)
 
     def encode(self, pictures: Tensor) -> Tensor:
+        """Images (B, 3, H, W) → latents (B, C, H / 4, W / 4)."""
         blocks = F.pixel_unshuffle(pictures, BLOCK).movedim(1, -1)
         return ((blocks - self.mean) @ self.components.T / self.scale).movedim(-1, 1)
 
     def decode(self, latents: Tensor) -> Tensor:
+        """The inverse of `encode`, as far as there is one."""
         blocks = latents.movedim(1, -1) * self.scale @ self.components + self.mean
         return F.pixel_shuffle(blocks.movedim(-1, 1), BLOCK)
 
 
 class LatentTransformer(L2PTransformer):
-    """Z-Image's own ends around the layers: a linear that reads 2 x 2 latents, and one that writes them."""
+    """Z-Image's own ends around the layers: a linear that reads 2 x 2 latents, and one that writes
+    them."""
 
     def __init__(self, config: L2PConfig):
         super().__init__(config)
         del self.local_decoder
         numbers, key = CHANNELS * PATCH**2, f"{PATCH}-1"
         self.all_x_embedder = nn.ModuleDict({key: nn.Linear(numbers, config.dim)})
-        self.all_final_layer = nn.ModuleDict({key: nn.ModuleDict({
-            "linear": nn.Linear(config.dim, numbers), "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(config.t_dim, config.dim))})})
+        self.all_final_layer = nn.ModuleDict(
+            {
+                key: nn.ModuleDict(
+                    {
+                        "linear": nn.Linear(config.dim, numbers),
+                        "adaLN_modulation": nn.Sequential(
+                            nn.SiLU(), nn.Linear(config.t_dim, config.dim)
+                        ),
+                    }
+                )
+            }
+        )
 
     def forward(self, latents: Tensor, t: Tensor, captions: list[Tensor]) -> Tensor:
-        last, = self.all_final_layer.values()
+        """Predict latents - noise."""
+        (last,) = self.all_final_layer.values()
         tokens = self.features(latents, t, captions).movedim(1, -1)  # (B, h, w, D)
         scale = 1 + last["adaLN_modulation"](self.t_embedder(t, latents.dtype))[:, None, None]
         out = last["linear"](F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6) * scale)
-        return F.pixel_shuffle(out.unflatten(-1, (PATCH**2, CHANNELS)).transpose(-1, -2).flatten(-2).movedim(-1, 1), PATCH)
+        return F.pixel_shuffle(
+            out.unflatten(-1, (PATCH**2, CHANNELS)).transpose(-1, -2).flatten(-2).movedim(-1, 1),
+            PATCH,
+        )
 
 
 def learn_latents(folder: Path, encodings: dict[str, Tensor], steps: int) -> None:
-    """Write untrained.safetensors and latent.safetensors, and what the latter draws as latent.json."""
+    """Write untrained.safetensors and latent.safetensors, and what the latter draws as
+    latent.json."""
     torch.manual_seed(0)
     scenes = training_scenes()
     pictures = torch.cat([to_pixels(draw(scene)) for scene in scenes])
@@ -92,30 +125,62 @@ def learn_latents(folder: Path, encodings: dict[str, Tensor], steps: int) -> Non
     model = LatentTransformer(CONFIG)
     recipe.open_gates(model)
     save(model, folder / "untrained.safetensors")
-    matrices = [weight for name, weight in model.named_parameters() if ".attention.to_" in name or ".feed_forward." in name]
-    rest = [weight for weight in model.parameters() if all(weight is not matrix for matrix in matrices)]
-    optimizer = recipe.CombinedOptimizer(recipe.Muon(matrices, 1.5, 0.01), torch.optim.AdamW([{"params": rest}], betas=(0.9, 0.99)))
+    matrices = [
+        weight
+        for name, weight in model.named_parameters()
+        if ".attention.to_" in name or ".feed_forward." in name
+    ]
+    rest = [
+        weight for weight in model.parameters() if all(weight is not matrix for matrix in matrices)
+    ]
+    optimizer = recipe.CombinedOptimizer(
+        recipe.Muon(matrices, 1.5, 0.01), torch.optim.AdamW([{"params": rest}], betas=(0.9, 0.99))
+    )
     encoded, generator = latents.encode(pictures), torch.Generator().manual_seed(0)
     for step in trange(steps):
         chosen = torch.randint(len(scenes), (BATCH,), generator=generator).tolist()
-        captions = [encodings[("" if torch.rand((), generator=generator) < 0.1 else scenes[place].caption())] for place in chosen]
+        captions = [
+            encodings[
+                ("" if torch.rand((), generator=generator) < 0.1 else scenes[place].caption())
+            ]
+            for place in chosen
+        ]
         sigma = recipe.noise_levels(len(chosen), 4 * step >= steps, generator)
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min((step + 1) / 100, 1 - step / steps) * group.get("rate_factor", 1)
+            group["lr"] = (
+                2e-3 * min((step + 1) / 100, 1 - step / steps) * group.get("rate_factor", 1)
+            )
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            loss = flow_matching_loss(model, encoded[chosen], captions, torch.randn(encoded[chosen].shape, generator=generator), sigma)
+            loss = flow_matching_loss(
+                model,
+                encoded[chosen],
+                captions,
+                torch.randn(encoded[chosen].shape, generator=generator),
+                sigma,
+            )
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     save(model, folder / "latent.safetensors")
     tests = test_scenes(100)
-    velocity = guided_velocity(model, [encodings[scene.caption()] for scene in tests], [encodings[""]] * 100, 2.0)
+    velocity = guided_velocity(
+        model, [encodings[scene.caption()] for scene in tests], [encodings[""]] * 100, 2.0
+    )
     side = SIZE // BLOCK
-    drawn = latents.decode(euler(velocity, torch.randn(100, CHANNELS, side, side, generator=generator), schedule(30)))
+    drawn = latents.decode(
+        euler(velocity, torch.randn(100, CHANNELS, side, side, generator=generator), schedule(30))
+    )
     known = latents.decode(latents.encode(torch.cat([to_pixels(draw(scene)) for scene in tests])))
-    (folder / "latent.json").write_text(json.dumps({
-        "loss": loss.item(), "score": score(to_pictures(drawn), tests), "score of the latents themselves": score(to_pictures(known), tests)}))
+    (folder / "latent.json").write_text(
+        json.dumps(
+            {
+                "loss": loss.item(),
+                "score": score(to_pictures(drawn), tests),
+                "score of the latents themselves": score(to_pictures(known), tests),
+            }
+        )
+    )
     grid([to_pictures(drawn)[:8]]).save(folder / "latent.png")
 
 
@@ -123,8 +188,18 @@ def convert_to_pixels(latent: Path, file: Path) -> None:
     """`l2p convert`, and new ends."""
     wide = file.with_stem(f"{file.stem}-wide")
     convert(latent, wide)
-    converted = {name: tensor for name, tensor in load_file(wide).items() if not name.startswith("local_decoder.")}
-    model = L2PTransformer(replace(read_layout(wide).config, decoder=recipe.CONFIG.decoder, bottleneck_dim=recipe.CONFIG.bottleneck_dim))
+    converted = {
+        name: tensor
+        for name, tensor in load_file(wide).items()
+        if not name.startswith("local_decoder.")
+    }
+    model = L2PTransformer(
+        replace(
+            read_layout(wide).config,
+            decoder=recipe.CONFIG.decoder,
+            bottleneck_dim=recipe.CONFIG.bottleneck_dim,
+        )
+    )
     model.load_state_dict(converted, strict=False)
     torch.manual_seed(0)
     recipe.initialise_ends(model)
@@ -132,44 +207,94 @@ def convert_to_pixels(latent: Path, file: Path) -> None:
 
 
 def save(model: nn.Module, file: Path) -> None:
-    save_file({name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}, file)
+    save_file(
+        {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}, file
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--latent-steps", type=int, default=4000)
-    parser.add_argument("--steps", type=int, default=1500, help="of each pixel model (default 1500)")
-    parser.add_argument("--runs", nargs="+", default=["transferred", "from-nothing"], choices=["transferred", "from-nothing"])
+    parser.add_argument(
+        "--steps", type=int, default=1500, help="of each pixel model (default 1500)"
+    )
+    parser.add_argument(
+        "--runs",
+        nargs="+",
+        default=["transferred", "from-nothing"],
+        choices=["transferred", "from-nothing"],
+    )
     args = parser.parse_args()
     folder, data = args.folder, args.folder / "pictures"
     if not (data / "metadata.jsonl").exists():
         recipe.make_files(folder / "encoder" / "transformer.safetensors", data, 0)
     if not (folder / "latent.json").exists():
-        encoder = TextEncoder.load(folder / "encoder" / "text_encoder", folder / "encoder" / "tokenizer", dtype=torch.float32)
+        encoder = TextEncoder.load(
+            folder / "encoder" / "text_encoder",
+            folder / "encoder" / "tokenizer",
+            dtype=torch.float32,
+        )
         with torch.no_grad():
-            encodings = {caption: encoder.encode(caption) for caption in
-                         {"", *(scene.caption() for scene in (*training_scenes(), *test_scenes(100)))}}
+            encodings = {
+                caption: encoder.encode(caption)
+                for caption in {
+                    "",
+                    *(scene.caption() for scene in (*training_scenes(), *test_scenes(100))),
+                }
+            }
         learn_latents(folder, encodings, args.latent_steps)
     print((folder / "latent.json").read_text(), flush=True)
-    for name, source, freeze in (("transferred", "latent", FREEZE), ("from-nothing", "untrained", "")):
+    for name, source, freeze in (
+        ("transferred", "latent", FREEZE),
+        ("from-nothing", "untrained", ""),
+    ):
         if name not in args.runs:
             continue
         start = folder / f"{name}.safetensors"
         if not start.exists():
             convert_to_pixels(folder / f"{source}.safetensors", start)
-        train(read_config(SETTINGS, {
-            "checkpoint": str(start), "data": str(data), "output": str(folder / name), "text_encoder": str(folder / "encoder"),
-            "steps": args.steps, "batch": BATCH, "freeze": freeze, "ema": 0.99, "save_every": 100, "keep": 1, "sample_every": args.steps // 5}))
+        train(
+            read_config(
+                SETTINGS,
+                {
+                    "checkpoint": str(start),
+                    "data": str(data),
+                    "output": str(folder / name),
+                    "text_encoder": str(folder / "encoder"),
+                    "steps": args.steps,
+                    "batch": BATCH,
+                    "freeze": freeze,
+                    "ema": 0.99,
+                    "save_every": 100,
+                    "keep": 1,
+                    "sample_every": args.steps // 5,
+                },
+            )
+        )
     print("| | step | " + " | ".join(ASPECTS) + " |\n" + "|---" * (len(ASPECTS) + 2) + "|")
     for name in args.runs:
         for file in sorted((folder / name / "samples").glob("*.json")):
             scored = json.loads(file.read_text())
-            print(f"| {name} | {int(file.stem.removeprefix('step-'))} | " + " | ".join(f"{scored[each]:.0f}" for each in ASPECTS) + " |")
+            print(
+                f"| {name} | {int(file.stem.removeprefix('step-'))} | "
+                + " | ".join(f"{scored[each]:.0f}" for each in ASPECTS)
+                + " |"
+            )
     sheets = [Image.open(folder / name / "samples.png").convert("RGB") for name in args.runs]
     grid([[ImageOps.expand(sheet, 4, "white") for sheet in sheets]]).save(folder / "transfer.png")
-    draw_curves([[row[:2] for row in read_table(folder / name / "log.csv", [int, float, float, float, float])] for name in args.runs],
-                folder / "transfer-loss.png")
+    draw_curves(
+        [
+            [
+                row[:2]
+                for row in read_table(folder / name / "log.csv", [int, float, float, float, float])
+            ]
+            for name in args.runs
+        ],
+        folder / "transfer-loss.png",
+    )
 
 
 if __name__ == "__main__":

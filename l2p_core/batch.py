@@ -1,4 +1,5 @@
 """Many prompts to image files, resumable and over several processes: `l2p generate`."""
+
 import csv
 import io
 import json
@@ -7,7 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from itertools import groupby, islice
 from pathlib import Path
 from threading import Event
@@ -36,21 +37,34 @@ class Job:
     @property
     def shared(self) -> dict:
         """The settings that all images of one batch have in common."""
-        return {name: value for name, value in asdict(self.settings).items() if name not in ("prompt", "seed")}
+        return {
+            name: value
+            for name, value in asdict(self.settings).items()
+            if name not in ("prompt", "seed")
+        }
 
 
-COLUMNS = ("file_name", "text", *FIELDS)  # what a row of a prompt file may set; text is another name for prompt
+COLUMNS = (
+    "file_name",
+    "text",
+    *FIELDS,
+)  # what a row of a prompt file may set; text is another name for prompt
 
 
-def plan(rows: list[dict], settings: dict, count: int, output: Path, pipe: L2PPipeline) -> list[Job]:
+def plan(
+    rows: list[dict], settings: dict, count: int, output: Path, pipe: L2PPipeline
+) -> list[Job]:
     """Return every image to generate, its settings checked and complete.
 
-    rows: of a prompt file, see `COLUMNS`. settings: for what a row leaves out; None for the checkpoint's default.
-    count: images for each row, with seeds one apart. output: a .png for one image, a folder for several.
-    Raises ValueError, with the row's number, for a row, a setting or an output that does not fit."""
+    rows: of a prompt file, see `COLUMNS`. settings: for what a row leaves out; None for the
+    checkpoint's default. count: images for each row, with seeds one apart. output: a .png for one
+    image, a folder for several. Raises ValueError, with the row's number, for a row, a setting or
+    an output that does not fit."""
     jobs, look = [], lru_cache(4)(open_picture)
     for number, (row, files) in enumerate(zip(rows, output_files(rows, count, output))):
-        row = {name: value for name, value in row.items() if value is not None and name != "file_name"}
+        row = {
+            name: value for name, value in row.items() if value is not None and name != "file_name"
+        }
         row["prompt"] = row.pop("text", row.get("prompt", ""))
         values = {**{name: value for name, value in settings.items() if value is not None}, **row}
         try:
@@ -58,55 +72,86 @@ def plan(rows: list[dict], settings: dict, count: int, output: Path, pipe: L2PPi
             for name in ("inpaint_mask", "input_image"):
                 if values.get(name):
                     look(checked(name, values[name]))
-            complete = pipe.complete(values, look(values["input_image"]) if values.get("input_image") else None)
+            complete = pipe.complete(
+                values, look(values["input_image"]) if values.get("input_image") else None
+            )
             checked("seed", complete.seed + count - 1)
             pipe.plan_stages(complete)
         except ValueError as error:
-            raise ValueError(f"prompt {number + 1}: {error}" if len(rows) > 1 else str(error)) from None
-        jobs += [Job(file, replace(complete, seed=complete.seed + copy)) for copy, file in enumerate(files)]
+            raise ValueError(
+                f"prompt {number + 1}: {error}" if len(rows) > 1 else str(error)
+            ) from None
+        jobs += [
+            Job(file, replace(complete, seed=complete.seed + copy))
+            for copy, file in enumerate(files)
+        ]
     return jobs
 
 
 def output_files(rows: list[dict], count: int, output: Path) -> list[list[Path]]:
-    """The files of each row's pictures: `output` itself where it is a .png, else named in that folder by the row's
-    file_name or number, and by the copy where there are several. Raises ValueError where that makes no sense."""
+    """The files of each row's pictures: `output` itself where it is a .png, else named in that
+    folder by the row's file_name or number, and by the copy where there are several. Raises
+    ValueError where that makes no sense."""
     if output.suffix and output.suffix.lower() != ".png":
-        raise ValueError(f"--output is {output}; pictures are written as .png, which keeps their settings")
+        raise ValueError(
+            f"--output is {output}; pictures are written as .png, which keeps their settings"
+        )
     if count < 1:
         raise ValueError(f"--count is {count}; expected 1 or more")
     if output.suffix and len(rows) * count > 1:
-        raise ValueError(f"--output is one file, {output}, for {len(rows) * count} pictures; give a folder")
+        raise ValueError(
+            f"--output is one file, {output}, for {len(rows) * count} pictures; give a folder"
+        )
     out = []
     for number, row in enumerate(rows):
         name = Path(str(row.get("file_name") or f"{number:05d}"))
         if name.is_absolute() or ".." in name.parts:
             raise ValueError(f"prompt {number + 1}: file_name {name} leads out of {output}")
         stem = name.name.removesuffix(".png")
-        out.append([output] if output.suffix else
-                   [output / name.with_name(f"{stem}-{copy}.png" if count > 1 else f"{stem}.png") for copy in range(count)])
+        out.append(
+            [output]
+            if output.suffix
+            else [
+                output / name.with_name(f"{stem}-{copy}.png" if count > 1 else f"{stem}.png")
+                for copy in range(count)
+            ]
+        )
     files = [file for row in out for file in row]
     if len(set(files)) < len(files):
         raise ValueError("two prompts have the same file_name; give each its own")
     return out
 
 
-def draw(jobs: list[Job], pipe: L2PPipeline, batch: int = 1, free_text_encoder: bool = False, overwrite: bool = False,
-         progress: bool = True) -> None:
+def draw(
+    jobs: list[Job],
+    pipe: L2PPipeline,
+    batch: int = 1,
+    free_text_encoder: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> None:
     """Generate and write the images that do not exist yet, `batch` at a time, each file atomically.
 
-    free_text_encoder: encode all prompts first, then free the encoder's memory. overwrite: generate all. progress: show
-    a bar. Raises ValueError, before anything is generated, where an image exists with other settings, and
-    AlreadyRunning where another run still writes there after `WAIT` seconds."""
+    free_text_encoder: encode all prompts first, then free the encoder's memory. overwrite: generate
+    all. progress: show a bar. Raises ValueError, before anything is generated, where an image
+    exists with other settings, and AlreadyRunning where another run still writes there after `WAIT`
+    seconds."""
     if batch < 1:
         raise ValueError(f"--batch is {batch}; expected 1 or more")
     if not jobs:
         return
     stop = Event()
-    with lock_outputs([job.output for job in jobs]), ThreadPoolExecutor(1) as beside, ExitStack() as at_end:
+    with (
+        lock_outputs([job.output for job in jobs]),
+        ThreadPoolExecutor(1) as beside,
+        ExitStack() as at_end,
+    ):
         at_end.callback(stop.set)  # hashing, which leaves the interpreter free to sample
         checkpoint_hash = beside.submit(hash_files, pipe.layout.files, stop)
         encoder_hash = beside.submit(hash_files, encoder_files(pipe.text_encoder_path), stop)
-        hash_once = cache(lambda file: hash_files([Path(file)], stop))  # an input image may serve thousands
+        hash_once = cache(
+            lambda file: hash_files([Path(file)], stop)
+        )  # an input image may serve thousands
 
         def record(job: Job) -> dict:
             facts = asdict(job.settings)
@@ -114,12 +159,22 @@ def draw(jobs: list[Job], pipe: L2PPipeline, batch: int = 1, free_text_encoder: 
                 if facts[name]:  # store the hash, not the local path
                     facts[f"{name}_sha256"] = hash_once(facts[name])
                     facts[name] = Path(facts[name]).name
-            return {**facts, "dtype": str(pipe.dtype).removeprefix("torch."), "quantization": pipe.layout.quantization,
-                    "batch": batch, "batch_guidance": pipe.batch_guidance,
-                    "text_encoder_sha256": encoder_hash.result(), "checkpoint": pipe.layout.path.name,
-                    "checkpoint_sha256": checkpoint_hash.result()}
+            return {
+                **facts,
+                "dtype": str(pipe.dtype).removeprefix("torch."),
+                "quantization": pipe.layout.quantization,
+                "batch": batch,
+                "batch_guidance": pipe.batch_guidance,
+                "text_encoder_sha256": encoder_hash.result(),
+                "checkpoint": pipe.layout.path.name,
+                "checkpoint_sha256": checkpoint_hash.result(),
+            }
 
-        missing = [job for job in jobs if overwrite or not job.output.exists() or not is_drawn(job.output, record(job))]
+        missing = [
+            job
+            for job in jobs
+            if overwrite or not job.output.exists() or not is_drawn(job.output, record(job))
+        ]
         if len(missing) < len(jobs):
             print(f"{len(jobs) - len(missing)} of {len(jobs)} images exist already")
         if not missing:
@@ -127,39 +182,60 @@ def draw(jobs: list[Job], pipe: L2PPipeline, batch: int = 1, free_text_encoder: 
         encode = pipe.encode_prompt
         encode(missing[0].settings.prompt)  # a fault of the text encoder shows before the bar does
         if free_text_encoder:
-            prompts = {prompt for job in missing for prompt in (job.settings.prompt, job.settings.negative_prompt)}
+            prompts = {
+                prompt
+                for job in missing
+                for prompt in (job.settings.prompt, job.settings.negative_prompt)
+            }
             encode = {prompt: pipe.encode_prompt(prompt).cpu() for prompt in prompts}.__getitem__
             pipe.unload_text_encoder()
         steps = sum(stage.steps for job in missing for stage in pipe.plan_stages(job.settings))
         with tqdm(total=steps, unit="step", disable=not progress) as bar:
             for group in batches(missing, batch):
                 shared = group[0].shared
-                files = {name: open_picture(file) for name in ("input_image", "inpaint_mask") if (file := shared.pop(name))}
+                files = {
+                    name: open_picture(file)
+                    for name in ("input_image", "inpaint_mask")
+                    if (file := shared.pop(name))
+                }
                 images = pipe(
                     prompt_embeds=[encode(job.settings.prompt) for job in group],
                     negative_prompt_embeds=encode(shared.pop("negative_prompt")),
                     seed=[job.settings.seed for job in group],
-                    callback=lambda done, steps, _: bar.update(len(group) if done else 0), **shared, **files)
+                    callback=partial(_advance, bar, len(group)),
+                    **shared,
+                    **files,
+                )
                 for job, image in zip(group, images, strict=True):
                     save(image, job.output, record(job))
                 bar.update(len(group))
 
 
+def _advance(bar: tqdm, images: int, done: int, *_: object) -> None:
+    """Move the bar by one step of so many images; the first call comes before a step is done."""
+    bar.update(images if done else 0)
+
+
 def lock_outputs(outputs: list[Path]) -> AbstractContextManager[None]:
-    """Keep other runs from writing these files: the file itself if there is one, else the folder that holds them all.
+    """Keep other runs from writing these files: the file itself if there is one, else the folder
+    that holds them all.
 
     Processes that a launcher started share the work, so the first one locks for all of them."""
     if process_rank() > 0:
         return nullcontext()
     several = len(outputs) > 1
-    place = Path(os.path.commonpath([output.parent.absolute() for output in outputs])) if several else outputs[0]
+    place = (
+        Path(os.path.commonpath([output.parent.absolute() for output in outputs]))
+        if several
+        else outputs[0]
+    )
     busy = f"another run is writing to {place}. Wait for it to finish, or give another --output"
     return locked(place, busy, WAIT, folder=several)
 
 
 def read_rows(file: Path, any_column: bool = False) -> list[dict]:
-    """One dict per prompt from .txt, .csv, .json or .jsonl. any_column: take columns of every name, and none for granted.
-    Raises ValueError with the line that can't be read."""
+    """One dict per prompt from .txt, .csv, .json or .jsonl. any_column: take columns of every name,
+    and none for granted. Raises ValueError with the line that can't be read."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
@@ -174,26 +250,46 @@ def read_rows(file: Path, any_column: bool = False) -> list[dict]:
                 raise ValueError(f"{file.name} is not CSV: {error}") from None
             for number, row in enumerate(rows):
                 if row.pop(None, None):
-                    raise ValueError(f"{file.name}, prompt {number + 1} has more columns than the first line names; put a "
-                                     "prompt with commas in quotes")
+                    raise ValueError(
+                        f"{file.name}, prompt {number + 1} has more columns than the first line"
+                        " names; put a prompt with commas in quotes"
+                    )
             rows = [{name: value for name, value in row.items() if value} for row in rows]
         case ".json" | ".jsonl":
             try:
-                rows = (json.loads(text) if file.suffix.lower() == ".json"
-                        else [json.loads(line) for line in text.split("\n") if line.strip()])
+                rows = (
+                    json.loads(text)
+                    if file.suffix.lower() == ".json"
+                    else [json.loads(line) for line in text.split("\n") if line.strip()]
+                )
             except (json.JSONDecodeError, RecursionError) as error:
                 raise ValueError(f"{file.name} is not {file.suffix[1:].upper()}: {error}") from None
-            rows = [{"prompt": row} if isinstance(row, str) else row for row in (rows if isinstance(rows, list) else [rows])]
+            rows = [
+                {"prompt": row} if isinstance(row, str) else row
+                for row in (rows if isinstance(rows, list) else [rows])
+            ]
         case suffix:
-            raise ValueError(f"{file.name} ends in {suffix or 'nothing'}; expected .txt, .csv, .json or .jsonl")
+            raise ValueError(
+                f"{file.name} ends in {suffix or 'nothing'}; expected .txt, .csv, .json or .jsonl"
+            )
     if not rows:
         raise ValueError(f"{file.name} holds no prompts")
     for number, row in enumerate(rows):
-        unknown = row.keys() - set(row if any_column else COLUMNS) if isinstance(row, dict) else {"not a table"}
+        unknown = (
+            row.keys() - set(row if any_column else COLUMNS)
+            if isinstance(row, dict)
+            else {"not a table"}
+        )
         if unknown or not any_column and not isinstance(row.get("prompt", row.get("text")), str):
-            raise ValueError(f"{file.name}, prompt {number + 1}: "
-                             + (f"unknown column {sorted(map(str, unknown))[0]}" if unknown else "no column prompt or text")
-                             + f"; known are {', '.join(COLUMNS)}")
+            raise ValueError(
+                f"{file.name}, prompt {number + 1}: "
+                + (
+                    f"unknown column {sorted(map(str, unknown))[0]}"
+                    if unknown
+                    else "no column prompt or text"
+                )
+                + f"; known are {', '.join(COLUMNS)}"
+            )
     return rows
 
 
@@ -205,23 +301,31 @@ def batches(jobs: list[Job], size: int) -> Iterator[list[Job]]:
 
 
 def is_drawn(output: Path, wanted: dict) -> bool:
-    """Return True where the file has the settings wanted. Raises ValueError where it has others, or none.
+    """Return True where the file has the settings wanted. Raises ValueError where it has others, or
+    none.
 
-    Settings that an older program did not record have their defaults there. How many images were generated together
-    changes only their last bits, so it may differ."""
+    Settings that an older program did not record have their defaults there. How many images were
+    generated together changes only their last bits, so it may differ."""
     try:
         with open_image(output, ("PNG",)) as there:
             settings = dict(json.loads(there.info[PNG_KEY]))
     except (OSError, KeyError, ValueError, TypeError, RecursionError):
-        raise ValueError(f"{output} exists and was not generated by l2p; give another --output, or --overwrite") from None
+        raise ValueError(
+            f"{output} exists and was not generated by l2p; give another --output, or --overwrite"
+        ) from None
     defaults = asdict(Settings())
     for name in {**wanted, **settings}:
-        if f"{name}_sha256" in wanted or name in ("batch", "batch_guidance"):  # the same file may have another name
+        if f"{name}_sha256" in wanted or name in (
+            "batch",
+            "batch_guidance",
+        ):  # the same file may have another name
             continue
         was, now = (each.get(name, defaults.get(name)) for each in (settings, wanted))
         if was != now:
-            raise ValueError(f"{output} exists, generated with other settings ({name} {was!r}, now {now!r}); give another "
-                             "--output, or --overwrite")
+            raise ValueError(
+                f"{output} exists, generated with other settings ({name} {was!r}, now {now!r});"
+                " give another --output, or --overwrite"
+            )
     return True
 
 

@@ -1,7 +1,8 @@
 """The command `l2p`: one subcommand per function, no logic of the model's.
 
-Only light modules are imported here. torch takes seconds to import: `main` imports it once it can answer an interrupt.
-"""
+Only light modules are imported here. torch takes seconds to import: `main` imports it once it can
+answer an interrupt."""
+
 from __future__ import annotations
 
 import argparse
@@ -16,14 +17,15 @@ from pathlib import Path
 
 from .files.header import CheckpointError
 from .interrupt import STATUS, Terminated, ending_at_once
-from .settings import FIELDS, describe, kind
 from .remote.workflow import PLACES
+from .settings import FIELDS, describe, kind
 
 
 def program() -> None:
     """Run `l2p` as a program.
 
-    After an interrupt it ends at once: taking torch apart takes seconds, and a launcher that stops its processes waits."""
+    After an interrupt it ends at once: taking torch apart takes seconds, and a launcher that stops
+    its processes waits."""
     status = main()
     if status in STATUS.values():
         sys.stdout.flush()
@@ -35,9 +37,11 @@ def program() -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run `l2p` with these arguments.
 
-    Returns the exit status: 0 done, 1 refused with a message, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM)."""
+    Returns the exit status: 0 done, 1 refused with a message, 130 interrupted (Ctrl-C), 143
+    terminated (SIGTERM)."""
     with ending_at_once():
         import torch
+
         args = make_parser().parse_args(arguments)
         warnings.showwarning = lambda message, *_: print(f"l2p: note: {message}", file=sys.stderr)
     try:
@@ -55,9 +59,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="l2p", description="Pictures from L2P checkpoints, straight to pixels.")
-    parser.set_defaults(when_full="Try --free-text-encoder, --offload, a smaller --batch or size, --redraw windows, or the INT8 "
-                                  "checkpoint; --estimate tells what each takes")
+    """Build the parser with all commands."""
+    parser = argparse.ArgumentParser(
+        prog="l2p", description="Pictures from L2P checkpoints, straight to pixels."
+    )
+    parser.set_defaults(
+        when_full=(
+            "Try --free-text-encoder, --offload, a smaller --batch or size, --redraw windows, or"
+            " the INT8 checkpoint; --estimate tells what each takes"
+        )
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_generate(commands)
     add_queue(commands)
@@ -72,303 +83,694 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def add_generate(commands: argparse._SubParsersAction) -> None:
+    """Add the command `l2p generate`."""
     parser = commands.add_parser(
-        "generate", help="draw pictures from prompts",
-        description="Draw pictures from a prompt or a file of prompts. A run that was stopped continues: pictures that "
-                    "are there with the same settings are not drawn again. Under `accelerate launch` or torchrun, the "
-                    "prompts are split over the processes.")
+        "generate",
+        help="draw pictures from prompts",
+        description=(
+            "Draw pictures from a prompt or a file of prompts. A run that was stopped continues:"
+            " pictures that are there with the same settings are not drawn again. Under `accelerate"
+            " launch` or torchrun, the prompts are split over the processes."
+        ),
+    )
     parser.add_argument("prompt", nargs="?", help="what to draw")
-    parser.add_argument("--prompts", type=Path, metavar="FILE",
-                        help="draw many: .txt (a prompt a line), .csv, .json or .jsonl (columns prompt or text, and "
-                             "optionally file_name, seed and any other setting below)")
-    parser.add_argument("-o", "--output", type=Path, default=Path("out.png"), metavar="PATH",
-                        help="a .png for one picture, a folder for several (default out.png)")
-    parser.add_argument("--checkpoint", metavar="PATH", help="file, index or folder of shards (default: the bundled small model)")
-    parser.add_argument("--text-encoder", metavar="PATH",
-                        help="Qwen3-4B: a folder such as Z-Image-Turbo, or qwen_3_4b.safetensors (default: text_encoder/ "
-                             "beside the checkpoint)")
-    parser.add_argument("--tokenizer", metavar="FOLDER", help="default: tokenizer/ in or beside the text encoder")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help=(
+            "draw many: .txt (a prompt a line), .csv, .json or .jsonl (columns prompt or text, and "
+            "optionally file_name, seed and any other setting below)"
+        ),
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("out.png"),
+        metavar="PATH",
+        help="a .png for one picture, a folder for several (default out.png)",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="PATH",
+        help="file, index or folder of shards (default: the bundled small model)",
+    )
+    parser.add_argument(
+        "--text-encoder",
+        metavar="PATH",
+        help=(
+            "Qwen3-4B: a folder such as Z-Image-Turbo, or qwen_3_4b.safetensors (default:"
+            " text_encoder/ beside the checkpoint)"
+        ),
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="FOLDER", help="default: tokenizer/ in or beside the text encoder"
+    )
     image = parser.add_argument_group("image")
     add_settings(image, FIELDS)
-    image.add_argument("--count", type=int, default=1, help="images for each prompt, with seeds one apart (default 1)")
+    image.add_argument(
+        "--count",
+        type=int,
+        default=1,
+        help="images for each prompt, with seeds one apart (default 1)",
+    )
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--batch", type=int, default=1, help="pictures drawn at a time (default 1)")
+    machine.add_argument(
+        "--batch", type=int, default=1, help="pictures drawn at a time (default 1)"
+    )
     machine.add_argument("--device", help="default: the GPU where there is one")
     machine.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    machine.add_argument("--convrot", type=int, metavar="GROUP",
-                         help="group size of rotated INT8 weights in a file that does not say so")
-    machine.add_argument("--decoder-tile", type=int, metavar="PIXELS",
-                         help="compute the local decoder in squares of this side, for the same picture in less memory; 0 "
-                              "for the whole at once (default: large pictures are cut)")
-    machine.add_argument("--free-text-encoder", action="store_true",
-                         help="encode all prompts first, then free the encoder's memory")
-    machine.add_argument("--offload", action=argparse.BooleanOptionalAction,
-                         help="keep the model in the CPU's memory, and on the GPU only the block that computes and the next (default: where "
-                              "it would fill the GPU)")
-    machine.add_argument("--batch-guidance", action="store_true", help="both passes of a guided step as one of twice the batch")
-    machine.add_argument("--compile-blocks", action="store_true",
-                         help="compile the model's blocks, which takes a while at the first pictures")
-    machine.add_argument("--overwrite", action="store_true", help="draw again what was drawn with other settings")
-    machine.add_argument("--estimate", action="store_true", help="say how much memory this takes and how often the model runs, by the "
-                                                                 "checkpoint's header alone")
+    machine.add_argument(
+        "--convrot",
+        type=int,
+        metavar="GROUP",
+        help="group size of rotated INT8 weights in a file that does not say so",
+    )
+    machine.add_argument(
+        "--decoder-tile",
+        type=int,
+        metavar="PIXELS",
+        help=(
+            "compute the local decoder in squares of this side, for the same picture in less"
+            " memory; 0 for the whole at once (default: large pictures are cut)"
+        ),
+    )
+    machine.add_argument(
+        "--free-text-encoder",
+        action="store_true",
+        help="encode all prompts first, then free the encoder's memory",
+    )
+    machine.add_argument(
+        "--offload",
+        action=argparse.BooleanOptionalAction,
+        help=(
+            "keep the model in the CPU's memory, and on the GPU only the block that computes and"
+            " the next (default: where it would fill the GPU)"
+        ),
+    )
+    machine.add_argument(
+        "--batch-guidance",
+        action="store_true",
+        help="both passes of a guided step as one of twice the batch",
+    )
+    machine.add_argument(
+        "--compile-blocks",
+        action="store_true",
+        help="compile the model's blocks, which takes a while at the first pictures",
+    )
+    machine.add_argument(
+        "--overwrite", action="store_true", help="draw again what was drawn with other settings"
+    )
+    machine.add_argument(
+        "--estimate",
+        action="store_true",
+        help=(
+            "say how much memory this takes and how often the model runs, by the "
+            "checkpoint's header alone"
+        ),
+    )
 
     def run(args: argparse.Namespace) -> None:
         import torch
 
         from .batch import draw, plan, read_rows
         from .pipeline import BUNDLED_MODEL, L2PPipeline
+
         if (args.prompt is None) == (args.prompts is None) and not args.estimate:
             raise ValueError("give a prompt, or a file of them with --prompts")
         rank, processes, device = share(args.device)
-        pipe = L2PPipeline.from_pretrained(args.checkpoint, args.text_encoder, args.tokenizer, device,
-                                           getattr(torch, args.dtype), args.convrot, progress=args.checkpoint is not None,
-                                           decoder_tile=args.decoder_tile, offload=args.offload,
-                                           batch_guidance=args.batch_guidance, compile_blocks=args.compile_blocks)
+        pipe = L2PPipeline.from_pretrained(
+            args.checkpoint,
+            args.text_encoder,
+            args.tokenizer,
+            device,
+            getattr(torch, args.dtype),
+            args.convrot,
+            progress=args.checkpoint is not None,
+            decoder_tile=args.decoder_tile,
+            offload=args.offload,
+            batch_guidance=args.batch_guidance,
+            compile_blocks=args.compile_blocks,
+        )
         if args.checkpoint is None and rank == 0:
-            print(f"No --checkpoint given: drawing with the bundled small model, which knows plain shapes "
-                  f"({BUNDLED_MODEL.parent / 'README.md'})")
+            print(
+                "No --checkpoint given: drawing with the bundled small model, which knows plain"
+                f" shapes ({BUNDLED_MODEL.parent / 'README.md'})"
+            )
         rows = read_rows(args.prompts) if args.prompts else [{"prompt": args.prompt or ""}]
         settings = {name: getattr(args, name) for name in FIELDS if name != "prompt"}
         jobs = plan(rows, settings, args.count, args.output, pipe)
         if args.estimate:
             from .estimate import estimate
             from .meter import table
-            largest = max((job.settings for job in jobs), key=lambda settings: settings.height * settings.width)
+
+            largest = max(
+                (job.settings for job in jobs),
+                key=lambda settings: settings.height * settings.width,
+            )
             parts, passes = estimate(pipe, largest, args.batch, args.free_text_encoder)
-            told = ", then ".join(f"{count} of {args.batch} x {width} x {height} pixels" for count, height, width in passes)
+            told = ", then ".join(
+                f"{count} of {args.batch} x {width} x {height} pixels"
+                for count, height, width in passes
+            )
             found = pipe.text_encoder_path.exists()
-            print(f"{table(parts)}\npasses through the model: {told}"
-                  + ("" if found else f"\nthe text encoder is not counted: {pipe.text_encoder_path} does not exist"))
+            print(
+                f"{table(parts)}\npasses through the model: {told}"
+                + (
+                    ""
+                    if found
+                    else (
+                        f"\nthe text encoder is not counted: {pipe.text_encoder_path} does not"
+                        " exist"
+                    )
+                )
+            )
             return
-        draw(jobs[rank::processes], pipe, args.batch, args.free_text_encoder, args.overwrite, progress=rank == 0)
+        draw(
+            jobs[rank::processes],
+            pipe,
+            args.batch,
+            args.free_text_encoder,
+            args.overwrite,
+            progress=rank == 0,
+        )
         if rank == 0:
             print(args.output)
+
     parser.set_defaults(run=run, when_stopped="The same command goes on where this one ended")
 
 
-def add_settings(group: argparse._ArgumentGroup, names: Iterable[str], defaults: bool = True) -> None:
+def add_settings(
+    group: argparse._ArgumentGroup, names: Iterable[str], defaults: bool = True
+) -> None:
     """Add a flag for each of these settings but the prompt. defaults: name them in the help."""
     for name in names:
         about = FIELDS[name].metadata
         if name != "prompt":
             metavar = about.get("metavar") or {int: "N", float: "X", str: "NAME"}[kind(name)]
             help = describe(name) if defaults else about["help"]
-            group.add_argument(about.get("flag", "--" + name.replace("_", "-")), dest=name, metavar=metavar,
-                               help=help.replace("%", "%%"))
+            group.add_argument(
+                about.get("flag", "--" + name.replace("_", "-")),
+                dest=name,
+                metavar=metavar,
+                help=help.replace("%", "%%"),
+            )
 
 
 def share(device: str | None) -> tuple[int, int, str | None]:
-    """This process's number, how many there are, and its device: a GPU of its own where there are GPUs."""
+    """This process's number, how many there are, and its device: a GPU of its own where there are
+    GPUs."""
     import torch
+
     if device == "cuda" or device is None and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), device
 
 
 def add_queue(commands: argparse._SubParsersAction) -> None:
+    """Add the command `l2p queue`."""
     parser = commands.add_parser(
-        "queue", help="have ComfyUI servers draw a workflow, with many prompts",
-        description="Send a workflow to one or several ComfyUI servers with these values filled in, and fetch the pictures. "
-                    "A value goes to the input of that name; several inputs that say the same in the workflow are filled "
-                    "alike. A run that was stopped continues: pictures that are there with the same settings are not drawn "
-                    "again.")
-    parser.add_argument("workflow", type=Path, metavar="WORKFLOW.json", help="in API format (ComfyUI: Workflow > Export (API))")
-    parser.add_argument("--server", action="append", metavar="URL",
-                        help="may be given again: each draws the next picture when it is free (default http://127.0.0.1:8188)")
-    parser.add_argument("-o", "--output", type=Path, default=Path("out.png"), metavar="PATH",
-                        help="a .png for one picture, a folder for several (default out.png)")
-    parser.add_argument("--timeout", type=float, default=600, metavar="SECONDS",
-                        help="how long to wait for a server that is away or restarts (default 600)")
-    parser.add_argument("--overwrite", action="store_true", help="draw again what was drawn with other settings")
+        "queue",
+        help="have ComfyUI servers draw a workflow, with many prompts",
+        description=(
+            "Send a workflow to one or several ComfyUI servers with these values filled in, and"
+            " fetch the pictures. A value goes to the input of that name; several inputs that say"
+            " the same in the workflow are filled alike. A run that was stopped continues: pictures"
+            " that are there with the same settings are not drawn again."
+        ),
+    )
+    parser.add_argument(
+        "workflow",
+        type=Path,
+        metavar="WORKFLOW.json",
+        help="in API format (ComfyUI: Workflow > Export (API))",
+    )
+    parser.add_argument(
+        "--server",
+        action="append",
+        metavar="URL",
+        help=(
+            "may be given again: each draws the next picture when it is free (default"
+            " http://127.0.0.1:8188)"
+        ),
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("out.png"),
+        metavar="PATH",
+        help="a .png for one picture, a folder for several (default out.png)",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=600,
+        metavar="SECONDS",
+        help="how long to wait for a server that is away or restarts (default 600)",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="draw again what was drawn with other settings"
+    )
     image = parser.add_argument_group("image", "what is not given stays as it is in the workflow")
     texts = image.add_mutually_exclusive_group()
     texts.add_argument("--prompt", metavar="TEXT", help="what to generate")
-    texts.add_argument("--prompts", type=Path, metavar="FILE",
-                       help="many prompts: .txt (a prompt a line), .csv, .json or .jsonl (columns file_name, "
-                            f"{', '.join(PLACES)}, or NODE.INPUT)")
+    texts.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help=(
+            "many prompts: .txt (a prompt a line), .csv, .json or .jsonl (columns file_name, "
+            f"{', '.join(PLACES)}, or NODE.INPUT)"
+        ),
+    )
     add_settings(image, [name for name in FIELDS if name in PLACES], defaults=False)
-    image.add_argument("--count", type=int, default=1, help="images for each prompt, with seeds one apart (default 1)")
+    image.add_argument(
+        "--count",
+        type=int,
+        default=1,
+        help="images for each prompt, with seeds one apart (default 1)",
+    )
     image.add_argument("--model", metavar="NAME", help="checkpoint, as the server lists it")
     image.add_argument("--text-encoder", metavar="NAME", help="as the server lists it")
-    image.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE",
-                       help="any other input; NODE is the node's id, title or class; may be given again")
+    image.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NODE.INPUT=VALUE",
+        help="any other input; NODE is the node's id, title or class; may be given again",
+    )
 
     def run(args: argparse.Namespace) -> None:
         from .remote.queue import queue
+
         settings = {name: getattr(args, name, None) for name in PLACES}
-        queue(args.workflow, args.output, args.server or ["http://127.0.0.1:8188"], args.prompts, settings, args.set,
-              args.count, args.timeout, args.overwrite)
+        queue(
+            args.workflow,
+            args.output,
+            args.server or ["http://127.0.0.1:8188"],
+            args.prompts,
+            settings,
+            args.set,
+            args.count,
+            args.timeout,
+            args.overwrite,
+        )
         print(args.output)
-    parser.set_defaults(run=run, when_stopped="Our jobs were taken off the servers; the same command goes on where this one ended")
+
+    parser.set_defaults(
+        run=run,
+        when_stopped=(
+            "Our jobs were taken off the servers; the same command goes on where this one ended"
+        ),
+    )
 
 
 def add_inspect(commands: argparse._SubParsersAction) -> None:
+    """Add the command `l2p inspect`."""
     parser = commands.add_parser("inspect", help="say what a checkpoint is, from its header alone")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--json", action="store_true", help="for programs")
 
     def run(args: argparse.Namespace) -> None:
         from .files.describe import describe, report
+
         facts = describe(args.checkpoint)
         print(json.dumps(facts, indent=1) if args.json else report(facts))
+
     parser.set_defaults(run=run, when_stopped="Nothing was changed")
 
 
 def add_convert(commands: argparse._SubParsersAction) -> None:
+    """Add the command `l2p convert`."""
     parser = commands.add_parser(
-        "convert", help="make a pixel initialisation to train from",
-        description="Make a pixel initialisation from a latent Z-Image or Z-Image-Turbo, or from a trained L2P model of a "
-                    "smaller patch. What fits is copied, the rest is drawn from the seed.")
-    parser.add_argument("source", nargs="*", type=Path, help="a file, a folder or index of shards, or all the shards")
-    parser.add_argument("--latent_ckpt_files", nargs="+", type=Path, default=[], metavar="SHARD", help="another way to give them")
+        "convert",
+        help="make a pixel initialisation to train from",
+        description=(
+            "Make a pixel initialisation from a latent Z-Image or Z-Image-Turbo, or from a trained"
+            " L2P model of a smaller patch. What fits is copied, the rest is drawn from the seed."
+        ),
+    )
+    parser.add_argument(
+        "source",
+        nargs="*",
+        type=Path,
+        help="a file, a folder or index of shards, or all the shards",
+    )
+    parser.add_argument(
+        "--latent_ckpt_files",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="SHARD",
+        help="another way to give them",
+    )
     parser.add_argument("-o", "--output", "--output_path", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--patch", type=int, default=16, help="16, 64, 128 or 160, for 1K, 4K, 8K or 10K pixels (default 16)")
+    parser.add_argument(
+        "--patch",
+        type=int,
+        default=16,
+        help="16, 64, 128 or 160, for 1K, 4K, 8K or 10K pixels (default 16)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the new tensors (default 0)")
 
     def run(args: argparse.Namespace) -> None:
         from ..quant.convert import convert
+
         if not (sources := args.source + args.latent_ckpt_files):
             raise ValueError("give the latent Z-Image, or a trained L2P model, to convert")
         convert(sources, args.output, args.patch, args.seed, progress=True)
         print(args.output)
+
     parser.set_defaults(run=run, when_stopped="Nothing was changed")
 
 
 def add_merge(commands: argparse._SubParsersAction) -> None:
+    """Add the command `l2p merge`."""
     from ..quant.export import DTYPES
-    parser = commands.add_parser("merge", help="put a trained part over its pixel initialisation, or a LoRA into its model",
-                                 description="Put what a training saved over the pixel initialisation it started from, or add a LoRA to its "
-                                             "model's weights.")
-    parser.add_argument("--trained", "--file_a", type=Path, required=True, metavar="FILE", help="what the training saved")
-    parser.add_argument("--base", "--file_b", type=Path, required=True, metavar="FILE", help="the pixel initialisation, or the LoRA's model")
+
+    parser = commands.add_parser(
+        "merge",
+        help="put a trained part over its pixel initialisation, or a LoRA into its model",
+        description=(
+            "Put what a training saved over the pixel initialisation it started from, or add a LoRA"
+            " to its model's weights."
+        ),
+    )
+    parser.add_argument(
+        "--trained",
+        "--file_a",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="what the training saved",
+    )
+    parser.add_argument(
+        "--base",
+        "--file_b",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the pixel initialisation, or the LoRA's model",
+    )
     parser.add_argument("-o", "--output", "--file_out", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--dtype", choices=DTYPES, help="of all tensors (default: each tensor's own)")
-    parser.add_argument("--skip", action="append", metavar="PATTERN",
-                        help="leave out trained tensors by name, such as 'layers.0.*'; may be given again")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of all tensors (default: each tensor's own)"
+    )
+    parser.add_argument(
+        "--skip",
+        action="append",
+        metavar="PATTERN",
+        help="leave out trained tensors by name, such as 'layers.0.*'; may be given again",
+    )
     parser.add_argument("--strength", type=float, metavar="X", help="of a LoRA (default 1)")
 
     def run(args: argparse.Namespace) -> None:
         from ..quant.merge import merge
-        merge(args.trained, args.base, args.output, args.dtype, args.skip, args.strength, progress=True)
+
+        merge(
+            args.trained,
+            args.base,
+            args.output,
+            args.dtype,
+            args.skip,
+            args.strength,
+            progress=True,
+        )
         print(args.output)
+
     parser.set_defaults(run=run, when_stopped="Nothing was changed")
 
 
 def add_quantize(commands: argparse._SubParsersAction) -> None:
+    """Add the command `l2p quantize`."""
     from ..quant.quantize import PRESETS
     from .files.quantization import FORMATS
+
     parser = commands.add_parser(
-        "quantize", help="make an INT8, FP8 or 4-bit model, a third of the size or less",
-        description="Write a whole model with its large linears in 8 or 4 bits, in a format that ComfyUI and this program load "
-                    "as it is. Prints what each tensor lost.")
+        "quantize",
+        help="make an INT8, FP8 or 4-bit model, a third of the size or less",
+        description=(
+            "Write a whole model with its large linears in 8 or 4 bits, in a format that ComfyUI"
+            " and this program load as it is. Prints what each tensor lost."
+        ),
+    )
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--format", choices=list(FORMATS), default="int8_tensorwise",
-                        help="default int8_tensorwise; this program computes in INT8 and multiplies the others out, ComfyUI computes "
-                             "in FP8 on RTX 40 and newer, in mxfp8 and nvfp4 (4 bits) on RTX 50 and newer")
-    parser.add_argument("--granularity", choices=FORMATS["int8_tensorwise"].granularities,
-                        help="of INT8: a scale for each row (default), for each tensor, or for each row after a rotation that "
-                             "spreads outliers")
-    parser.add_argument("--preset", choices=PRESETS, default="card",
-                        help="card: the linears of all main layers but the first; small: of all blocks (default card)")
-    parser.add_argument("--include", action="append", default=[], metavar="PATTERN",
-                        help="quantize these too, by ComfyUI's names, such as 'layers.0.*.w1.weight'; may be given again")
-    parser.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="keep these in BF16")
-    parser.add_argument("--prefix", default="model.diffusion_model.", help="default model.diffusion_model.")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write the whole report as JSON")
-    parser.add_argument("--verify", action="store_true", help="read the written file back and compare it with the source")
+    parser.add_argument(
+        "--format",
+        choices=list(FORMATS),
+        default="int8_tensorwise",
+        help=(
+            "default int8_tensorwise; this program computes in INT8 and multiplies the others out,"
+            " ComfyUI computes in FP8 on RTX 40 and newer, in mxfp8 and nvfp4 (4 bits) on RTX 50"
+            " and newer"
+        ),
+    )
+    parser.add_argument(
+        "--granularity",
+        choices=FORMATS["int8_tensorwise"].granularities,
+        help=(
+            "of INT8: a scale for each row (default), for each tensor, or for each row after a"
+            " rotation that spreads outliers"
+        ),
+    )
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="card",
+        help=(
+            "card: the linears of all main layers but the first; small: of all blocks (default"
+            " card)"
+        ),
+    )
+    parser.add_argument(
+        "--include",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help=(
+            "quantize these too, by ComfyUI's names, such as 'layers.0.*.w1.weight'; may be given"
+            " again"
+        ),
+    )
+    parser.add_argument(
+        "--exclude", action="append", default=[], metavar="PATTERN", help="keep these in BF16"
+    )
+    parser.add_argument(
+        "--prefix", default="model.diffusion_model.", help="default model.diffusion_model."
+    )
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="write the whole report as JSON"
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read the written file back and compare it with the source",
+    )
 
     def run(args: argparse.Namespace) -> None:
         from ..quant.quantize import Options, quantize, save_report, table
-        options = Options(args.format, args.granularity, args.preset, args.include, args.exclude, args.prefix)
+
+        options = Options(
+            args.format, args.granularity, args.preset, args.include, args.exclude, args.prefix
+        )
         facts = quantize(args.checkpoint, args.output, options, args.verify, progress=True)
         if args.report:
             save_report(facts, args.report)
         print(table(facts))
+
     parser.set_defaults(run=run, when_stopped="Nothing was changed")
 
 
 def add_export(commands: argparse._SubParsersAction) -> None:
+    """Add the command `l2p export`."""
     from ..quant.export import DTYPES, PREFIXES
-    parser = commands.add_parser("export", help="write a model under other names, in another dtype",
-                                 description="Write an L2P model or a trained part under other names or in another dtype. "
-                                             "INT8 stays INT8 unless --dtype multiplies it out.")
+
+    parser = commands.add_parser(
+        "export",
+        help="write a model under other names, in another dtype",
+        description=(
+            "Write an L2P model or a trained part under other names or in another dtype. "
+            "INT8 stays INT8 unless --dtype multiplies it out."
+        ),
+    )
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--naming", choices=PREFIXES, default="comfyui",
-                        help="T2I-L2P's names, or ComfyUI's with q, k and v packed (default comfyui)")
-    parser.add_argument("--prefix", help="default: none for published, model.diffusion_model. for comfyui")
-    parser.add_argument("--dtype", choices=DTYPES, help="of all tensors (default: each tensor's own)")
-    parser.add_argument("--convrot", type=int, metavar="GROUP",
-                        help="group size of rotated INT8 weights in a file that does not say so")
+    parser.add_argument(
+        "--naming",
+        choices=PREFIXES,
+        default="comfyui",
+        help="T2I-L2P's names, or ComfyUI's with q, k and v packed (default comfyui)",
+    )
+    parser.add_argument(
+        "--prefix", help="default: none for published, model.diffusion_model. for comfyui"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of all tensors (default: each tensor's own)"
+    )
+    parser.add_argument(
+        "--convrot",
+        type=int,
+        metavar="GROUP",
+        help="group size of rotated INT8 weights in a file that does not say so",
+    )
 
     def run(args: argparse.Namespace) -> None:
         from ..quant.export import export
-        export(args.checkpoint, args.output, args.naming, args.prefix, args.dtype, args.convrot, progress=True)
+
+        export(
+            args.checkpoint,
+            args.output,
+            args.naming,
+            args.prefix,
+            args.dtype,
+            args.convrot,
+            progress=True,
+        )
         print(args.output)
+
     parser.set_defaults(run=run, when_stopped="Nothing was changed")
 
 
 def add_synthesize(commands: argparse._SubParsersAction) -> None:
+    """Add the command `l2p synthesize`."""
     from .train.config import Draws
+
     parser = commands.add_parser(
-        "synthesize", help="have the latent model draw pictures to train on",
-        description="Draw pictures with a latent Z-Image through diffusers, as a folder for l2p train: images/ and metadata.csv with the "
-                    "seeds. A run that was stopped goes on. Under `accelerate launch` the pictures are split over the processes.")
-    parser.add_argument("prompts", type=Path, metavar="PROMPTS", help=".txt (a prompt a line), .csv, .json or .jsonl with a column prompt or text")
-    parser.add_argument("--model", required=True, metavar="FOLDER", help="the latent model, such as Z-Image-Turbo")
+        "synthesize",
+        help="have the latent model draw pictures to train on",
+        description=(
+            "Draw pictures with a latent Z-Image through diffusers, as a folder for l2p train:"
+            " images/ and metadata.csv with the seeds. A run that was stopped goes on. Under"
+            " `accelerate launch` the pictures are split over the processes."
+        ),
+    )
+    parser.add_argument(
+        "prompts",
+        type=Path,
+        metavar="PROMPTS",
+        help=".txt (a prompt a line), .csv, .json or .jsonl with a column prompt or text",
+    )
+    parser.add_argument(
+        "--model", required=True, metavar="FOLDER", help="the latent model, such as Z-Image-Turbo"
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
     for each in fields(Draws):
-        parser.add_argument(f"--{each.name}", type=each.type, default=each.default,
-                            help=f"{each.metadata['help']} (default {each.default})")
+        parser.add_argument(
+            f"--{each.name}",
+            type=each.type,
+            default=each.default,
+            help=f"{each.metadata['help']} (default {each.default})",
+        )
     parser.add_argument("--batch", type=int, default=1, help="pictures drawn at a time (default 1)")
     parser.add_argument("--device", help="default: the GPU where there is one")
 
     def run(args: argparse.Namespace) -> None:
         from .batch import read_rows
         from .train.synthesize import synthesize
+
         if args.batch < 1:
             raise ValueError(f"--batch is {args.batch}; expected 1 or more")
         rank, processes, device = share(args.device)
         prompts = [row.get("text", row.get("prompt")) for row in read_rows(args.prompts)]
-        synthesize(prompts, args.model, args.output, Draws(**{each.name: getattr(args, each.name) for each in fields(Draws)}),
-                   args.batch, device, rank=rank, processes=processes, progress=rank == 0)
+        synthesize(
+            prompts,
+            args.model,
+            args.output,
+            Draws(**{each.name: getattr(args, each.name) for each in fields(Draws)}),
+            args.batch,
+            device,
+            rank=rank,
+            processes=processes,
+            progress=rank == 0,
+        )
         if rank == 0:
             print(args.output)
+
     parser.set_defaults(run=run, when_stopped="The same command goes on where this one ended")
 
 
 def add_train(commands: argparse._SubParsersAction) -> None:
+    """Add the command `l2p train`."""
     from .train.config import TrainConfig
+
     parser = commands.add_parser(
-        "train", help="train a pixel initialisation, or go on training",
-        description="Train an L2P model on pictures with captions. The settings come from a TOML file, from the flags below, which "
-                    "are the file's names, or from both. A run that was stopped goes on where it saved last.")
-    parser.add_argument("config", nargs="?", type=Path, metavar="FILE.toml", help="the settings; a flag says otherwise")
-    parser.add_argument("--estimate", action="store_true", help="say what a step holds in memory, from the checkpoint's header alone")
+        "train",
+        help="train a pixel initialisation, or go on training",
+        description=(
+            "Train an L2P model on pictures with captions. The settings come from a TOML file, from"
+            " the flags below, which are the file's names, or from both. A run that was stopped"
+            " goes on where it saved last."
+        ),
+    )
+    parser.add_argument(
+        "config",
+        nargs="?",
+        type=Path,
+        metavar="FILE.toml",
+        help="the settings; a flag says otherwise",
+    )
+    parser.add_argument(
+        "--estimate",
+        action="store_true",
+        help="say what a step holds in memory, from the checkpoint's header alone",
+    )
     for each in fields(TrainConfig):
-        kind = ({"action": argparse.BooleanOptionalAction} if each.type is bool else
-                {"nargs": "*", "metavar": "TEXT"} if each.type == tuple[str, ...] else
-                {"type": each.type, "choices": each.metadata.get("choices")})
+        kind = (
+            {"action": argparse.BooleanOptionalAction}
+            if each.type is bool
+            else (
+                {"nargs": "*", "metavar": "TEXT"}
+                if each.type == tuple[str, ...]
+                else {"type": each.type, "choices": each.metadata.get("choices")}
+            )
+        )
         if each.type in (int, float, str) and not each.metadata.get("choices"):
             kind["metavar"] = {int: "N", float: "X", str: "TEXT"}[each.type]
-        default = "" if "default" in each.metadata["help"] or each.default in ("", (), None) else f" (default {each.default})"
-        parser.add_argument("--" + each.name.replace("_", "-"), default=None, help=each.metadata["help"] + default, **kind)
+        default = (
+            ""
+            if "default" in each.metadata["help"] or each.default in ("", (), None)
+            else f" (default {each.default})"
+        )
+        parser.add_argument(
+            "--" + each.name.replace("_", "-"),
+            default=None,
+            help=each.metadata["help"] + default,
+            **kind,
+        )
 
     def run(args: argparse.Namespace) -> None:
         from .train.config import read_config
         from .train.run import train
-        flags = {each.name: value for each in fields(TrainConfig) if (value := getattr(args, each.name)) is not None}
+
+        flags = {
+            each.name: value
+            for each in fields(TrainConfig)
+            if (value := getattr(args, each.name)) is not None
+        }
         if args.estimate:
             from .meter import table
             from .train.estimate import estimate
-            print(table(estimate(read_config(args.config, {"data": "none", "output": "none", **flags}))))
+
+            print(
+                table(
+                    estimate(read_config(args.config, {"data": "none", "output": "none", **flags}))
+                )
+            )
         else:
-            if args.recipe:  # it may lie in the folder the program runs in; what is installed comes first
+            if (
+                args.recipe
+            ):  # it may lie in the folder the program runs in; what is installed comes first
                 sys.path.append(os.getcwd())
             print(train(read_config(args.config, flags)))
-    parser.set_defaults(run=run, when_stopped="The same command goes on from the last save",
-                        when_full="docs/training.md, Memory, says which settings take less; --estimate counts them")
+
+    parser.set_defaults(
+        run=run,
+        when_stopped="The same command goes on from the last save",
+        when_full="docs/training.md, Memory, says which settings take less; --estimate counts them",
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """The model's numbers, read from the shapes of a checkpoint's tensors."""
+
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -8,6 +9,7 @@ from typing import NamedTuple
 
 class Level(NamedTuple):
     """One resolution of the local decoder: its name in the checkpoint and its channel counts."""
+
     name: str
     enc: int  # channels that enc<name> keeps for the skip connection
     up: int  # channels that up<name> gives
@@ -17,7 +19,12 @@ class Level(NamedTuple):
 # Outermost first; the one order all published decoders follow (a patch uses a subset).
 LEVEL_ORDER = ("_10k_a", "_8k", "0", "0b", "1", "2", "3", "4")
 
-_INNER = (Level("1", 64, 64, 32), Level("2", 128, 128, 64), Level("3", 256, 256, 128), Level("4", 512, 512, 256))
+_INNER = (
+    Level("1", 64, 64, 32),
+    Level("2", 128, 128, 64),
+    Level("3", 256, 256, 128),
+    Level("4", 512, 512, 256),
+)
 _OUTER = (Level("0", 16, 16, 16), Level("0b", 32, 32, 16))
 # Patch 16: T2I-L2P. The others: PixVerve-95K, folder L2P-ZImage-HR.
 PUBLISHED_DECODERS: dict[int, tuple[Level, ...]] = {
@@ -34,6 +41,7 @@ MAX_SIZE = 2**17  # of every width, ten times the published ones
 @dataclass(frozen=True)
 class L2PConfig:
     """Everything needed to build an `L2PTransformer`. The defaults are the published 1K model."""
+
     patch_size: int = 16
     dim: int = 3840
     n_heads: int = 30
@@ -47,16 +55,27 @@ class L2PConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for sizes that no model has, before anything of them is built."""
-        sizes = {"patch_size": self.patch_size, "dim": self.dim, "n_heads": self.n_heads, "ffn_dim": self.ffn_dim,
-                 "cap_feat_dim": self.cap_feat_dim, "t_hidden_dim": self.t_hidden_dim, "bottleneck_dim": self.bottleneck_dim}
+        sizes = {
+            "patch_size": self.patch_size,
+            "dim": self.dim,
+            "n_heads": self.n_heads,
+            "ffn_dim": self.ffn_dim,
+            "cap_feat_dim": self.cap_feat_dim,
+            "t_hidden_dim": self.t_hidden_dim,
+            "bottleneck_dim": self.bottleneck_dim,
+        }
         for level in self.decoder:
-            sizes |= {f"decoder level {level.name}, {part}": getattr(level, part) for part in ("enc", "up", "dec")}
+            sizes |= {
+                f"decoder level {level.name}, {part}": getattr(level, part)
+                for part in ("enc", "up", "dec")
+            }
         for name, size in sizes.items():
             if not 1 <= size <= MAX_SIZE:
                 raise ValueError(f"{name} is {size}; expected 1 to {MAX_SIZE}")
 
     @property
     def head_dim(self) -> int:
+        """Width of one attention head."""
         return self.dim // self.n_heads
 
     @property
@@ -66,11 +85,13 @@ class L2PConfig:
 
     @property
     def t_dim(self) -> int:
+        """Width of the time embedding."""
         return min(self.dim, 256)
 
     @property
     def size_multiple(self) -> int:
-        """Height and width must be multiples of this: whole patches, and whole decoder pixels (320 at patch 160)."""
+        """Height and width must be multiples of this: whole patches, and whole decoder pixels (320
+        at patch 160)."""
         return math.lcm(self.patch_size, 2 ** len(self.decoder))
 
     @property
@@ -80,26 +101,43 @@ class L2PConfig:
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> "L2PConfig":
-        """Read the numbers off tensor shapes under the published names (`layout.read_layout` gives these).
+        """Read the numbers off tensor shapes under the published names (`layout.read_layout` gives
+        these).
 
-        Raises KeyError, with the tensor's name, where one that is needed is absent, and ValueError for a shape
-        that no L2P model has."""
+        Raises KeyError, with the tensor's name, where one that is needed is absent, and ValueError
+        for a shape that no L2P model has."""
+
         def level(name: str) -> Level:
-            return Level(name, *(shapes[f"local_decoder.{part}.weight"][0]
-                                 for part in (f"enc{name}.0", f"up{name}.1", f"dec{name}.0")))
+            return Level(
+                name,
+                *(
+                    shapes[f"local_decoder.{part}.weight"][0]
+                    for part in (f"enc{name}.0", f"up{name}.1", f"dec{name}.0")
+                ),
+            )
 
-        embedder = next(filter(None, (re.fullmatch(r"all_x_embedder\.([0-9]{1,4})-1\.weight", key) for key in shapes)), None)
+        embedder = next(
+            filter(
+                None,
+                (re.fullmatch(r"all_x_embedder\.([0-9]{1,4})-1\.weight", key) for key in shapes),
+            ),
+            None,
+        )
         if embedder is None:
             raise KeyError("all_x_embedder.<patch>-1.weight")
         patch_size = int(embedder[1])
         dim, patch_numbers = shapes[embedder[0]]
         if patch_numbers != 3 * patch_size**2:
-            raise ValueError(f"{embedder[0]} takes {patch_numbers} numbers, "
-                             f"but a patch of {patch_size} x {patch_size} RGB pixels has {3 * patch_size**2}")
+            raise ValueError(
+                f"{embedder[0]} takes {patch_numbers} numbers, "
+                f"but a patch of {patch_size} x {patch_size} RGB pixels has {3 * patch_size**2}"
+            )
         head_dim = shapes["layers.0.attention.norm_q.weight"][0]
         if dim % head_dim or head_dim % 16:
-            raise ValueError(f"heads of {head_dim} numbers do not fit a width of {dim}: "
-                             "a head must be a multiple of 16 and divide the width")
+            raise ValueError(
+                f"heads of {head_dim} numbers do not fit a width of {dim}: "
+                "a head must be a multiple of 16 and divide the width"
+            )
 
         def depth(name: str) -> int:
             found = block_numbers(shapes, name)
@@ -108,17 +146,23 @@ class L2PConfig:
             return len(found)
 
         return cls(
-            patch_size=patch_size, dim=dim, n_heads=dim // head_dim,
-            n_layers=depth("layers"), n_refiner_layers=depth("noise_refiner"),
+            patch_size=patch_size,
+            dim=dim,
+            n_heads=dim // head_dim,
+            n_layers=depth("layers"),
+            n_refiner_layers=depth("noise_refiner"),
             ffn_dim=shapes["layers.0.feed_forward.w1.weight"][0],
             cap_feat_dim=shapes["cap_embedder.1.weight"][1],
             t_hidden_dim=shapes["t_embedder.mlp.0.weight"][0],
-            decoder=tuple(level(name) for name in LEVEL_ORDER if f"local_decoder.enc{name}.0.weight" in shapes),
+            decoder=tuple(
+                level(name) for name in LEVEL_ORDER if f"local_decoder.enc{name}.0.weight" in shapes
+            ),
             bottleneck_dim=shapes["local_decoder.bottleneck.0.weight"][0],
         )
 
 
 def block_numbers(names: Iterable[str], stack: str = "layers") -> set[int]:
-    """The blocks that tensors of a stack belong to: 5 for layers.5.attention.to_q.weight. Beyond four digits it is no model's."""
+    """The blocks that tensors of a stack belong to: 5 for layers.5.attention.to_q.weight. Beyond
+    four digits it is no model's."""
     pattern = re.compile(rf"{stack}\.([0-9]{{1,4}})\.")
     return {int(match[1]) for name in names if (match := pattern.match(name))}

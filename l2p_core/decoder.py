@@ -1,8 +1,9 @@
 """The local decoder: a small U-Net from the noisy picture and the transformer's features to pixels.
 
-It is convolutions and pooling only, so a pixel depends on its surroundings alone, and a large picture can be computed
-in tiles without a trace: each tile is read with enough around it and only the part that knows all it needs is kept.
-"""
+It is convolutions and pooling only, so a pixel depends on its surroundings alone, and a large
+picture can be computed in tiles without a trace: each tile is read with enough around it and only
+the part that knows all it needs is kept."""
+
 from itertools import count, product
 from typing import NamedTuple
 
@@ -12,15 +13,18 @@ from torch import Tensor, nn
 
 from .config import L2PConfig
 
-# A cut at a multiple of 2^levels changes the 3 * 2^levels - 2 output pixels next to it: three innermost pixels.
+# A cut at a multiple of 2^levels changes the 3 * 2^levels - 2 output pixels next to it: three
+# innermost pixels.
 HALO = 3
 
 
 class LocalDecoder(nn.Module):
-    """(B, 3, H, W) noisy pixels and (B, D, h, w) features → (B, 3, H, W). One class for all four patches."""
+    """(B, 3, H, W) noisy pixels and (B, D, h, w) features → (B, 3, H, W). One class for all four
+    patches."""
 
     def __init__(self, config: L2PConfig, operations=nn, **factory):
-        """operations: where Conv2d comes from, so that ComfyUI can give its own. factory: its device and dtype."""
+        """operations: where Conv2d comes from, so that ComfyUI can give its own. factory: its
+        device and dtype."""
         super().__init__()
 
         def conv(channels_in: int, channels: int, kernel: int = 3) -> nn.Conv2d:
@@ -30,40 +34,58 @@ class LocalDecoder(nn.Module):
         self.names = [level.name for level in config.decoder]  # outermost first
         channels = 3
         for level in config.decoder:
-            self.add_module(f"enc{level.name}", nn.Sequential(conv(channels, level.enc), nn.SiLU(inplace=True)))
+            self.add_module(
+                f"enc{level.name}", nn.Sequential(conv(channels, level.enc), nn.SiLU(inplace=True))
+            )
             channels = level.enc
-        self.bottleneck = nn.Sequential(conv(channels + config.dim, config.bottleneck_dim, 1), nn.SiLU(inplace=True))
+        self.bottleneck = nn.Sequential(
+            conv(channels + config.dim, config.bottleneck_dim, 1), nn.SiLU(inplace=True)
+        )
         channels = config.bottleneck_dim
         for level in reversed(config.decoder):
-            self.add_module(f"up{level.name}", nn.Sequential(nn.Upsample(scale_factor=2), conv(channels, level.up)))
-            self.add_module(f"dec{level.name}", nn.Sequential(conv(level.up + level.enc, level.dec), nn.SiLU(inplace=True)))
+            self.add_module(
+                f"up{level.name}",
+                nn.Sequential(nn.Upsample(scale_factor=2), conv(channels, level.up)),
+            )
+            self.add_module(
+                f"dec{level.name}",
+                nn.Sequential(conv(level.up + level.enc, level.dec), nn.SiLU(inplace=True)),
+            )
             channels = level.dec
         self.out_conv = conv(channels, 3, 1)
 
     def forward(self, image: Tensor, features: Tensor, tile: int | None = None) -> Tensor:
-        """image: (B, 3, H, W), H and W multiples of 2^levels. features: (B, D, h, w), one for each innermost pixel, or
-        resized to that by nearest (patch 160 has tokens of 160 pixels and innermost pixels of 64).
-        tile: side in pixels of the squares that are computed one after another, rounded up to a multiple of 2^levels;
-        0 for the whole at once; None for `tile_side`, or 0 where gradients are kept. The result is the same."""
+        """image: (B, 3, H, W), H and W multiples of 2^levels. features: (B, D, h, w), one for each
+        innermost pixel, or resized to that by nearest (patch 160 has tokens of 160 pixels and
+        innermost pixels of 64). tile: side in pixels of the squares that are computed one after
+        another, rounded up to a multiple of 2^levels; 0 for the whole at once; None for
+        `tile_side`, or 0 where gradients are kept. The result is the same."""
         height, width = image.shape[-2:]
         step = 2 ** len(self.names)
         if features.shape[-2:] != (height // step, width // step):
             features = F.interpolate(features, (height // step, width // step), mode="nearest")
         if tile is None:
-            tile = 0 if torch.is_grad_enabled() else tile_side(self.config, height, width, image.dtype, len(image))
+            tile = (
+                0
+                if torch.is_grad_enabled()
+                else tile_side(self.config, height, width, image.dtype, len(image))
+            )
         assert tile >= 0
         if not tile:
             return self._whole(image, features)
         output = torch.empty_like(image)
-        for i, rows, columns in product(range(len(image)), cuts(height, tile, step), cuts(width, tile, step)):
-            output[i:i + 1, :, rows.kept, columns.kept] = self._whole(
-                image[i:i + 1, :, rows.read, columns.read],
-                features[i:i + 1, :, rows.innermost, columns.innermost])[:, :, rows.inside, columns.inside]
+        for i, rows, columns in product(
+            range(len(image)), cuts(height, tile, step), cuts(width, tile, step)
+        ):
+            output[i : i + 1, :, rows.kept, columns.kept] = self._whole(
+                image[i : i + 1, :, rows.read, columns.read],
+                features[i : i + 1, :, rows.innermost, columns.innermost],
+            )[:, :, rows.inside, columns.inside]
         return output
 
     def _whole(self, image: Tensor, features: Tensor) -> Tensor:
-        """Frees each map as soon as nothing needs it; `decoder_bytes` counts along. Maps lie with their channels together,
-        as the features come, which is faster on a CPU than planes."""
+        """Frees each map as soon as nothing needs it; `decoder_bytes` counts along. Maps lie with
+        their channels together, as the features come, which is faster on a CPU than planes."""
         x, skips = image.contiguous(memory_format=torch.channels_last), []
         for name in self.names:
             skips.append(self.get_submodule(f"enc{name}")(x))
@@ -79,6 +101,7 @@ class LocalDecoder(nn.Module):
 
 class Cut(NamedTuple):
     """One tile along one side of the picture."""
+
     read: slice  # the pixels it is computed from
     innermost: slice  # the same in innermost pixels
     kept: slice  # the pixels it gives
@@ -92,19 +115,32 @@ def cuts(length: int, tile: int, step: int) -> list[Cut]:
     for start in range(0, length, tile):
         stop = min(start + tile, length)
         first, last = max(start - HALO, 0), min(stop + HALO, length)
-        out.append(Cut(slice(first * step, last * step), slice(first, last), slice(start * step, stop * step),
-                       slice((start - first) * step, (stop - first) * step)))
+        out.append(
+            Cut(
+                slice(first * step, last * step),
+                slice(first, last),
+                slice(start * step, stop * step),
+                slice((start - first) * step, (stop - first) * step),
+            )
+        )
     return out
 
 
-def tile_side(config: L2PConfig, height: int, width: int, dtype: torch.dtype = torch.bfloat16, batch: int = 1,
-              budget: int | None = None) -> int:
+def tile_side(
+    config: L2PConfig,
+    height: int,
+    width: int,
+    dtype: torch.dtype = torch.bfloat16,
+    batch: int = 1,
+    budget: int | None = None,
+) -> int:
     """0, uncut, where the maps fit in `budget` bytes, or else the largest tile whose maps do.
 
-    budget: by default 1 GiB in bfloat16, which is two megapixels uncut at patch 16, or 16 bytes for each pixel where that
-    is more: little beside the pictures of 12 that a solver keeps. Twice that in float32, for the same tiles. It doesn't
-    go by the memory that is free, so that a seed's last bits stay the same. No tile is smaller than what is computed
-    around it on two sides: a picture in such tiles takes four times as long."""
+    budget: by default 1 GiB in bfloat16, which is two megapixels uncut at patch 16, or 16 bytes for
+    each pixel where that is more: little beside the pictures of 12 that a solver keeps. Twice that
+    in float32, for the same tiles. It doesn't go by the memory that is free, so that a seed's last
+    bits stay the same. No tile is smaller than what is computed around it on two sides: a picture
+    in such tiles takes four times as long."""
     if budget is None:
         budget = dtype.itemsize * max(2**29, 8 * height * width)
     if batch * whole_bytes(config, height, width, dtype) <= budget:
@@ -112,19 +148,34 @@ def tile_side(config: L2PConfig, height: int, width: int, dtype: torch.dtype = t
     step = 2 ** len(config.decoder)
     for parts in count(1):
         tile = -(-max(height, width) // (parts * step)) * step
-        if tile <= 2 * HALO * step or whole_bytes(config, *largest(height, width, tile, step), dtype) <= budget:
+        if (
+            tile <= 2 * HALO * step
+            or whole_bytes(config, *largest(height, width, tile, step), dtype) <= budget
+        ):
             return tile
 
 
-def decoder_bytes(config: L2PConfig, height: int, width: int, dtype: torch.dtype = torch.bfloat16, batch: int = 1,
-                  tile: int | None = None) -> int:
-    """What a pass without gradients holds at its peak, in bytes, beside image, features, output and weights.
+def decoder_bytes(
+    config: L2PConfig,
+    height: int,
+    width: int,
+    dtype: torch.dtype = torch.bfloat16,
+    batch: int = 1,
+    tile: int | None = None,
+) -> int:
+    """What a pass without gradients holds at its peak, in bytes, beside image, features, output and
+    weights.
 
-    tile: as in `LocalDecoder.forward`. What the convolutions themselves use for a moment (cuDNN's workspace) comes on top."""
+    tile: as in `LocalDecoder.forward`. What the convolutions themselves use for a moment (cuDNN's
+    workspace) comes on top."""
     step = 2 ** len(config.decoder)
     if tile is None:
         tile = tile_side(config, height, width, dtype, batch)
-    resized = 0 if step == config.patch_size else batch * config.dim * (height // step) * (width // step) * dtype.itemsize
+    resized = (
+        0
+        if step == config.patch_size
+        else batch * config.dim * (height // step) * (width // step) * dtype.itemsize
+    )
     if not tile:
         return resized + batch * whole_bytes(config, height, width, dtype)
     return resized + whole_bytes(config, *largest(height, width, tile, step), dtype)
@@ -132,16 +183,24 @@ def decoder_bytes(config: L2PConfig, height: int, width: int, dtype: torch.dtype
 
 def largest(height: int, width: int, tile: int, step: int) -> tuple[int, int]:
     """Height and width of the largest part that is computed at once."""
-    return tuple(max(cut.read.stop - cut.read.start for cut in cuts(length, tile, step)) for length in (height, width))
+    return tuple(
+        max(cut.read.stop - cut.read.start for cut in cuts(length, tile, step))
+        for length in (height, width)
+    )
 
 
 def whole_bytes(config: L2PConfig, height: int, width: int, dtype: torch.dtype) -> int:
-    """The peak of `LocalDecoder._whole` for one picture, its maps counted in the order they come and go."""
+    """The peak of `LocalDecoder._whole` for one picture, its maps counted in the order they come
+    and go."""
     area, skips = height * width, []  # all in numbers, not bytes
-    for level in config.decoder:  # on the way in less is held than on the way out, beside the same skips
+    for (
+        level
+    ) in config.decoder:  # on the way in less is held than on the way out, beside the same skips
         skips.append(level.enc * area)
         area //= 4
-    pooled, joined, x = (channels * area for channels in (level.enc, level.enc + config.dim, config.bottleneck_dim))
+    pooled, joined, x = (
+        channels * area for channels in (level.enc, level.enc + config.dim, config.bottleneck_dim)
+    )
     channels, peak = config.bottleneck_dim, sum(skips) + joined + max(pooled, x)
     for level in reversed(config.decoder):
         area *= 4

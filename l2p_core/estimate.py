@@ -1,15 +1,17 @@
-"""What drawing will hold in memory, and how often the model runs, by a checkpoint's header alone."""
+"""What drawing will hold in memory, and how often the model runs, by a checkpoint's header
+alone."""
+
 from collections import Counter
 
 import torch
 from torch import Tensor
 
-from .files.load import bytes_in_memory
 from .files.header import read_header
+from .files.load import bytes_in_memory
+from .flow import SOLVERS, guided_velocity, is_guided, schedule
 from .meter import Meter, shapes_only
 from .model import L2PTransformer, padded
 from .pipeline import L2PPipeline
-from .flow import SOLVERS, guided_velocity, is_guided, schedule
 from .settings import Settings
 from .stages import Stage, in_windows, windows
 from .text import MAX_TOKENS, encoder_files
@@ -17,11 +19,15 @@ from .text import MAX_TOKENS, encoder_files
 BLOCKS = ("layers.", "noise_refiner.", "context_refiner.")  # what `offload` streams
 
 
-def estimate(pipe: L2PPipeline, picture: Settings, batch: int, free_text_encoder: bool) -> tuple[dict[str, int], list[tuple[int, int, int]]]:
-    """Bytes held at the peak, by what they are for, with their sum as "in all", and what waits in the CPU's memory; and the
-    passes through the model that one batch takes: (how many, height, width) for each stage.
+def estimate(
+    pipe: L2PPipeline, picture: Settings, batch: int, free_text_encoder: bool
+) -> tuple[dict[str, int], list[tuple[int, int, int]]]:
+    """Bytes held at the peak, by what they are for, with their sum as "in all", and what waits in
+    the CPU's memory; and the passes through the model that one batch takes: (how many, height,
+    width) for each stage.
 
-    A text encoder that is not there counts as nothing. Prompts count as 512 tokens. Two steps of the last stage are run on tensors that have only a shape."""
+    A text encoder that is not there counts as nothing. Prompts count as 512 tokens. Two steps of
+    the last stage are run on tensors that have only a shape."""
     layout, dtype = pipe.layout, pipe.dtype
     by_block = Counter()  # bytes, by the part of the name that tells a block
     for name, size in bytes_in_memory(layout, dtype).items():
@@ -31,39 +37,72 @@ def estimate(pipe: L2PPipeline, picture: Settings, batch: int, free_text_encoder
         elsewhere = weights
         weights = by_block.pop("") + sum(size for _, size in by_block.most_common(2))
     files = encoder_files(pipe.text_encoder_path) if pipe.text_encoder_path.exists() else []
-    encoder = sum(entry.count * dtype.itemsize for file in files for entry in read_header(file)[0].values())
+    encoder = sum(
+        entry.count * dtype.itemsize for file in files for entry in read_header(file)[0].values()
+    )
     with torch.device("meta"):
         model = L2PTransformer(layout.config).to(dtype).requires_grad_(False)
     *_, last = plan = pipe.plan_stages(picture)
     multiple, sigmas = layout.config.size_multiple, schedule(2)
     with shapes_only(model), Meter() as meter:
-        captions = [torch.empty(MAX_TOKENS, layout.config.cap_feat_dim, dtype=dtype) for _ in range(batch)]
+        captions = [
+            torch.empty(MAX_TOKENS, layout.config.cap_feat_dim, dtype=dtype) for _ in range(batch)
+        ]
         noise = torch.empty(batch, 3, last.height, last.width)
-        velocity, asked = guided_velocity(model, captions, captions, picture.cfg_scale, batch_guidance=pipe.batch_guidance,
-                                          decoder_tile=pipe.decoder_tile), set()
+        velocity, asked = (
+            guided_velocity(
+                model,
+                captions,
+                captions,
+                picture.cfg_scale,
+                batch_guidance=pipe.batch_guidance,
+                decoder_tile=pipe.decoder_tile,
+            ),
+            set(),
+        )
 
         def once(x: Tensor, sigma: float) -> Tensor:
             """The velocity of each step's first window; the others hold the same."""
             known = sigma in asked
             asked.add(sigma)
             return torch.empty_like(x) if known else velocity(x, sigma)
-        SOLVERS[picture.sampler](in_windows(once, last.window, multiple) if last.window else velocity, noise, sigmas)
+
+        SOLVERS[picture.sampler](
+            in_windows(once, last.window, multiple) if last.window else velocity, noise, sigmas
+        )
     kept = 0
-    if picture.cache_threshold and not last.window:  # a StepCache for each pass holds two tensors of all tokens
-        tokens = padded(last.height // layout.config.patch_size * (last.width // layout.config.patch_size)) + padded(MAX_TOKENS)
-        kept = (1 if picture.cfg_scale == 1 else 2) * 2 * batch * tokens * layout.config.dim * dtype.itemsize
+    if (
+        picture.cache_threshold and not last.window
+    ):  # a StepCache for each pass holds two tensors of all tokens
+        tokens = padded(
+            last.height // layout.config.patch_size * (last.width // layout.config.patch_size)
+        ) + padded(MAX_TOKENS)
+        kept = (
+            (1 if picture.cfg_scale == 1 else 2)
+            * 2
+            * batch
+            * tokens
+            * layout.config.dim
+            * dtype.itemsize
+        )
     if picture.inpaint_mask:  # its picture, its noise and itself are held all the way
         kept += 4 * last.height * last.width * (3 + 3 * batch + 1)
     drawing = {"model": weights, "pictures and what passes": meter.peak() + kept}
     parts = drawing if free_text_encoder else {"text encoder": encoder, **drawing}
     in_all = max(sum(drawing.values()), encoder) if free_text_encoder else sum(parts.values())
     beside = {"in the CPU's memory": elsewhere} if elsewhere else {}
-    passes = [(passes_of(picture, stage) * len(windows(*stage[:2], stage.window, multiple)),
-               *(min(side, stage.window or side) for side in stage[:2])) for stage in plan]
+    passes = [
+        (
+            passes_of(picture, stage) * len(windows(*stage[:2], stage.window, multiple)),
+            *(min(side, stage.window or side) for side in stage[:2]),
+        )
+        for stage in plan
+    ]
     return {**parts, "in all": in_all, **beside}, passes
 
 
 def passes_of(picture: Settings, stage: Stage) -> int:
-    """Of the model in a stage: two for each step with guidance, be they batched or not, one for each without."""
+    """Of the model in a stage: two for each step with guidance, be they batched or not, one for
+    each without."""
     sigmas = schedule(stage.steps, stage.strength, picture.shift)[:-1].tolist()
     return sum(1 + is_guided(sigma, picture.cfg_scale, picture.cfg_truncation) for sigma in sigmas)

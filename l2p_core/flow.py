@@ -1,9 +1,9 @@
 """Flow matching: the convention, the sigma schedule, guidance, solvers and the training loss.
 
-Sigma goes from 1 (noise) to 0 (image), and x = (1 - sigma) * image + sigma * noise (`interpolate`), in float32. The
-velocity dx/dsigma = noise - image is what solvers follow and training fits. The model takes the time t = 1 - sigma and
-predicts image - noise, the negative velocity.
-"""
+Sigma goes from 1 (noise) to 0 (image), and x = (1 - sigma) * image + sigma * noise (`interpolate`),
+in float32. The velocity dx/dsigma = noise - image is what solvers follow and training fits. The
+model takes the time t = 1 - sigma and predicts image - noise, the negative velocity."""
+
 import math
 from collections.abc import Callable
 
@@ -23,12 +23,16 @@ def interpolate(image: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
 
 
 def schedule(steps: int, strength: float = 1.0, shift: float = 3.0) -> Tensor:
-    """Return the sigma schedule: (steps + 1,) float32, from the shifted denoising strength down to 0.
+    """Return the sigma schedule: (steps + 1,) float32, from the shifted denoising strength down to
+    0.
 
-    steps: at least 1. strength: above 0 and up to 1. shift: above 0. Raises ValueError outside of these."""
+    steps: at least 1. strength: above 0 and up to 1. shift: above 0. Raises ValueError outside of
+    these."""
     if steps < 1 or not 0 < strength <= 1 or not 0 < shift < math.inf:
-        raise ValueError(f"invalid schedule of {steps} steps, strength {strength} and shift {shift}; expected at least "
-                         "1 step, a strength above 0 and up to 1, and a shift above 0")
+        raise ValueError(
+            f"invalid schedule of {steps} steps, strength {strength} and shift {shift}; expected at"
+            " least 1 step, a strength above 0 and up to 1, and a shift above 0"
+        )
     return shifted(torch.linspace(strength, 0, steps + 1), shift)
 
 
@@ -39,22 +43,36 @@ def shifted(even: Tensor, shift: float | Tensor) -> Tensor:
     return shift * even / (1 + (shift - 1) * even)
 
 
-def guided_velocity(model: L2PTransformer, prompt_embeds: list[Tensor], negative_prompt_embeds: list[Tensor],
-                    scale: float, bf16_rounding: bool = False, cfg_truncation: float = 1.0,
-                    batch_guidance: bool = False, cache_threshold: float = 0.0, rope_scale: float = 1.0,
-                    decoder_tile: int | None = None) -> Velocity:
-    """Return the model's velocity with classifier-free guidance: negative + scale * (positive - negative).
+def guided_velocity(
+    model: L2PTransformer,
+    prompt_embeds: list[Tensor],
+    negative_prompt_embeds: list[Tensor],
+    scale: float,
+    bf16_rounding: bool = False,
+    cfg_truncation: float = 1.0,
+    batch_guidance: bool = False,
+    cache_threshold: float = 0.0,
+    rope_scale: float = 1.0,
+    decoder_tile: int | None = None,
+) -> Velocity:
+    """Return the model's velocity with classifier-free guidance: negative + scale * (positive -
+    negative).
 
-    The model computes in its own dtype; the velocity is float32. prompt_embeds, negative_prompt_embeds: one
-    (L, cap_feat_dim) for each image. scale: the guidance scale; 1 skips the negative prompt and takes one evaluation a
-    step. bf16_rounding: round the timestep as the published bfloat16 pipeline does, by up to 0.003. cfg_truncation: see
-    `is_guided`. batch_guidance: evaluate both prompts in one batch of twice the size. cache_threshold: above 0, skip
-    layers as `StepCache` does; use such a velocity for one image or batch only. rope_scale: RoPE interpolation factor.
-    decoder_tile: as `LocalDecoder.forward` takes it."""
+    The model computes in its own dtype; the velocity is float32. prompt_embeds,
+    negative_prompt_embeds: one (L, cap_feat_dim) for each image. scale: the guidance scale; 1 skips
+    the negative prompt and takes one evaluation a step. bf16_rounding: round the timestep as the
+    published bfloat16 pipeline does, by up to 0.003. cfg_truncation: see `is_guided`.
+    batch_guidance: evaluate both prompts in one batch of twice the size. cache_threshold: above 0,
+    skip layers as `StepCache` does; use such a velocity for one image or batch only. rope_scale:
+    RoPE interpolation factor. decoder_tile: as `LocalDecoder.forward` takes it."""
     options = {"rope_scale": (rope_scale, rope_scale), "decoder_tile": decoder_tile}
 
     def hooks() -> Hooks:
-        return StepCache(cache_threshold, model.config.n_layers, **options) if cache_threshold else Hooks(**options)
+        return (
+            StepCache(cache_threshold, model.config.n_layers, **options)
+            if cache_threshold
+            else Hooks(**options)
+        )
 
     of_positive, of_negative, of_both = hooks(), hooks(), hooks()
 
@@ -69,11 +87,14 @@ def guided_velocity(model: L2PTransformer, prompt_embeds: list[Tensor], negative
             return -model(image, t, prompt_embeds, of_positive).float()
         if batch_guidance:
             both = [*prompt_embeds, *negative_prompt_embeds]
-            positive, negative = model(image.repeat(2, 1, 1, 1), t.repeat(2), both, of_both).chunk(2)
+            positive, negative = model(image.repeat(2, 1, 1, 1), t.repeat(2), both, of_both).chunk(
+                2
+            )
         else:
             positive = model(image, t, prompt_embeds, of_positive)
             negative = model(image, t, negative_prompt_embeds, of_negative)
         return -(negative + scale * (positive - negative)).float()
+
     return velocity
 
 
@@ -83,15 +104,19 @@ def is_guided(sigma: float, scale: float, truncation: float) -> bool:
 
 
 def inpaint_velocity(velocity: Velocity, mask: Tensor, image: Tensor, noise: Tensor) -> Velocity:
-    """Return a velocity that leads back to `image` where mask (1, 1, H, W) is 0, along noise - image.
+    """Return a velocity that leads back to `image` where mask (1, 1, H, W) is 0, along noise -
+    image.
 
     Start from `interpolate(image, noise, sigma)`; a solver then keeps those pixels on that line."""
     return lambda x, sigma: mask * velocity(x, sigma) + (1 - mask) * (noise - image)
 
 
 @torch.no_grad()
-def euler(velocity: Velocity, x: Tensor, sigmas: Tensor, callback: Callback | None = None) -> Tensor:
-    """Integrate x (B, 3, H, W) along sigmas (n + 1,) with n evaluations, by Euler's method, as published."""
+def euler(
+    velocity: Velocity, x: Tensor, sigmas: Tensor, callback: Callback | None = None
+) -> Tensor:
+    """Integrate x (B, 3, H, W) along sigmas (n + 1,) with n evaluations, by Euler's method, as
+    published."""
     sigmas = sigmas.tolist()
     for step, (sigma, after) in enumerate(zip(sigmas, sigmas[1:])):
         v = velocity(x, sigma)
@@ -105,8 +130,8 @@ def euler(velocity: Velocity, x: Tensor, sigmas: Tensor, callback: Callback | No
 def ab2(velocity: Velocity, x: Tensor, sigmas: Tensor, callback: Callback | None = None) -> Tensor:
     """Integrate like `euler`, by the Adams-Bashforth method of second order for uneven steps.
 
-    One evaluation a step, and the velocity of the step before. Hairer, Norsett, Wanner, Solving Ordinary Differential
-    Equations I, section III.5."""
+    One evaluation a step, and the velocity of the step before. Hairer, Norsett, Wanner, Solving
+    Ordinary Differential Equations I, section III.5."""
     sigmas = sigmas.tolist()
     before = v_before = None
     for step, (sigma, after) in enumerate(zip(sigmas, sigmas[1:])):
@@ -122,21 +147,27 @@ def ab2(velocity: Velocity, x: Tensor, sigmas: Tensor, callback: Callback | None
 SOLVERS = {"euler": euler, "ab2": ab2}
 
 
-def flow_matching_loss(model: L2PTransformer, image: Tensor, prompt_embeds: list[Tensor], noise: Tensor,
-                       sigma: Tensor) -> Tensor:
-    """Return the mean squared error of the velocity, in float32: the published objective, unweighted.
+def flow_matching_loss(
+    model: L2PTransformer, image: Tensor, prompt_embeds: list[Tensor], noise: Tensor, sigma: Tensor
+) -> Tensor:
+    """Return the mean squared error of the velocity, in float32: the published objective,
+    unweighted.
 
-    image, noise: (B, 3, H, W), images in [-1, 1]. prompt_embeds: B tensors (L, cap_feat_dim). sigma: (B,)."""
+    image, noise: (B, 3, H, W), images in [-1, 1]. prompt_embeds: B tensors (L, cap_feat_dim).
+    sigma: (B,)."""
     x = interpolate(image, noise, sigma[:, None, None, None])
     velocity = -model(x, 1 - sigma, prompt_embeds)
     return torch.nn.functional.mse_loss(velocity.float(), noise - image)
 
 
-def training_sigmas(count: int, sampling: str, shift: float, patch_size: int, generator: torch.Generator) -> Tensor:
+def training_sigmas(
+    count: int, sampling: str, shift: float, patch_size: int, generator: torch.Generator
+) -> Tensor:
     """Return (count,) random sigmas to train on, float32 in (0, 1].
 
-    sampling: grid, even over `schedule(500)` at patch 16 and `schedule(1000)` above, as published; uniform, even between 0
-    and 1; logit-normal, the sigmoid of a standard normal (Stable Diffusion 3, arXiv 2403.03206, section 3.1)."""
+    sampling: grid, even over `schedule(500)` at patch 16 and `schedule(1000)` above, as published;
+    uniform, even between 0 and 1; logit-normal, the sigmoid of a standard normal (Stable Diffusion
+    3, arXiv 2403.03206, section 3.1)."""
     match sampling:
         case "grid":
             grid = schedule(500 if patch_size == 16 else 1000, shift=shift)[:-1]

@@ -1,4 +1,5 @@
 """Pictures and pixels: 8-bit levels outside, float32 in [-1, 1] inside."""
+
 import errno
 from pathlib import Path
 
@@ -7,14 +8,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-# Pillow hands EPS to Ghostscript, an interpreter of programs, whatever the file's name. So it tries these formats only.
+# Pillow hands EPS to Ghostscript, an interpreter of programs, whatever the file's name. So it tries
+# these formats only.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM")
 
 
 def open_image(file: str | Path, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """Open an image file of one of these formats; nothing but its header is read yet.
 
-    Raises OSError where it is of another format, damaged or missing, and ValueError where it has far too many pixels."""
+    Raises OSError where it is of another format, damaged or missing, and ValueError where it has
+    far too many pixels."""
     if not Path(file).is_file():  # a FIFO would wait for ever
         raise FileNotFoundError(errno.ENOENT, "No such file", str(file))
     Image.init()
@@ -32,7 +35,8 @@ def open_image(file: str | Path, formats: tuple[str, ...] = FORMATS) -> Image.Im
 
 
 def to_pixels(picture: Image.Image, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(1, 3, H, W) in [-1, 1]: level * (2 / 255) - 1. In bfloat16 it rounds twice, as the published pipeline does."""
+    """(1, 3, H, W) in [-1, 1]: level * (2 / 255) - 1. In bfloat16 it rounds twice, as the published
+    pipeline does."""
     levels = torch.from_numpy(np.array(picture.convert("RGB")))
     return levels.permute(2, 0, 1)[None].to(dtype) * (2 / 255) - 1
 
@@ -53,17 +57,36 @@ def to_mask(mask: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(mask.convert("L")))[None, None].float() / 255
 
 
-def size_for(height: float, width: float, multiple: int, wanted_height: int | None = None, wanted_width: int | None = None) -> tuple[int, int]:
-    """Height and width nearest to a picture's in multiples of `multiple`; where one is wanted otherwise, the other in proportion."""
-    scale = (1 if wanted_height is wanted_width is None else wanted_width / width if wanted_height is None else wanted_height / height)
-    return tuple(max(round(scale * side / multiple), 1) * multiple if wanted is None else wanted
-                 for wanted, side in ((wanted_height, height), (wanted_width, width)))
+def size_for(
+    height: float,
+    width: float,
+    multiple: int,
+    wanted_height: int | None = None,
+    wanted_width: int | None = None,
+) -> tuple[int, int]:
+    """Height and width nearest to a picture's in multiples of `multiple`; where one is wanted
+    otherwise, the other in proportion."""
+    scale = (
+        1
+        if wanted_height is wanted_width is None
+        else wanted_width / width
+        if wanted_height is None
+        else wanted_height / height
+    )
+    return tuple(
+        max(round(scale * side / multiple), 1) * multiple if wanted is None else wanted
+        for wanted, side in ((wanted_height, height), (wanted_width, width))
+    )
 
 
 def check_size(height: int, width: int, multiple: int) -> None:
-    """Raise ValueError, naming the nearest sizes, unless both are positive multiples of `multiple` pixels."""
+    """Raise ValueError, naming the nearest sizes, unless both are positive multiples of `multiple`
+    pixels."""
     for name, size in (("height", height), ("width", width)):
         if size < multiple or size % multiple:
             below = size // multiple * multiple
             nearest = f"{below} and {below + multiple}" if below > 0 else str(multiple)
-            raise ValueError(f"{name} is {size}; this checkpoint draws multiples of {multiple} pixels. Nearest: {nearest}")
+            raise ValueError(
+                f"{name} is {size}; this checkpoint draws multiples of {multiple} pixels. Nearest:"
+                f" {nearest}"
+            )

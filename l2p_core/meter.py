@@ -1,8 +1,10 @@
-"""How many bytes of tensors are alive at the peak of a computation: of a real one, or of one on tensors that have only a shape.
+"""How many bytes of tensors are alive at the peak of a computation: of a real one, or of one on
+tensors that have only a shape.
 
-torch's FakeTensorMode carries shapes, dtypes and devices through the very code that draws and trains. What lies outside of tensors
-is not counted: the program itself, a GPU's context, a kernel's workspace.
-"""
+torch's FakeTensorMode carries shapes, dtypes and devices through the very code that draws and
+trains. What lies outside of tensors is not counted: the program itself, a GPU's context, a kernel's
+workspace."""
+
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -13,11 +15,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .model import rope_of_prompt, rope_of_image
+from .model import rope_of_image, rope_of_prompt
 
 
 class Meter(TorchDispatchMode):
-    """Notes when a storage that an operation made comes to life and when it is gone. What was there before is not counted.
+    """Notes when a storage that an operation made comes to life and when it is gone. What was there
+    before is not counted.
 
     elsewhere: a device that is not counted."""
 
@@ -28,22 +31,30 @@ class Meter(TorchDispatchMode):
         self.alive: dict[int, int] = {}  # a storage's address → its number
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        given = {
+            tensor.untyped_storage()._cdata
+            for tensor in tree_leaves((args, kwargs))
+            if isinstance(tensor, Tensor)
+        }
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.device.type != self.elsewhere:
                 storage = tensor.untyped_storage()
-                if storage._cdata not in given and storage._cdata not in self.alive:  # views make none
+                if (
+                    storage._cdata not in given and storage._cdata not in self.alive
+                ):  # views make none
                     self.add(storage)
         return result
 
     def add(self, storage: torch.UntypedStorage) -> None:
+        """Note that a storage came to life."""
         number, size = len(self.events), storage.nbytes()
         self.alive[storage._cdata] = number
         self.events.append((number, size))
         weakref.finalize(storage, self.remove, storage._cdata, number, size)
 
     def remove(self, address: int, number: int, size: int) -> None:
+        """Note that a storage is gone."""
         del self.alive[address]
         self.events.append((number, -size))
 
@@ -54,11 +65,15 @@ class Meter(TorchDispatchMode):
     def peak(self, since: int = 0, without: Tensor | None = None) -> int:
         """The most bytes there were after so many events, one tensor left out."""
         out = self.alive.get(without.untyped_storage()._cdata) if without is not None else None
-        return max(list(accumulate(0 if number == out else size for number, size in self.events))[since:], default=0)
+        return max(
+            list(accumulate(0 if number == out else size for number, size in self.events))[since:],
+            default=0,
+        )
 
 
 def peak_bytes(run: Callable[[], Tensor]) -> tuple[int, Tensor]:
-    """What `run` holds at its peak, without gradients, beside what it was given and what it returns; and that."""
+    """What `run` holds at its peak, without gradients, beside what it was given and what it
+    returns; and that."""
     with torch.no_grad(), Meter() as meter:
         output = run()
     return meter.peak(without=output), output
@@ -68,14 +83,24 @@ def peak_bytes(run: Callable[[], Tensor]) -> tuple[int, Tensor]:
 def shapes_only(*models: nn.Module):
     """Within it tensors have only a shape, the models' too, which may come from the meta device."""
     from torch._subclasses.fake_tensor import FakeTensorMode
-    tables = (rope_of_image, rope_of_prompt)  # they keep what they made, and here that has no numbers
+
+    tables = (
+        rope_of_image,
+        rope_of_prompt,
+    )  # they keep what they made, and here that has no numbers
     for table in tables:
         table.cache_clear()
     try:
         with FakeTensorMode():
             for module in (module for model in models for module in model.modules()):
                 for name, weight in list(module.named_parameters(recurse=False)):
-                    setattr(module, name, nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype), weight.requires_grad))
+                    setattr(
+                        module,
+                        name,
+                        nn.Parameter(
+                            torch.empty(weight.shape, dtype=weight.dtype), weight.requires_grad
+                        ),
+                    )
                 for name, buffer in list(module.named_buffers(recurse=False)):
                     setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
             yield

@@ -1,11 +1,14 @@
-"""The L2P transformer: a Z-Image backbone that reads patches of 16 to 160 pixels, and a decoder that writes pixels.
+"""The L2P transformer: a Z-Image backbone that reads patches of 16 to 160 pixels, and a decoder
+that writes pixels.
 
-Letters in shapes: B batch, H W image size, h w patch grid, N image tokens (h * w padded to 32), M prompt tokens
-(padded to 32), S = N + M, D width. Time t runs from 0 (noise) to 1 (image). The output predicts image - noise.
+Letters in shapes: B batch, H W image size, h w patch grid, N image tokens (h * w padded to 32), M
+prompt tokens (padded to 32), S = N + M, D width. Time t runs from 0 (noise) to 1 (image). The
+output predicts image - noise.
 
-The same modules run in ComfyUI: every constructor takes the `operations` that its linears and norms come from, with
-their device and dtype, and what ComfyUI does in its own way is handed to each pass as `Hooks`.
-"""
+The same modules run in ComfyUI: every constructor takes the `operations` that its linears and norms
+come from, with their device and dtype, and what ComfyUI does in its own way is handed to each pass
+as `Hooks`."""
+
 import math
 from collections.abc import Callable
 from functools import lru_cache
@@ -20,38 +23,57 @@ from .decoder import LocalDecoder
 TOKEN_MULTIPLE = 32  # image and prompt tokens are each padded to a multiple of this
 NORM_EPS = 1e-5
 ROPE_THETA = 256.0
-TOKENS_AT_ONCE = 8192  # more than a 64 x 64 grid with its prompt has, so those are computed in one piece
+# more than a 64 x 64 grid with its prompt has, so those are computed in one piece
+TOKENS_AT_ONCE = 8192
 
 
 class Hooks:
     """What one forward pass does in its own way. This class runs the network as published.
 
-    A pass gets its hooks as an argument, so the network itself keeps no state. The step cache and ComfyUI's attention,
-    patches and RoPE options are subclasses."""
+    A pass gets its hooks as an argument, so the network itself keeps no state. The step cache and
+    ComfyUI's attention, patches and RoPE options are subclasses."""
 
-    def __init__(self, rope_scale: tuple[float, float] = (1.0, 1.0), rope_shift: tuple[float, float] = (0.0, 0.0),
-                 decoder_tile: int | None = None):
-        """rope_scale: RoPE interpolation of rows and columns, below 1 for images above the trained resolution.
-        rope_shift: added to the scaled rows and columns. decoder_tile: as `LocalDecoder.forward` takes it."""
+    def __init__(
+        self,
+        rope_scale: tuple[float, float] = (1.0, 1.0),
+        rope_shift: tuple[float, float] = (0.0, 0.0),
+        decoder_tile: int | None = None,
+    ):
+        """rope_scale: RoPE interpolation of rows and columns, below 1 for images above the trained
+        resolution. rope_shift: added to the scaled rows and columns. decoder_tile: as
+        `LocalDecoder.forward` takes it."""
         self.rope_scale = rope_scale
         self.rope_shift = rope_shift
         self.decoder_tile = decoder_tile
 
-    def run_block(self, stack: str, index: int, block: "Block", x: Tensor, rope: Tensor, mask: Tensor | None,
-                  time: Tensor | None) -> Tensor:
-        """Run one block of a stack: noise_refiner, context_refiner or layers. Returns the new x, (B, S, D)."""
+    def run_block(
+        self,
+        stack: str,
+        index: int,
+        block: "Block",
+        x: Tensor,
+        rope: Tensor,
+        mask: Tensor | None,
+        time: Tensor | None,
+    ) -> Tensor:
+        """Run one block of a stack: noise_refiner, context_refiner or layers. Returns the new x,
+        (B, S, D)."""
         return block(x, rope, mask, time, self)
 
     def project(self, x: Tensor, layers: tuple[nn.Module, ...]) -> list[Tensor]:
         """Apply several linear layers to the same input."""
         return [layer(x) for layer in layers]
 
-    def norm_and_rotate(self, attention: "Attention", q: Tensor, k: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalize queries and keys, each (B, S, heads, head), and rotate them by their positions."""
+    def norm_and_rotate(
+        self, attention: "Attention", q: Tensor, k: Tensor, rope: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Normalize queries and keys, each (B, S, heads, head), and rotate them by their
+        positions."""
         return rotate(attention.norm_q(q), rope), rotate(attention.norm_k(k), rope)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention over (B, heads, S, head) → (B, S, D). mask: True where a key may be attended to; None for all."""
+        """Attention over (B, heads, S, head) → (B, S, D). mask: True where a key may be attended
+        to; None for all."""
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
@@ -59,10 +81,12 @@ PUBLISHED = Hooks()
 
 
 class L2PTransformer(nn.Module):
-    """Predicts image - noise from a noisy image, its time and its prompt. Parameter names are the checkpoint's."""
+    """Predicts image - noise from a noisy image, its time and its prompt. Parameter names are the
+    checkpoint's."""
 
     def __init__(self, config: L2PConfig, operations=nn, **factory):
-        """operations: the namespace of Linear, RMSNorm and Conv2d, torch's or ComfyUI's. factory: device and dtype."""
+        """operations: the namespace of Linear, RMSNorm and Conv2d, torch's or ComfyUI's. factory:
+        device and dtype."""
         super().__init__()
         self.config = config
         dim = config.dim
@@ -72,15 +96,19 @@ class L2PTransformer(nn.Module):
             return nn.Parameter(token.normal_(std=0.02) if operations is nn else token)
 
         def blocks(count: int, modulated: bool = True) -> nn.ModuleList:
-            return nn.ModuleList(Block(config, modulated, operations, **factory) for _ in range(count))
+            return nn.ModuleList(
+                Block(config, modulated, operations, **factory) for _ in range(count)
+            )
 
-        self.all_x_embedder = nn.ModuleDict({
-            f"{config.patch_size}-1": operations.Linear(3 * config.patch_size**2, dim, **factory)})
+        self.all_x_embedder = nn.ModuleDict(
+            {f"{config.patch_size}-1": operations.Linear(3 * config.patch_size**2, dim, **factory)}
+        )
         self.x_pad_token = pad_token()
         self.t_embedder = TimeEmbedder(config, operations, **factory)
         self.cap_embedder = nn.Sequential(
             operations.RMSNorm(config.cap_feat_dim, NORM_EPS, **factory),
-            operations.Linear(config.cap_feat_dim, dim, **factory))
+            operations.Linear(config.cap_feat_dim, dim, **factory),
+        )
         self.cap_pad_token = pad_token()
         self.noise_refiner = blocks(config.n_refiner_layers)
         self.context_refiner = blocks(config.n_refiner_layers, modulated=False)
@@ -97,32 +125,43 @@ class L2PTransformer(nn.Module):
         """Where the weights are."""
         return self.x_pad_token.device
 
-    def forward(self, image: Tensor, t: Tensor, prompt_embeds: list[Tensor], hooks: Hooks = PUBLISHED) -> Tensor:
+    def forward(
+        self, image: Tensor, t: Tensor, prompt_embeds: list[Tensor], hooks: Hooks = PUBLISHED
+    ) -> Tensor:
         """Predict image - noise.
 
-        image: (B, 3, H, W) in about [-1, 1], H and W multiples of `config.size_multiple`. t: (B,) in 0..1, 0 = noise.
-        prompt_embeds: B tensors (L_i, cap_feat_dim), L_i at least 1. Returns (B, 3, H, W) in the model's dtype.
-        Raises ValueError where these do not fit each other or the model."""
+        image: (B, 3, H, W) in about [-1, 1], H and W multiples of `config.size_multiple`. t: (B,)
+        in 0..1, 0 = noise. prompt_embeds: B tensors (L_i, cap_feat_dim), L_i at least 1. Returns
+        (B, 3, H, W) in the model's dtype. Raises ValueError where these do not fit each other or
+        the model."""
         self._check(image, t, prompt_embeds)
         return self.predict(image.to(self.dtype), t, prompt_embeds, hooks)
 
-    def predict(self, image: Tensor, t: Tensor, prompt_embeds: list[Tensor], hooks: Hooks = PUBLISHED) -> Tensor:
+    def predict(
+        self, image: Tensor, t: Tensor, prompt_embeds: list[Tensor], hooks: Hooks = PUBLISHED
+    ) -> Tensor:
         """`forward` without its checks, in the image's own dtype."""
         features = self.features(image, t, prompt_embeds, hooks)
         return self.local_decoder(image, features, hooks.decoder_tile)
 
-    def features(self, image: Tensor, t: Tensor, prompt_embeds: list[Tensor], hooks: Hooks = PUBLISHED) -> Tensor:
+    def features(
+        self, image: Tensor, t: Tensor, prompt_embeds: list[Tensor], hooks: Hooks = PUBLISHED
+    ) -> Tensor:
         """Run the transformer without its decoder: (B, D, h, w)."""
         patch, dtype, device = self.config.patch_size, image.dtype, image.device
         h, w = image.shape[-2] // patch, image.shape[-1] // patch
         time = self.t_embedder(t, dtype)  # (B, t_dim)
 
         x = F.pixel_unshuffle(image, patch)  # (B, 3 * p * p, h, w), channel slowest
-        x = x.unflatten(1, (image.shape[1], -1)).permute(0, 3, 4, 2, 1).flatten(3).flatten(1, 2)  # (B, h * w, p * p * 3)
+        x = (
+            x.unflatten(1, (image.shape[1], -1)).permute(0, 3, 4, 2, 1).flatten(3).flatten(1, 2)
+        )  # (B, h * w, p * p * 3)
         x = pad_tokens(self.all_x_embedder[f"{patch}-1"](x), self.x_pad_token)  # (B, N, D)
 
         lengths = torch.tensor([len(embeds) for embeds in prompt_embeds], device=device)
-        prompt = self.cap_embedder(nn.utils.rnn.pad_sequence(prompt_embeds, batch_first=True).to(dtype))
+        prompt = self.cap_embedder(
+            nn.utils.rnn.pad_sequence(prompt_embeds, batch_first=True).to(dtype)
+        )
         prompt = pad_tokens(prompt, self.cap_pad_token)  # (B, M, D)
         real = torch.arange(prompt.shape[1], device=device) < lengths[:, None]  # (B, M)
         prompt = torch.where(real[..., None], prompt, self.cap_pad_token.to(prompt))
@@ -132,7 +171,9 @@ class L2PTransformer(nn.Module):
         mask, prompt_mask = masks(h * w, padded_lengths, device)
 
         for index, block in enumerate(self.context_refiner):
-            prompt = hooks.run_block("context_refiner", index, block, prompt, rope_prompt, prompt_mask, None)
+            prompt = hooks.run_block(
+                "context_refiner", index, block, prompt, rope_prompt, prompt_mask, None
+            )
         for index, block in enumerate(self.noise_refiner):
             x = hooks.run_block("noise_refiner", index, block, x, rope_x, None, time)
 
@@ -140,9 +181,11 @@ class L2PTransformer(nn.Module):
         rope = torch.cat([rope_x, rope_prompt], dim=1)
         for index, block in enumerate(self.layers):
             x = hooks.run_block("layers", index, block, x, rope, mask, time)
-        return x[:, :h * w].transpose(1, 2).unflatten(2, (h, w))
+        return x[:, : h * w].transpose(1, 2).unflatten(2, (h, w))
 
-    def _rope(self, h: int, w: int, lengths: list[int], hooks: Hooks, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _rope(
+        self, h: int, w: int, lengths: list[int], hooks: Hooks, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
         """Rotations of image and prompt tokens: (B or 1, N, head/2, 2) and (B or 1, M, head/2, 2).
 
         lengths: of each prompt, padded. B is 1 where all are the same."""
@@ -159,19 +202,27 @@ class L2PTransformer(nn.Module):
         multiple, width = self.config.size_multiple, self.config.cap_feat_dim
         odd_sides = image.shape[-2] % multiple or image.shape[-1] % multiple
         if image.dim() != 4 or image.shape[1] != 3 or odd_sides:
-            raise ValueError(f"image is {tuple(image.shape)}; expected (batch, 3, height, width) with height and width "
-                             f"multiples of {multiple}")
+            raise ValueError(
+                f"image is {tuple(image.shape)}; expected (batch, 3, height, width) with height and"
+                f" width multiples of {multiple}"
+            )
         if t.shape != image.shape[:1] or len(prompt_embeds) != len(image):
-            raise ValueError(f"{len(image)} images came with t of shape {tuple(t.shape)} and {len(prompt_embeds)} "
-                             "prompts; expected one of each per image")
+            raise ValueError(
+                f"{len(image)} images came with t of shape {tuple(t.shape)} and"
+                f" {len(prompt_embeds)} prompts; expected one of each per image"
+            )
         for embeds in prompt_embeds:
             if embeds.dim() != 2 or len(embeds) == 0 or embeds.shape[1] != width:
-                raise ValueError(f"the embeddings of a prompt are {tuple(embeds.shape)}; expected (length, {width}), at "
-                                 "least one row. Encode the prompt with the text encoder this checkpoint was trained with")
+                raise ValueError(
+                    f"the embeddings of a prompt are {tuple(embeds.shape)}; expected (length,"
+                    f" {width}), at least one row. Encode the prompt with the text encoder this"
+                    " checkpoint was trained with"
+                )
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each between two norms; scaled and gated by the time where modulated."""
+    """Attention and feed-forward, each between two norms; scaled and gated by the time where
+    modulated."""
 
     def __init__(self, config: L2PConfig, modulated: bool = True, operations=nn, **factory):
         super().__init__()
@@ -183,15 +234,31 @@ class Block(nn.Module):
         self.ffn_norm1 = operations.RMSNorm(dim, NORM_EPS, **factory)
         self.ffn_norm2 = operations.RMSNorm(dim, NORM_EPS, **factory)
         if modulated:
-            self.adaLN_modulation = nn.Sequential(operations.Linear(config.t_dim, 4 * dim, **factory))
+            self.adaLN_modulation = nn.Sequential(
+                operations.Linear(config.t_dim, 4 * dim, **factory)
+            )
 
-    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, time: Tensor | None = None,
-                hooks: Hooks = PUBLISHED) -> Tensor:
-        """x: (B, S, D). rope: (B or 1, S, head/2, 2). mask: (B, 1, 1, S) or None. time: (B, t_dim) where modulated."""
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor,
+        mask: Tensor | None,
+        time: Tensor | None = None,
+        hooks: Hooks = PUBLISHED,
+    ) -> Tensor:
+        """x: (B, S, D). rope: (B or 1, S, head/2, 2). mask: (B, 1, 1, S) or None. time: (B, t_dim)
+        where modulated."""
         scale_a = gate_a = scale_f = gate_f = 1
         if time is not None:
-            scale_a, gate_a, scale_f, gate_f = self.adaLN_modulation(time)[:, None].chunk(4, dim=-1)  # each (B, 1, D)
-            scale_a, gate_a, scale_f, gate_f = 1 + scale_a, gate_a.tanh(), 1 + scale_f, gate_f.tanh()
+            scale_a, gate_a, scale_f, gate_f = self.adaLN_modulation(time)[:, None].chunk(
+                4, dim=-1
+            )  # each (B, 1, D)
+            scale_a, gate_a, scale_f, gate_f = (
+                1 + scale_a,
+                gate_a.tanh(),
+                1 + scale_f,
+                gate_f.tanh(),
+            )
 
         def before(x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             return self.attention.project(self.attention_norm1(x) * scale_a, rope, hooks)
@@ -219,7 +286,9 @@ class Attention(nn.Module):
         self.norm_q = operations.RMSNorm(config.head_dim, NORM_EPS, **factory)
         self.norm_k = operations.RMSNorm(config.head_dim, NORM_EPS, **factory)
 
-    def project(self, x: Tensor, rope: Tensor, hooks: Hooks = PUBLISHED) -> tuple[Tensor, Tensor, Tensor]:
+    def project(
+        self, x: Tensor, rope: Tensor, hooks: Hooks = PUBLISHED
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(B, S, D) → q, k and v, each (B, S, heads, head), q and k rotated by their positions."""
         projected = hooks.project(x, (self.to_q, self.to_k, self.to_v))
         q, k, v = (each.unflatten(-1, (self.n_heads, -1)) for each in projected)
@@ -237,6 +306,7 @@ class FeedForward(nn.Module):
         self.w3 = operations.Linear(dim, hidden_dim, bias=False, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, S, D) → (B, S, D)."""
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
@@ -248,19 +318,25 @@ class TimeEmbedder(nn.Module):
     def __init__(self, config: L2PConfig, operations=nn, **factory):
         super().__init__()
         self.mlp = nn.Sequential(
-            operations.Linear(2 * self.FREQUENCIES, config.t_hidden_dim, **factory), nn.SiLU(),
-            operations.Linear(config.t_hidden_dim, config.t_dim, **factory))
+            operations.Linear(2 * self.FREQUENCIES, config.t_hidden_dim, **factory),
+            nn.SiLU(),
+            operations.Linear(config.t_hidden_dim, config.t_dim, **factory),
+        )
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B,) → (B, t_dim) in `dtype`. Exact in float32; a bfloat16 t is scaled in bfloat16, as published."""
+        """(B,) → (B, t_dim) in `dtype`. Exact in float32; a bfloat16 t is scaled in bfloat16, as
+        published."""
         k = torch.arange(self.FREQUENCIES, dtype=torch.float32, device=t.device)
         angle = (1000 * t).float()[:, None] * torch.exp(-math.log(10000) * k / self.FREQUENCIES)
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(dtype))
 
 
-def by_tokens(function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-    """Apply a function that takes each token of (B, S, ...) inputs by itself: where there are many tokens and no
-    gradient is wanted, in runs, so that what it holds in between does not grow with the image."""
+def by_tokens(
+    function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor
+) -> Tensor | tuple[Tensor, ...]:
+    """Apply a function that takes each token of (B, S, ...) inputs by itself: where there are many
+    tokens and no gradient is wanted, in runs, so that what it holds in between does not grow with
+    the image."""
     tokens = inputs[0].shape[1]
     if tokens <= TOKENS_AT_ONCE or torch.is_grad_enabled():
         return function(*inputs)
@@ -269,7 +345,9 @@ def by_tokens(function: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Ten
         run = slice(start, start + TOKENS_AT_ONCE)
         parts = function(*(each[:, run] for each in inputs))
         parts = parts if isinstance(parts, tuple) else (parts,)
-        outputs = outputs or tuple(part.new_empty(part.shape[0], tokens, *part.shape[2:]) for part in parts)
+        outputs = outputs or tuple(
+            part.new_empty(part.shape[0], tokens, *part.shape[2:]) for part in parts
+        )
         for output, part in zip(outputs, parts):
             output[:, run] = part
     return outputs if len(outputs) > 1 else outputs[0]
@@ -286,21 +364,30 @@ def pad_tokens(x: Tensor, pad_token: Tensor) -> Tensor:
     return torch.cat([x, pad_token.to(x).expand(len(x), missing, -1)], dim=1)
 
 
-def masks(image_tokens: int, lengths: list[int], device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """What may be attended to in the main layers, (B, 1, 1, S), and in the context refiner, (B, 1, 1, M); None for all.
+def masks(
+    image_tokens: int, lengths: list[int], device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """What may be attended to in the main layers, (B, 1, 1, S), and in the context refiner, (B, 1,
+    1, M); None for all.
 
-    A prompt padded to 32 is attended to whole, padding included. Only the rows that fill a shorter prompt up to the
-    batch's longest are masked, so that each member gets what it gets alone."""
+    A prompt padded to 32 is attended to whole, padding included. Only the rows that fill a shorter
+    prompt up to the batch's longest are masked, so that each member gets what it gets alone."""
     if len(set(lengths)) == 1:
         return None, None
-    of_prompt = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]  # (B, M)
+    of_prompt = (
+        torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
+    )  # (B, M)
     of_image = of_prompt.new_ones(len(lengths), padded(image_tokens))
     return torch.cat([of_image, of_prompt], dim=1)[:, None, None], of_prompt[:, None, None]
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate neighbouring pairs of (B, S, heads, head) by the angles of rope (B or 1, S, head/2, 2), in float32."""
-    turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * torch.view_as_complex(rope)[:, :, None]
+    """Rotate neighbouring pairs of (B, S, heads, head) by the angles of rope (B or 1, S, head/2,
+    2), in float32."""
+    turned = (
+        torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        * torch.view_as_complex(rope)[:, :, None]
+    )
     return torch.view_as_real(turned).flatten(-2)
 
 
@@ -313,21 +400,36 @@ def rope_of_prompt(length: int, axes_dims: tuple[int, int, int], device: torch.d
 
 
 @lru_cache(maxsize=4)  # 34 MB each at 4096 pixels in patches of 16
-def rope_of_image(h: int, w: int, scale: tuple[float, float], shift: tuple[float, float], prompt_length: int,
-                  axes_dims: tuple[int, int, int], device: torch.device) -> Tensor:
-    """(padded(h * w), head/2, 2). Row r, column c sit at (padded prompt length + 1, r, c), rows and columns scaled and
-    then shifted; padding at (0, 0, 0)."""
+def rope_of_image(
+    h: int,
+    w: int,
+    scale: tuple[float, float],
+    shift: tuple[float, float],
+    prompt_length: int,
+    axes_dims: tuple[int, int, int],
+    device: torch.device,
+) -> Tensor:
+    """(padded(h * w), head/2, 2). Row r, column c sit at (padded prompt length + 1, r, c), rows and
+    columns scaled and then shifted; padding at (0, 0, 0)."""
     positions = torch.zeros(padded(h * w), 3, dtype=torch.float64)
-    positions[:h * w, 0] = prompt_length + 1
-    grid = torch.cartesian_prod(torch.arange(h, dtype=torch.float64), torch.arange(w, dtype=torch.float64))
-    positions[:h * w, 1:] = grid * torch.tensor(scale, dtype=torch.float64) + torch.tensor(shift, dtype=torch.float64)
+    positions[: h * w, 0] = prompt_length + 1
+    grid = torch.cartesian_prod(
+        torch.arange(h, dtype=torch.float64), torch.arange(w, dtype=torch.float64)
+    )
+    positions[: h * w, 1:] = grid * torch.tensor(scale, dtype=torch.float64) + torch.tensor(
+        shift, dtype=torch.float64
+    )
     return rope_of(positions, axes_dims, device)
 
 
 @torch.inference_mode(False)  # cached tables serve inference and training alike
 def rope_of(positions: Tensor, axes_dims: tuple[int, int, int], device: torch.device) -> Tensor:
-    """Cosine and sine per rotated pair: (S, 3) → (S, head/2, 2). Angles in float64, rounded once."""
-    angles = [positions[:, axis, None] * ROPE_THETA ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-              for axis, dim in enumerate(axes_dims)]
+    """Cosine and sine per rotated pair: (S, 3) → (S, head/2, 2). Angles in float64, rounded
+    once."""
+    angles = [
+        positions[:, axis, None]
+        * ROPE_THETA ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        for axis, dim in enumerate(axes_dims)
+    ]
     angles = torch.cat(angles, dim=-1).float()
     return torch.stack([angles.cos(), angles.sin()], dim=-1).to(device)

@@ -1,4 +1,5 @@
 """The whole path as one object: files and a prompt → pictures."""
+
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -10,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .files.layout import Layout, read_layout
 from .files.load import bytes_in_memory, check, load_model
 from .flow import SOLVERS, Callback, guided_velocity, inpaint_velocity, interpolate, schedule
 from .images import check_size, size_for, to_mask, to_pictures, to_pixels
-from .files.layout import Layout, read_layout
 from .model import L2PTransformer
 from .settings import FIELDS, Settings, checked
 from .stages import Stage, in_windows, misfit, plan_stages, run_stages
@@ -26,6 +27,7 @@ BUNDLED_MODEL = Path(__file__).parent / "shapes" / "model"
 
 class Defaults(NamedTuple):
     """What a checkpoint draws best with."""
+
     num_inference_steps: int
     cfg_scale: float
     height: int
@@ -35,15 +37,25 @@ class Defaults(NamedTuple):
 class L2PPipeline:
     """Draws pictures from prompts.
 
-        pipe = L2PPipeline.from_pretrained("model-1k-merge.safetensors", text_encoder="Z-Image-Turbo", device="cuda")
+        pipe = L2PPipeline.from_pretrained("model-1k-merge.safetensors", "Z-Image-Turbo")
         pipe("a lighthouse at dusk", seed=42).save("lighthouse.png")
 
-    The text encoder is loaded at the first prompt and the model at the first picture, so each can be in memory alone:
-    see `encode_prompt` and `unload_text_encoder`."""
+    The text encoder is loaded at the first prompt and the model at the first picture, so each can
+    be in memory alone: see `encode_prompt` and `unload_text_encoder`."""
 
-    def __init__(self, layout: Layout, text_encoder: Path, tokenizer: Path | None, device: torch.device,
-                 dtype: torch.dtype, progress: bool = False, decoder_tile: int | None = None, offload: bool | None = None,
-                 batch_guidance: bool = False, compile_blocks: bool = False):
+    def __init__(
+        self,
+        layout: Layout,
+        text_encoder: Path,
+        tokenizer: Path | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        progress: bool = False,
+        decoder_tile: int | None = None,
+        offload: bool | None = None,
+        batch_guidance: bool = False,
+        compile_blocks: bool = False,
+    ):
         self.layout, self.device, self.dtype = layout, device, dtype
         self.text_encoder_path, self.tokenizer_path = text_encoder, tokenizer
         self.decoder_tile, self.offload, self._progress = decoder_tile, offload, progress
@@ -51,43 +63,81 @@ class L2PPipeline:
         self._encodings: dict[str, Tensor] = {}  # of the prompts seen last
 
     @classmethod
-    def from_pretrained(cls, checkpoint: str | Path | None = None, text_encoder: str | Path | None = None,
-                        tokenizer: str | Path | None = None, device: str | torch.device | None = None,
-                        torch_dtype: torch.dtype = torch.bfloat16, convrot_groupsize: int | None = None,
-                        progress: bool = False, decoder_tile: int | None = None, offload: bool | None = None,
-                        batch_guidance: bool = False, compile_blocks: bool = False) -> "L2PPipeline":
+    def from_pretrained(
+        cls,
+        checkpoint: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+        tokenizer: str | Path | None = None,
+        device: str | torch.device | None = None,
+        torch_dtype: torch.dtype = torch.bfloat16,
+        convrot_groupsize: int | None = None,
+        progress: bool = False,
+        decoder_tile: int | None = None,
+        offload: bool | None = None,
+        batch_guidance: bool = False,
+        compile_blocks: bool = False,
+    ) -> "L2PPipeline":
         """Open a checkpoint of any kind that `load_model` reads; only its header is read for now.
 
-        checkpoint: None for the bundled small model. text_encoder, tokenizer: as for `TextEncoder.load`; by default
-        `text_encoder/` and `tokenizer/` beside the checkpoint. device: by default the GPU where there is one.
-        progress: show a bar while loading. decoder_tile: side in pixels of the squares that the local decoder computes
-        one after another, 0 for the whole at once; by default large pictures are cut. The picture is the same.
-        offload: keep the model's weights in the CPU's memory, and on the device only the block that computes and the next; by default where
-        they would fill a GPU.
-        batch_guidance: run both passes of a guided step as one of twice the batch. compile_blocks: with torch.compile, which takes
-        a while at the first pictures.
-        Raises CheckpointError where the checkpoint can't be used, and ValueError for a tile below 0."""
+        checkpoint: None for the bundled small model. text_encoder, tokenizer: as for
+        `TextEncoder.load`; by default `text_encoder/` and `tokenizer/` beside the checkpoint.
+        device: by default the GPU where there is one. progress: show a bar while loading.
+        decoder_tile: side in pixels of the squares that the local decoder computes one after
+        another, 0 for the whole at once; by default large pictures are cut. The picture is the
+        same. offload: keep the model's weights in the CPU's memory, and on the device only the
+        block that computes and the next; by default where they would fill a GPU. batch_guidance:
+        run both passes of a guided step as one of twice the batch. compile_blocks: with
+        torch.compile, which takes a while at the first pictures. Raises CheckpointError where the
+        checkpoint can't be used, and ValueError for a tile below 0."""
         if decoder_tile is not None and decoder_tile < 0:
-            raise ValueError(f"decoder_tile is {decoder_tile}; expected a side in pixels, or 0 for the whole at once")
+            raise ValueError(
+                f"decoder_tile is {decoder_tile}; expected a side in pixels, or 0 for the whole at"
+                " once"
+            )
         checkpoint = Path(checkpoint) if checkpoint else BUNDLED_MODEL / "transformer.safetensors"
         layout = read_layout(checkpoint, convrot_groupsize)
         check(layout)
         if text_encoder is None:
-            folders = (checkpoint, checkpoint.parent) if checkpoint.is_dir() else (checkpoint.parent,)
-            text_encoder = next((folder for folder in folders if (folder / "text_encoder").is_dir()), folders[0]) / "text_encoder"
+            folders = (
+                (checkpoint, checkpoint.parent) if checkpoint.is_dir() else (checkpoint.parent,)
+            )
+            text_encoder = (
+                next(
+                    (folder for folder in folders if (folder / "text_encoder").is_dir()), folders[0]
+                )
+                / "text_encoder"
+            )
         device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(layout, find_encoder(text_encoder), Path(tokenizer) if tokenizer else None, device, torch_dtype, progress,
-                   decoder_tile, offload, batch_guidance, compile_blocks)
+        return cls(
+            layout,
+            find_encoder(text_encoder),
+            Path(tokenizer) if tokenizer else None,
+            device,
+            torch_dtype,
+            progress,
+            decoder_tile,
+            offload,
+            batch_guidance,
+            compile_blocks,
+        )
 
     @property
     def streamed(self) -> bool:
-        """Whether the model's weights stay in the CPU's memory: as `offload` says, or where they would fill the GPU."""
-        return fills(self.device, sum(bytes_in_memory(self.layout, self.dtype).values())) if self.offload is None else self.offload
+        """Whether the model's weights stay in the CPU's memory: as `offload` says, or where they
+        would fill the GPU."""
+        return (
+            fills(self.device, sum(bytes_in_memory(self.layout, self.dtype).values()))
+            if self.offload is None
+            else self.offload
+        )
 
     @cached_property
     def transformer(self) -> L2PTransformer:
+        """The model, loaded when it is first used."""
         streamed = self.streamed
-        model = load_model(self.layout, "cpu" if streamed else self.device, self.dtype, progress=self._progress)
+        model = load_model(
+            self.layout, "cpu" if streamed else self.device, self.dtype, progress=self._progress
+        )
         if streamed:
             stream_blocks(model, self.device)
         if self.compile_blocks:
@@ -97,16 +147,21 @@ class L2PPipeline:
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
-        return TextEncoder.load(self.text_encoder_path, self.tokenizer_path, self.device, self.dtype)
+        """The text encoder, loaded when it is first used."""
+        return TextEncoder.load(
+            self.text_encoder_path, self.tokenizer_path, self.device, self.dtype
+        )
 
     @property
     def defaults(self) -> Defaults:
-        """Published settings: 30 steps and guidance 2 at patch 16, 50 and 4 above; the size the model was trained at."""
+        """Published settings: 30 steps and guidance 2 at patch 16, 50 and 4 above; the size the
+        model was trained at."""
         steps, guidance = (30, 2.0) if self.layout.config.patch_size == 16 else (50, 4.0)
         return Defaults(steps, guidance, *self.layout.trained_size)
 
     def encode_prompt(self, prompt: str) -> Tensor:
-        """(L, cap_feat_dim) features of one prompt, to be used for any number of pictures. The empty one has some too."""
+        """(L, cap_feat_dim) features of one prompt, to be used for any number of pictures. The
+        empty one has some too."""
         if prompt not in self._encodings:
             while len(self._encodings) >= KEPT_ENCODINGS:
                 del self._encodings[next(iter(self._encodings))]
@@ -114,7 +169,8 @@ class L2PPipeline:
         return self._encodings[prompt]
 
     def unload_text_encoder(self) -> None:
-        """Take the text encoder out of memory. Prompts seen lately stay encoded; a new one loads it again."""
+        """Take the text encoder out of memory. Prompts seen lately stay encoded; a new one loads it
+        again."""
         self.__dict__.pop("text_encoder", None)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -134,17 +190,19 @@ class L2PPipeline:
         bf16_rounding: bool = False,
         **settings: object,
     ) -> Image.Image | list[Image.Image]:
-        """Generate. Returns one image for one prompt, and a list for several prompts or where num_images is given.
+        """Generate. Returns one image for one prompt, and a list for several prompts or where
+        num_images is given.
 
         prompt: one, or several for one batch; or prompt_embeds, what `encode_prompt` gave for them.
-        seed: one for the whole batch, as ComfyUI takes it; or one for each image; None for a random one.
-        input_image: start from this image, resized with a warning where it has another size. inpaint_mask: white is
-        generated, black keeps the input image's pixels exactly. num_images: images for each prompt, in one batch.
-        callback: called in each step, after the model, with the steps done, all steps, and the x0 prediction,
-        (B, 3, H, W) in about [-1, 1]; raise from it to stop. bf16_rounding: round timesteps and the input image as the
-        published pipeline does. settings: all others of `settings.Settings`, by name; what is left out has the
-        checkpoint's default.
-        Raises ValueError for sizes, counts and values that do not fit, and TypeError for a name that is no setting."""
+        seed: one for the whole batch, as ComfyUI takes it; or one for each image; None for a random
+        one. input_image: start from this image, resized with a warning where it has another size.
+        inpaint_mask: white is generated, black keeps the input image's pixels exactly. num_images:
+        images for each prompt, in one batch. callback: called in each step, after the model, with
+        the steps done, all steps, and the x0 prediction, (B, 3, H, W) in about [-1, 1]; raise from
+        it to stop. bf16_rounding: round timesteps and the input image as the published pipeline
+        does. settings: all others of `settings.Settings`, by name; what is left out has the
+        checkpoint's default. Raises ValueError for sizes, counts and values that do not fit, and
+        TypeError for a name that is no setting."""
         if unknown := settings.keys() - FIELDS.keys():
             raise TypeError(f"{min(unknown)} is no setting; there are {', '.join(FIELDS)}")
         check_mask(inpaint_mask, input_image)
@@ -155,9 +213,14 @@ class L2PPipeline:
         chosen = self.complete(settings, input_image)
         plan = self.plan_stages(chosen)
 
-        single = num_images is None and (isinstance(prompt, str) or isinstance(prompt_embeds, Tensor))
+        single = num_images is None and (
+            isinstance(prompt, str) or isinstance(prompt_embeds, Tensor)
+        )
         if prompt_embeds is None:
-            prompt_embeds = [self.encode_prompt(each) for each in ([prompt] if isinstance(prompt, str) else prompt)]
+            prompt_embeds = [
+                self.encode_prompt(each)
+                for each in ([prompt] if isinstance(prompt, str) else prompt)
+            ]
         elif isinstance(prompt_embeds, Tensor):
             prompt_embeds = [prompt_embeds]
         copies = 1 if num_images is None else num_images
@@ -166,21 +229,38 @@ class L2PPipeline:
             raise ValueError("there is nothing to generate: no prompts, or num_images is 0")
         negatives = positives
         if chosen.cfg_scale != 1:
-            negative = self.encode_prompt(negative_prompt) if negative_prompt_embeds is None else negative_prompt_embeds
+            negative = (
+                self.encode_prompt(negative_prompt)
+                if negative_prompt_embeds is None
+                else negative_prompt_embeds
+            )
             negatives = [negative.to(self.device)] * len(positives)
         if warning := misfit(plan, self.layout.trained_size):
             warnings.warn(warning, stacklevel=2)
         done, in_all = 0, sum(stage.steps for stage in plan)
 
-        def generate(stage: Stage, start: Tensor | None, image: Tensor | None, mask: Tensor | None) -> Tensor:
+        def generate(
+            stage: Stage, start: Tensor | None, image: Tensor | None, mask: Tensor | None
+        ) -> Tensor:
             nonlocal done
             velocity = guided_velocity(
-                self.transformer, positives, negatives, chosen.cfg_scale, bf16_rounding, chosen.cfg_truncation,
-                self.batch_guidance, 0.0 if stage.window else chosen.cache_threshold, stage.rope_scale, self.decoder_tile)
+                self.transformer,
+                positives,
+                negatives,
+                chosen.cfg_scale,
+                bf16_rounding,
+                chosen.cfg_truncation,
+                self.batch_guidance,
+                0.0 if stage.window else chosen.cache_threshold,
+                stage.rope_scale,
+                self.decoder_tile,
+            )
             if stage.window:
                 velocity = in_windows(velocity, stage.window, self.layout.config.size_multiple)
             sigmas = schedule(stage.steps, stage.strength, chosen.shift)
-            noise = draw_noise((len(positives), 3, stage.height, stage.width), seed, chosen.rand_device).to(self.device)
+            noise = draw_noise(
+                (len(positives), 3, stage.height, stage.width), seed, chosen.rand_device
+            ).to(self.device)
             if mask is not None:
                 velocity = inpaint_velocity(velocity, mask, image, noise)
             x = noise if start is None else interpolate(start, noise, sigmas[0])
@@ -191,10 +271,16 @@ class L2PPipeline:
 
         def image_at(stage: Stage) -> Tensor:
             pixels = fit(input_image, stage.height, stage.width, "input_image")
-            return to_pixels(pixels, torch.bfloat16 if bf16_rounding else torch.float32).float().to(self.device)
+            return (
+                to_pixels(pixels, torch.bfloat16 if bf16_rounding else torch.float32)
+                .float()
+                .to(self.device)
+            )
 
         def mask_at(stage: Stage) -> Tensor:
-            return to_mask(fit(inpaint_mask, stage.height, stage.width, "inpaint_mask")).to(self.device)
+            return to_mask(fit(inpaint_mask, stage.height, stage.width, "inpaint_mask")).to(
+                self.device
+            )
 
         x = run_stages(plan, generate, input_image and image_at, inpaint_mask and mask_at)
         if inpaint_mask is not None:
@@ -206,10 +292,13 @@ class L2PPipeline:
     def complete(self, values: Mapping[str, object], image: Image.Image | None = None) -> Settings:
         """Check settings and fill in the checkpoint's defaults for what is left out or None.
 
-        image: the input image, whose size counts where none is given. Raises ValueError for a value that does not fit."""
+        image: the input image, whose size counts where none is given. Raises ValueError for a value
+        that does not fit."""
         given = {name: checked(name, value) for name, value in values.items() if value is not None}
         if image is not None:
-            given["height"], given["width"] = self.size_for(image, given.get("height"), given.get("width"))
+            given["height"], given["width"] = self.size_for(
+                image, given.get("height"), given.get("width")
+            )
         settings = Settings(**{**self.defaults._asdict(), **given})
         self.check_size(settings.height, settings.width)
         usable_device(settings.rand_device)
@@ -219,9 +308,14 @@ class L2PPipeline:
         """See `stages.plan_stages`."""
         return plan_stages(settings, self.layout.trained_size, self.layout.config.size_multiple)
 
-    def size_for(self, picture: Image.Image, height: int | None = None, width: int | None = None) -> tuple[int, int]:
-        """Height and width nearest to the picture's that the checkpoint can draw; where one is given, the other in proportion."""
-        return size_for(picture.height, picture.width, self.layout.config.size_multiple, height, width)
+    def size_for(
+        self, picture: Image.Image, height: int | None = None, width: int | None = None
+    ) -> tuple[int, int]:
+        """Height and width nearest to the picture's that the checkpoint can draw; where one is
+        given, the other in proportion."""
+        return size_for(
+            picture.height, picture.width, self.layout.config.size_multiple, height, width
+        )
 
     def check_size(self, height: int, width: int) -> None:
         """Raise ValueError, naming the nearest sizes, unless the checkpoint can draw this one."""
@@ -231,7 +325,10 @@ class L2PPipeline:
 def check_mask(mask: object, picture: object) -> None:
     """Raise ValueError for a mask, or a file of one, without the picture it keeps pixels of."""
     if mask and not picture:
-        raise ValueError("an inpaint_mask came without an input_image; give the picture whose pixels are to be kept")
+        raise ValueError(
+            "an inpaint_mask came without an input_image; give the picture whose pixels are to be"
+            " kept"
+        )
 
 
 def usable_device(name: str | torch.device) -> torch.device:
@@ -239,16 +336,23 @@ def usable_device(name: str | torch.device) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name} can't be used here: {str(error).splitlines()[0]}") from None
+        raise ValueError(
+            f"device {name} can't be used here: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def fills(device: torch.device, weights: int) -> bool:
     """Whether so many bytes leave a GPU too little to compute in, and can be streamed."""
-    return device.type == "cuda" and weights > ROOM * torch.cuda.mem_get_info(device)[0] and find_spec("diffusers") is not None
+    return (
+        device.type == "cuda"
+        and weights > ROOM * torch.cuda.mem_get_info(device)[0]
+        and find_spec("diffusers") is not None
+    )
 
 
 def stream_blocks(model: L2PTransformer, device: torch.device) -> None:
-    """Leave the weights where they are, and have each block's fetched while the one before it computes."""
+    """Leave the weights where they are, and have each block's fetched while the one before it
+    computes."""
     try:
         from diffusers.hooks import apply_group_offloading
     except ImportError:
@@ -256,11 +360,17 @@ def stream_blocks(model: L2PTransformer, device: torch.device) -> None:
     apply_group_offloading(model, device, num_blocks_per_group=1, use_stream=device.type == "cuda")
 
 
-def draw_noise(shape: tuple[int, int, int, int], seed: int | Sequence[int] | None, device: str = "cpu") -> Tensor:
-    """Standard normal float32 of (B, 3, H, W): one draw from one seed, or one draw for each picture from its own."""
+def draw_noise(
+    shape: tuple[int, int, int, int], seed: int | Sequence[int] | None, device: str = "cpu"
+) -> Tensor:
+    """Standard normal float32 of (B, 3, H, W): one draw from one seed, or one draw for each picture
+    from its own."""
     if isinstance(seed, Sequence):
         if len(seed) != shape[0]:
-            raise ValueError(f"{len(seed)} seeds came for {shape[0]} pictures; expected one for each, or a single one")
+            raise ValueError(
+                f"{len(seed)} seeds came for {shape[0]} pictures; expected one for each, or a"
+                " single one"
+            )
         return torch.cat([draw_noise((1, *shape[1:]), each, device) for each in seed])
     generator = torch.Generator(usable_device(device))
     if seed is None:
@@ -274,5 +384,10 @@ def fit(picture: Image.Image, height: int, width: int, name: str) -> Image.Image
     """The picture at that size, resized with a warning where it has another."""
     if picture.size == (width, height):
         return picture
-    warnings.warn(f"{name} is {picture.width} x {picture.height} and was resized to {width} x {height}", stacklevel=3)
-    return picture.convert("L" if name == "inpaint_mask" else "RGB").resize((width, height), Image.Resampling.LANCZOS)
+    warnings.warn(
+        f"{name} is {picture.width} x {picture.height} and was resized to {width} x {height}",
+        stacklevel=3,
+    )
+    return picture.convert("L" if name == "inpaint_mask" else "RGB").resize(
+        (width, height), Image.Resampling.LANCZOS
+    )

@@ -1,8 +1,9 @@
 """Every setting that changes an image, once: default, range, help and choices.
 
-The arguments of `L2PPipeline`, the flags of `l2p generate` and `l2p queue`, the columns of prompt files, the record in
-each PNG and the inputs of the nodes are derived from `Settings`. A new setting is a field here and its effect.
-"""
+The arguments of `L2PPipeline`, the flags of `l2p generate` and `l2p queue`, the columns of prompt
+files, the record in each PNG and the inputs of the nodes are derived from `Settings`. A new setting
+is a field here and its effect."""
+
 import math
 from dataclasses import Field, dataclass, field, fields
 from types import MappingProxyType
@@ -14,10 +15,11 @@ REFINEMENTS = SQUEEZED, WINDOWS, WHOLE = "squeezed", "windows", "whole"  # the f
 def setting(default: object, help: str, **about: object):
     """A field of `Settings`.
 
-    help: one line for flags, tooltips and docs, without the default. low, high: bounds, included. above: a bound that
-    is not included. choices: the words it may be. flag: its flag, where that is not the name. metavar: of the flag.
-    inputs: the inputs of a ComfyUI graph that it fills, INPUT or CLASS.INPUT; by default of its own name. unset: what
-    takes its place in words where the default is None."""
+    help: one line for flags, tooltips and docs, without the default. low, high: bounds, included.
+    above: a bound that is not included. choices: the words it may be. flag: its flag, where that is
+    not the name. metavar: of the flag. inputs: the inputs of a ComfyUI graph that it fills, INPUT
+    or CLASS.INPUT; by default of its own name. unset: what takes its place in words where the
+    default is None."""
     return field(default=default, metadata={"help": help, **about})
 
 
@@ -26,51 +28,122 @@ class Settings:
     """What to generate and how. The same settings, checkpoint and dtype give the same image."""
 
     prompt: str = setting("", "what to generate", inputs=("prompt", "text"))
-    negative_prompt: str = setting("", "what to steer away from; of no effect at guidance scale 1", metavar="TEXT")
-    seed: int = setting(42, "seed of the noise", low=0, high=2**64 - 1, inputs=("seed", "noise_seed"))
+    negative_prompt: str = setting(
+        "", "what to steer away from; of no effect at guidance scale 1", metavar="TEXT"
+    )
+    seed: int = setting(
+        42, "seed of the noise", low=0, high=2**64 - 1, inputs=("seed", "noise_seed")
+    )
     height: int | None = setting(
-        None, "pixels, a multiple of 16; of 64, 128 or 320 for the 4K, 8K and 10K models", low=1, high=MAX_SIDE,
-        metavar="PIXELS", unset="the trained resolution")
+        None,
+        "pixels, a multiple of 16; of 64, 128 or 320 for the 4K, 8K and 10K models",
+        low=1,
+        high=MAX_SIDE,
+        metavar="PIXELS",
+        unset="the trained resolution",
+    )
     width: int | None = setting(
-        None, "pixels, as for the height", low=1, high=MAX_SIDE, metavar="PIXELS", unset="the trained resolution")
+        None,
+        "pixels, as for the height",
+        low=1,
+        high=MAX_SIDE,
+        metavar="PIXELS",
+        unset="the trained resolution",
+    )
     num_inference_steps: int | None = setting(
-        None, "number of steps, each one or two evaluations of the model", low=1, high=1000, flag="--steps",
-        inputs=("steps",), unset="30, and 50 for the 4K and larger models")
+        None,
+        "number of steps, each one or two evaluations of the model",
+        low=1,
+        high=1000,
+        flag="--steps",
+        inputs=("steps",),
+        unset="30, and 50 for the 4K and larger models",
+    )
     cfg_scale: float | None = setting(
-        None, "guidance scale (CFG); 1 turns guidance off and halves the time", low=0.0, high=100.0, inputs=("cfg",),
-        unset="2, and 4 for the 4K and larger models")
+        None,
+        "guidance scale (CFG); 1 turns guidance off and halves the time",
+        low=0.0,
+        high=100.0,
+        inputs=("cfg",),
+        unset="2, and 4 for the 4K and larger models",
+    )
     shift: float = setting(
-        3.0, "shift of the sigma schedule; above 3 spends more steps on the composition", above=0.0, high=100.0)
+        3.0,
+        "shift of the sigma schedule; above 3 spends more steps on the composition",
+        above=0.0,
+        high=100.0,
+    )
     sampler: str = setting(
-        "euler", "solver: euler as published, or ab2, of second order, which needs fewer steps",
-        choices=("euler", "ab2"), inputs=("sampler_name",))
-    input_image: str = setting("", "start from this image", metavar="FILE", inputs=("LoadImage.image",))
+        "euler",
+        "solver: euler as published, or ab2, of second order, which needs fewer steps",
+        choices=("euler", "ab2"),
+        inputs=("sampler_name",),
+    )
+    input_image: str = setting(
+        "", "start from this image", metavar="FILE", inputs=("LoadImage.image",)
+    )
     denoising_strength: float = setting(
-        1.0, "how much noise the input image gets: 1 keeps nothing of it", above=0.0, high=1.0, metavar="0..1",
-        inputs=("denoise",))
+        1.0,
+        "how much noise the input image gets: 1 keeps nothing of it",
+        above=0.0,
+        high=1.0,
+        metavar="0..1",
+        inputs=("denoise",),
+    )
     inpaint_mask: str = setting(
-        "", "white is generated, black keeps the input image's pixels exactly", metavar="FILE",
-        inputs=("LoadImageMask.image",))
+        "",
+        "white is generated, black keeps the input image's pixels exactly",
+        metavar="FILE",
+        inputs=("LoadImageMask.image",),
+    )
     stages: int = setting(
-        1, "for sizes above the trained resolution: number of stages, each twice as large as the one before, which is "
-        "resized and refined", low=1, high=8, metavar="N")
+        1,
+        "for sizes above the trained resolution: number of stages, each twice as large as the one"
+        " before, which is resized and refined",
+        low=1,
+        high=8,
+        metavar="N",
+    )
     stage_strength: float = setting(
-        0.2, "denoising strength of every stage after the first", above=0.0, high=1.0, metavar="0..1",
-        inputs=("stage_denoise",))
+        0.2,
+        "denoising strength of every stage after the first",
+        above=0.0,
+        high=1.0,
+        metavar="0..1",
+        inputs=("stage_denoise",),
+    )
     redraw: str = setting(
-        SQUEEZED, "how a stage, or an input image, above the trained resolution is refined. squeezed: in one pass with "
-        "interpolated RoPE positions; windows: in overlapping tiles of the trained resolution; whole: in one pass as it "
-        "is", choices=REFINEMENTS)
-    rand_device: str = setting("cpu", "where the noise is generated; a GPU gives other noise for the same seed", inputs=())
+        SQUEEZED,
+        "how a stage, or an input image, above the trained resolution is refined. squeezed: in one"
+        " pass with interpolated RoPE positions; windows: in overlapping tiles of the trained"
+        " resolution; whole: in one pass as it is",
+        choices=REFINEMENTS,
+    )
+    rand_device: str = setting(
+        "cpu", "where the noise is generated; a GPU gives other noise for the same seed", inputs=()
+    )
     cfg_truncation: float = setting(
-        1.0, "guidance up to this share of the way from noise to image; later steps take half the time", low=0.0,
-        high=1.0, metavar="0..1", inputs=())
+        1.0,
+        "guidance up to this share of the way from noise to image; later steps take half the time",
+        low=0.0,
+        high=1.0,
+        metavar="0..1",
+        inputs=(),
+    )
     cache_threshold: float = setting(
-        0.0, "skip most layers at steps where the first one changes by no more than this share; 0 never skips", low=0.0,
-        high=math.inf, metavar="SHARE", inputs=())
+        0.0,
+        "skip most layers at steps where the first one changes by no more than this share; 0 never"
+        " skips",
+        low=0.0,
+        high=math.inf,
+        metavar="SHARE",
+        inputs=(),
+    )
 
 
-FIELDS: MappingProxyType[str, Field] = MappingProxyType({each.name: each for each in fields(Settings)})
+FIELDS: MappingProxyType[str, Field] = MappingProxyType(
+    {each.name: each for each in fields(Settings)}
+)
 
 
 def kind(name: str) -> type:
@@ -82,8 +155,8 @@ def kind(name: str) -> type:
 def checked(name: str, value: object) -> str | int | float:
     """Return a setting's value in its type, from Python, a flag, a table or JSON.
 
-    Numbers may come as text, and whole numbers with a point (42.0). Raises ValueError for anything else, such as true,
-    NaN, a list, half an emoji, or what is out of bounds."""
+    Numbers may come as text, and whole numbers with a point (42.0). Raises ValueError for anything
+    else, such as true, NaN, a list, half an emoji, or what is out of bounds."""
     about = FIELDS[name].metadata
     try:
         result = _converted(kind(name), value)
@@ -99,7 +172,8 @@ def checked(name: str, value: object) -> str | int | float:
 
 
 def graph_inputs(name: str) -> tuple[str, ...]:
-    """The inputs of a ComfyUI graph that a setting fills, INPUT or CLASS.INPUT; none where it has none there."""
+    """The inputs of a ComfyUI graph that a setting fills, INPUT or CLASS.INPUT; none where it has
+    none there."""
     return FIELDS[name].metadata.get("inputs", (name,))
 
 
@@ -120,7 +194,11 @@ def describe(name: str) -> str:
     """The help of a setting with its default."""
     each = FIELDS[name]
     default = each.metadata.get("unset") if each.default is None else each.default
-    return f"{each.metadata['help']} (default {default})" if default not in ("", None) else each.metadata["help"]
+    return (
+        f"{each.metadata['help']} (default {default})"
+        if default not in ("", None)
+        else each.metadata["help"]
+    )
 
 
 def _converted(kind: type, value: object) -> str | int | float:
@@ -137,4 +215,8 @@ def _converted(kind: type, value: object) -> str | int | float:
         return number
     if number != int(number):
         raise ValueError
-    return int(value) if isinstance(value, (int, float)) or value.strip().lstrip("+-").isdecimal() else int(number)
+    return (
+        int(value)
+        if isinstance(value, (int, float)) or value.strip().lstrip("+-").isdecimal()
+        else int(number)
+    )

@@ -1,4 +1,6 @@
-"""Images above the trained resolution: generated at it, then resized and refined, twice as large each time."""
+"""Images above the trained resolution: generated at it, then resized and refined, twice as large
+each time."""
+
 import math
 from collections.abc import Callable
 from itertools import product
@@ -13,7 +15,10 @@ from .images import to_pictures, to_pixels
 from .settings import SQUEEZED, WINDOWS, Settings
 
 OVERLAP = 4  # neighbouring windows share a quarter of their side
-SMALLEST, LARGEST = 1 / 4, 2  # times the trained number of pixels that a picture is drawn at in one go
+SMALLEST, LARGEST = (
+    1 / 4,
+    2,
+)  # times the trained number of pixels that a picture is drawn at in one go
 FARTHEST = 8  # times the trained side: the published table of positions ends at 512, training at 64
 
 
@@ -29,36 +34,59 @@ class Stage(NamedTuple):
 
 
 def plan_stages(settings: Settings, trained: tuple[int, int], multiple: int) -> list[Stage]:
-    """Return the stages that lead to an image of the settings' size, each twice as large as the one before it.
+    """Return the stages that lead to an image of the settings' size, each twice as large as the one
+    before it.
 
-    settings: with height, width and steps filled in. A later stage takes its share of the steps, `stage_strength`.
-    trained: height and width of the trained resolution. multiple: what every height and width is a multiple of. Raises
-    ValueError for so many stages that the first would be smaller than `multiple`."""
+    settings: with height, width and steps filled in. A later stage takes its share of the steps,
+    `stage_strength`. trained: height and width of the trained resolution. multiple: what every
+    height and width is a multiple of. Raises ValueError for so many stages that the first would be
+    smaller than `multiple`."""
     height, width, count = settings.height, settings.width, settings.stages
     if min(height, width) < multiple << (count - 1):
         most = (min(height, width) // multiple).bit_length()
-        raise ValueError(f"stages is {count}; expected 1 to {most} for {width} x {height}: each is twice as large as the "
-                         f"one before it, and the first is at least {multiple} pixels")
+        raise ValueError(
+            f"stages is {count}; expected 1 to {most} for {width} x {height}: each is twice as"
+            f" large as the one before it, and the first is at least {multiple} pixels"
+        )
     plan: list[Stage] = []
     for times in (2**later for later in reversed(range(count))):
         size = [round(side / times / multiple) * multiple for side in (height, width)]
         strength = settings.stage_strength if plan else settings.denoising_strength
-        steps = max(1, round(settings.num_inference_steps * strength)) if plan else settings.num_inference_steps
-        refines = strength < 1  # something of what it starts from is kept, so its composition is given
+        steps = (
+            max(1, round(settings.num_inference_steps * strength))
+            if plan
+            else settings.num_inference_steps
+        )
+        refines = (
+            strength < 1
+        )  # something of what it starts from is kept, so its composition is given
         above = math.sqrt(math.prod(size) / math.prod(trained)) if refines else 1.0
         tiled = settings.redraw == WINDOWS and refines and max(size) > max(trained)
         interpolated = settings.redraw == SQUEEZED and above > 1
-        plan.append(Stage(*size, steps, strength, max(trained) if tiled else 0, 1 / above if interpolated else 1.0))
+        plan.append(
+            Stage(
+                *size,
+                steps,
+                strength,
+                max(trained) if tiled else 0,
+                1 / above if interpolated else 1.0,
+            )
+        )
     return plan
 
 
-def run_stages(plan: list[Stage], generate: Callable[[Stage, Tensor | None, Tensor | None, Tensor | None], Tensor],
-               image: Callable[[Stage], Tensor] | None = None, mask: Callable[[Stage], Tensor] | None = None) -> Tensor:
+def run_stages(
+    plan: list[Stage],
+    generate: Callable[[Stage, Tensor | None, Tensor | None, Tensor | None], Tensor],
+    image: Callable[[Stage], Tensor] | None = None,
+    mask: Callable[[Stage], Tensor] | None = None,
+) -> Tensor:
     """Generate stage by stage, each from the one before it, resized to its size.
 
-    generate: (stage, start, image, mask) → (B, 3, h, w) in about [-1, 1]. start is None for pure noise; image and mask
-    are None without a mask. image: stage → the input image at its size, (B or 1, 3, h, w). mask: stage → (B or 1, 1, h,
-    w), 1 where pixels are generated. Raises ValueError where an image comes out as NaN."""
+    generate: (stage, start, image, mask) → (B, 3, h, w) in about [-1, 1]. start is None for pure
+    noise; image and mask are None without a mask. image: stage → the input image at its size, (B or
+    1, 3, h, w). mask: stage → (B or 1, 1, h, w), 1 where pixels are generated. Raises ValueError
+    where an image comes out as NaN."""
     x = None
     for stage in plan:
         given = None if image is None else image(stage)
@@ -66,13 +94,18 @@ def run_stages(plan: list[Stage], generate: Callable[[Stage, Tensor | None, Tens
         kept = None if hole is None else given
         x = generate(stage, _start(x, stage, given, hole), kept, hole)
         if not x.isfinite().all():
-            raise ValueError("the image came out as NaN: the model's numbers overflow in this dtype, or its file is "
-                             "damaged. Try bfloat16")
+            raise ValueError(
+                "the image came out as NaN: the model's numbers overflow in this dtype, or its file"
+                " is damaged. Try bfloat16"
+            )
     return x
 
 
-def _start(x: Tensor | None, stage: Stage, image: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    """What a stage starts from: the stage before it, else the input image, whose pixels stay outside of the mask."""
+def _start(
+    x: Tensor | None, stage: Stage, image: Tensor | None, mask: Tensor | None
+) -> Tensor | None:
+    """What a stage starts from: the stage before it, else the input image, whose pixels stay
+    outside of the mask."""
     start = image if x is None else enlarge(x, stage.height, stage.width)
     return start if mask is None else mask * start + (1 - mask) * image
 
@@ -83,16 +116,35 @@ def misfit(plan: list[Stage], trained: tuple[int, int]) -> str | None:
     trained: height and width that the checkpoint was trained at."""
     first, (height, width) = plan[0], trained
     times = first.height * first.width / (height * width)
-    size = f"{first.width} x {first.height} is {times:.2g} times the {width} x {height} pixels that this checkpoint was trained at"
+    size = (
+        f"{first.width} x {first.height} is {times:.2g} times the {width} x {height} pixels that"
+        " this checkpoint was trained at"
+    )
     if first.strength == 1 and times < SMALLEST:
-        return f"{size}: what it draws that small is worse. Draw at {width} x {height}, and shrink the picture"
+        return (
+            f"{size}: what it draws that small is worse. Draw at {width} x {height}, and shrink the"
+            " picture"
+        )
     if first.strength == 1 and times > LARGEST:
-        return f"{size}: what it draws at once repeats itself or falls apart. Draw in {round(math.log2(times) / 2) + len(plan)} stages"
+        return (
+            f"{size}: what it draws at once repeats itself or falls apart. Draw in"
+            f" {round(math.log2(times) / 2) + len(plan)} stages"
+        )
     for stage in plan:
-        if not stage.window and stage.rope_scale * max(stage.height / height, stage.width / width) > FARTHEST:
-            return (f"{stage.width} x {stage.height}, drawn at once, is more than {FARTHEST} times as long as the {width} x {height} pixels that "
-                    "this checkpoint was trained at, farther than its published table of positions goes. "
-                    + ("Draw a picture nearer to a square" if stage.strength == 1 else "Redraw in windows"))
+        if (
+            not stage.window
+            and stage.rope_scale * max(stage.height / height, stage.width / width) > FARTHEST
+        ):
+            return (
+                f"{stage.width} x {stage.height}, drawn at once, is more than {FARTHEST} times as"
+                f" long as the {width} x {height} pixels that this checkpoint was trained at,"
+                " farther than its published table of positions goes. "
+                + (
+                    "Draw a picture nearer to a square"
+                    if stage.strength == 1
+                    else "Redraw in windows"
+                )
+            )
     return None
 
 
@@ -104,25 +156,31 @@ def in_windows(velocity: Velocity, window: int, step: int) -> Velocity:
 def by_windows(function: Callable[[Tensor], Tensor], x: Tensor, window: int, step: int) -> Tensor:
     """`function` of a picture (B, C, H, W), each of its `windows` taken for a picture of its own.
 
-    Where they overlap, each counts by how far inside it a pixel is (MultiDiffusion, arXiv 2302.08113, with weights that
-    fall to the edge)."""
+    Where they overlap, each counts by how far inside it a pixel is (MultiDiffusion, arXiv
+    2302.08113, with weights that fall to the edge)."""
     total, weights = torch.zeros_like(x), x.new_zeros(x.shape[-2:])
     for rows, columns in windows(*x.shape[-2:], window, step):
-        weight = ramp(rows.stop - rows.start, x.device)[:, None] * ramp(columns.stop - columns.start, x.device)
+        weight = ramp(rows.stop - rows.start, x.device)[:, None] * ramp(
+            columns.stop - columns.start, x.device
+        )
         total[..., rows, columns] += weight * function(x[..., rows, columns])
         weights[rows, columns] += weight
     return total / weights
 
 
 def windows(height: int, width: int, window: int, step: int) -> list[tuple[slice, slice]]:
-    """Rows and columns of overlapping squares of `window` pixels that cover the picture, beginning at multiples of `step`; the
-    whole where window is 0."""
+    """Rows and columns of overlapping squares of `window` pixels that cover the picture, beginning
+    at multiples of `step`; the whole where window is 0."""
+
     def along(length: int) -> list[slice]:
         if not 0 < window < length:
             return [slice(0, length)]
         gaps = -(-(length - window) // (window - window // OVERLAP))
-        starts = [round(place * (length - window) / gaps / step) * step for place in range(gaps + 1)]
+        starts = [
+            round(place * (length - window) / gaps / step) * step for place in range(gaps + 1)
+        ]
         return [slice(start, start + window) for start in starts]
+
     return list(product(along(height), along(width)))
 
 
@@ -134,4 +192,9 @@ def ramp(length: int, device: torch.device) -> Tensor:
 
 def enlarge(pixels: Tensor, height: int, width: int) -> Tensor:
     """(B, 3, H, W) → (B, 3, height, width) by Lanczos, in levels of 255."""
-    return torch.cat([to_pixels(picture.resize((width, height), Image.Resampling.LANCZOS)) for picture in to_pictures(pixels)]).to(pixels.device)
+    return torch.cat(
+        [
+            to_pixels(picture.resize((width, height), Image.Resampling.LANCZOS))
+            for picture in to_pictures(pixels)
+        ]
+    ).to(pixels.device)

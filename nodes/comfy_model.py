@@ -1,8 +1,8 @@
 """How ComfyUI recognises L2P files, and how it runs the network of `l2p_core`.
 
-ComfyUI's convention: sigma goes from 1 to 0, the model predicts noise - image, and the image being sampled is a LATENT
-(B, 3, H, W) in [-1, 1].
-"""
+ComfyUI's convention: sigma goes from 1 to 0, the model predicts noise - image, and the image being
+sampled is a LATENT (B, 3, H, W) in [-1, 1]."""
+
 import math
 from functools import cache
 from pathlib import Path
@@ -15,14 +15,22 @@ import comfy.supported_models
 import torch
 from torch import Tensor
 
-from ..l2p_core.files.load import check, expected_shapes
 from ..l2p_core.config import L2PConfig, Level
 from ..l2p_core.decoder import decoder_bytes
-from ..l2p_core.files.naming import PACKED, layer_name, lora_names, name_in
 from ..l2p_core.files.header import CheckpointError, Entry
-from ..l2p_core.files.layout import FLOATS, MAX_MARKER_BYTES, Layout, Source, describe, find_prefix, read_marker
-from ..l2p_core.model import TOKENS_AT_ONCE, Attention, Block, Hooks, L2PTransformer
+from ..l2p_core.files.layout import (
+    FLOATS,
+    MAX_MARKER_BYTES,
+    Layout,
+    Source,
+    describe,
+    find_prefix,
+    read_marker,
+)
+from ..l2p_core.files.load import check, expected_shapes
+from ..l2p_core.files.naming import PACKED, layer_name, lora_names, name_in
 from ..l2p_core.files.quantization import FORMATS, dequantize, split_block_scales
+from ..l2p_core.model import TOKENS_AT_ONCE, Attention, Block, Hooks, L2PTransformer
 from ..l2p_core.text import MAX_TOKENS
 from ..quant.export import PREFIXES, marker
 from ..quant.stream import TORCH_DTYPES
@@ -30,7 +38,8 @@ from . import comfyui
 
 LANDMARK = "local_decoder.enc1.0.weight"  # in every L2P model, in no other
 MARGIN = 1.1  # for what is small beside: RoPE tables, modulation, float32 inside norms
-IMAGES_IN_FLIGHT = 14  # float32 images that ComfyUI's samplers hold for each one in a pass, counted: 13 with euler
+# float32 images that ComfyUI's samplers hold for each one in a pass, counted: 13 with euler
+IMAGES_IN_FLIGHT = 14
 SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
@@ -40,17 +49,29 @@ class ComfyHooks(Hooks):
     def __init__(self, image: Tensor, options: dict):
         """image: (B, 3, H, W), padded. options: ComfyUI's transformer_options."""
         rope = options.get("rope_options") or {}
-        super().__init__(rope_scale=(rope.get("scale_y", 1.0), rope.get("scale_x", 1.0)),
-                         rope_shift=(rope.get("shift_y", 0.0), rope.get("shift_x", 0.0)))
+        super().__init__(
+            rope_scale=(rope.get("scale_y", 1.0), rope.get("scale_x", 1.0)),
+            rope_shift=(rope.get("shift_y", 0.0), rope.get("shift_x", 0.0)),
+        )
         self.image, self.options = image, options
         self.patches = options.get("patches", {})
         self.prompt: Tensor | None = None  # (B, M, D), after the context refiner
         self.before: Tensor | None = None  # the input of a stack, kept only where a patch reads it
 
-    def run_block(self, stack: str, index: int, block: Block, x: Tensor, rope: Tensor, mask: Tensor | None,
-                  time: Tensor | None) -> Tensor:
+    def run_block(
+        self,
+        stack: str,
+        index: int,
+        block: Block,
+        x: Tensor,
+        rope: Tensor,
+        mask: Tensor | None,
+        time: Tensor | None,
+    ) -> Tensor:
         """Run a block, and after it the patches that other nodes gave for its stack."""
-        patches = self.patches.get({"layers": "double_block", "noise_refiner": "noise_refiner"}.get(stack), ())
+        patches = self.patches.get(
+            {"layers": "double_block", "noise_refiner": "noise_refiner"}.get(stack), ()
+        )
         if index == 0:
             self.before = x if patches else None
         if stack == "layers":
@@ -62,13 +83,21 @@ class ComfyHooks(Hooks):
             x = self._patched(patch, stack, index, x, rope, time)
         return x
 
-    def _patched(self, patch, stack: str, index: int, x: Tensor, rope: Tensor, time: Tensor) -> Tensor:
+    def _patched(
+        self, patch, stack: str, index: int, x: Tensor, rope: Tensor, time: Tensor
+    ) -> Tensor:
         """What a patch makes of x. It gets and gives image tokens and prompt tokens apart."""
         image_tokens = x.shape[1] - (self.prompt.shape[1] if stack == "layers" else 0)
-        given = {"img": x[:, :image_tokens], "img_input": self.before[:, :image_tokens],
-                 "txt": self.prompt if stack == "noise_refiner" else x[:, image_tokens:],
-                 "pe": comfyui.rotation_matrices(rope[:, :image_tokens]), "vec": time, "x": self.image,
-                 "block_index": index, "transformer_options": self.options}
+        given = {
+            "img": x[:, :image_tokens],
+            "img_input": self.before[:, :image_tokens],
+            "txt": self.prompt if stack == "noise_refiner" else x[:, image_tokens:],
+            "pe": comfyui.rotation_matrices(rope[:, :image_tokens]),
+            "vec": time,
+            "x": self.image,
+            "block_index": index,
+            "transformer_options": self.options,
+        }
         if stack == "noise_refiner":
             given["block_type"] = stack
         changed = patch(given)
@@ -77,12 +106,16 @@ class ComfyHooks(Hooks):
             return image
         return torch.cat([image, changed.get("txt", given["txt"])], dim=1)
 
-    def project(self, x: Tensor, layers: tuple[torch.nn.Module, ...]) -> list[Tensor] | tuple[Tensor, ...]:
+    def project(
+        self, x: Tensor, layers: tuple[torch.nn.Module, ...]
+    ) -> list[Tensor] | tuple[Tensor, ...]:
         """Apply q, k and v, as one product where they are INT8 and lie together."""
         joint = comfyui.joint_int8(x, layers)
         return super().project(x, layers) if joint is None else joint.chunk(len(layers), dim=-1)
 
-    def norm_and_rotate(self, attention: Attention, q: Tensor, k: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+    def norm_and_rotate(
+        self, attention: Attention, q: Tensor, k: Tensor, rope: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Normalize and rotate by ComfyUI's fused kernel, where it has one."""
         return comfyui.norm_and_rotate(attention, q, k, rope)
 
@@ -92,25 +125,55 @@ class ComfyHooks(Hooks):
 
 
 class L2PNetwork(L2PTransformer):
-    """The transformer of `l2p_core`, built from ComfyUI's operations and called as ComfyUI calls its networks."""
+    """The transformer of `l2p_core`, built from ComfyUI's operations and called as ComfyUI calls
+    its networks."""
 
-    dtype = None  # of the weights, as ComfyUI chose it; the pass itself computes in the image's dtype
+    # of the weights, as ComfyUI chose it; the pass itself computes in the image's dtype
+    dtype = None
 
     def __init__(self, l2p_config: L2PConfig, device=None, dtype=None, operations=None, **_):
         super().__init__(l2p_config, operations, device=device, dtype=dtype)
         self.dtype = dtype
 
-    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, num_tokens: int | None = None,
-                attention_mask: Tensor | None = None, transformer_options: dict = {}, **kwargs) -> Tensor:
-        """Predict noise - image, (B, 3, H, W), inside the wrappers that other nodes put around the network.
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        num_tokens: int | None = None,
+        attention_mask: Tensor | None = None,
+        transformer_options: dict = {},
+        **kwargs,
+    ) -> Tensor:
+        """Predict noise - image, (B, 3, H, W), inside the wrappers that other nodes put around the
+        network.
 
-        x: (B, 3, H, W) of any size. timesteps: (B,) sigma, 1 to 0. context: (B, L, cap_feat_dim) prompt embeddings.
-        attention_mask: (B, L), 0 where a prompt shorter than L was padded. num_tokens: not used."""
-        return comfyui.run_wrapped(self._forward, self, transformer_options, x, timesteps, context, num_tokens,
-                                   attention_mask, **kwargs)
+        x: (B, 3, H, W) of any size. timesteps: (B,) sigma, 1 to 0. context: (B, L, cap_feat_dim)
+        prompt embeddings. attention_mask: (B, L), 0 where a prompt shorter than L was padded.
+        num_tokens: not used."""
+        return comfyui.run_wrapped(
+            self._forward,
+            self,
+            transformer_options,
+            x,
+            timesteps,
+            context,
+            num_tokens,
+            attention_mask,
+            **kwargs,
+        )
 
-    def _forward(self, x: Tensor, timesteps: Tensor, context: Tensor, num_tokens: int | None = None,
-                 attention_mask: Tensor | None = None, transformer_options: dict = {}, control=None, **_) -> Tensor:
+    def _forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        num_tokens: int | None = None,
+        attention_mask: Tensor | None = None,
+        transformer_options: dict = {},
+        control=None,
+        **_,
+    ) -> Tensor:
         comfyui.reject_controlnet(transformer_options, control)
         height, width = x.shape[-2:]
         image = comfyui.pad_to_patch_size(x, (self.config.size_multiple,) * 2)
@@ -119,23 +182,29 @@ class L2PNetwork(L2PTransformer):
             real = attention_mask.bool().expand(len(image), -1)
             prompts = [prompt[mask] for prompt, mask in zip(prompts, real)]
         transformer_options["total_blocks"] = len(self.layers)
-        predicted = self.predict(image, 1 - timesteps, prompts, ComfyHooks(image, transformer_options))
+        predicted = self.predict(
+            image, 1 - timesteps, prompts, ComfyHooks(image, transformer_options)
+        )
         return -predicted[..., :height, :width]
 
 
 class L2PModel(comfy.model_base.BaseModel):
     """ComfyUI's wrapper of the network: conditioning and memory estimate."""
 
-    window = 0  # side in pixels of the tiles that an image is refined in; 0 for the whole image at once
+    # side in pixels of the tiles that an image is refined in; 0 for the whole image at once
+    window = 0
 
     def __init__(self, model_config, model_type=comfy.model_base.ModelType.FLOW, device=None):
         super().__init__(model_config, model_type, device=device, unet_model=L2PNetwork)
 
     def extra_conds(self, **kwargs) -> dict:
-        """Prompt embeddings, which are never repeated to another length, and their mask where a prompt was padded."""
+        """Prompt embeddings, which are never repeated to another length, and their mask where a
+        prompt was padded."""
         if kwargs.get("reference_latents") or kwargs.get("unclip_conditioning"):
-            raise ValueError("the conditioning carries reference images, which L2P models were not trained with. Remove "
-                             "the node that adds them, such as ReferenceLatent")
+            raise ValueError(
+                "the conditioning carries reference images, which L2P models were not trained with."
+                " Remove the node that adds them, such as ReferenceLatent"
+            )
         out = super().extra_conds(**kwargs)
         if (prompts := kwargs.get("cross_attn")) is not None:
             out["c_crossattn"] = comfy.conds.CONDRegular(prompts)
@@ -145,8 +214,9 @@ class L2PModel(comfy.model_base.BaseModel):
         return out
 
     def memory_required(self, input_shape: list[int], cond_shapes: dict = {}) -> float:
-        """Bytes beside the weights that a batch of images (B, 3, H, W) takes: a few images, and the most that a pass
-        holds at once. That is a block's attention or its feed-forward, or the decoder, which tiles large images."""
+        """Bytes beside the weights that a batch of images (B, 3, H, W) takes: a few images, and the
+        most that a pass holds at once. That is a block's attention or its feed-forward, or the
+        decoder, which tiles large images."""
         config, dtype = self.diffusion_model.config, self.get_dtype_inference()
         batch, channels, *size = input_shape
         height, width = (min(side, self.window or side) for side in size)
@@ -154,7 +224,10 @@ class L2PModel(comfy.model_base.BaseModel):
         tokens = image_tokens + MAX_TOKENS
         attention = 5 * tokens * config.dim  # x, q, k, v and the result
         feed_forward = 3 * tokens * config.dim + 4 * min(tokens, TOKENS_AT_ONCE) * config.ffn_dim
-        decoder = decoder_bytes(config, height, width, dtype, batch) / dtype.itemsize + batch * image_tokens * config.dim
+        decoder = (
+            decoder_bytes(config, height, width, dtype, batch) / dtype.itemsize
+            + batch * image_tokens * config.dim
+        )
         output = 2 * batch * channels * height * width  # the decoder's, and its negative
         in_pass = max(batch * max(attention, feed_forward), decoder + output)
         in_flight = IMAGES_IN_FLIGHT * math.prod(input_shape) * torch.float32.itemsize
@@ -162,7 +235,8 @@ class L2PModel(comfy.model_base.BaseModel):
 
 
 class L2P(comfy.supported_models.ZImage):
-    """ComfyUI's description of the model; the text encoder and the noise schedule are those of Z-Image."""
+    """ComfyUI's description of the model; the text encoder and the noise schedule are those of
+    Z-Image."""
 
     unet_config = {"image_model": "l2p"}
     latent_format = comfy.latent_formats.ZImagePixelSpace
@@ -192,11 +266,16 @@ class L2P(comfy.supported_models.ZImage):
 
 def install() -> None:
     """Make ComfyUI's loaders and LoRA nodes recognise L2P models, once."""
+
     def prefix_of(state_dict: dict) -> str | None:
-        return find_prefix(state_dict) if any(key.endswith(LANDMARK) for key in state_dict) else None
+        return (
+            find_prefix(state_dict) if any(key.endswith(LANDMARK) for key in state_dict) else None
+        )
 
     def detect(state_dict: dict, prefix: str, metadata: dict[str, str] | None) -> dict | None:
-        return unet_config(state_dict, prefix, metadata) if prefix + LANDMARK in state_dict else None
+        return (
+            unet_config(state_dict, prefix, metadata) if prefix + LANDMARK in state_dict else None
+        )
 
     def lora_keys(model) -> dict | None:
         return l2p_lora_keys(model.diffusion_model.config) if isinstance(model, L2PModel) else None
@@ -205,8 +284,8 @@ def install() -> None:
 
 
 def unet_config(state_dict: dict, prefix: str, metadata: dict[str, str] | None) -> dict:
-    """What ComfyUI keeps of a model before it is built. Raises CheckpointError, with the reason, for a file that can't
-    be used, and in a ComfyUI that can't run the network."""
+    """What ComfyUI keeps of a model before it is built. Raises CheckpointError, with the reason,
+    for a file that can't be used, and in a ComfyUI that can't run the network."""
     if failure := self_test():
         raise CheckpointError(failure)
     layout = layout_of(state_dict, prefix, metadata)
@@ -217,18 +296,38 @@ def unet_config(state_dict: dict, prefix: str, metadata: dict[str, str] | None) 
     if quantized and not comfyui.has_kernels(formats):
         dequantize_in_place(state_dict, layout)
         quantized = False
-    return {"image_model": "l2p", "in_channels": 3, "patch_size": config.patch_size, "dim": config.dim,
-            "n_layers": config.n_layers, "n_refiner_layers": config.n_refiner_layers, "l2p_config": config,
-            "trained_size": layout.trained_size, "quantized": quantized}
+    return {
+        "image_model": "l2p",
+        "in_channels": 3,
+        "patch_size": config.patch_size,
+        "dim": config.dim,
+        "n_layers": config.n_layers,
+        "n_refiner_layers": config.n_refiner_layers,
+        "l2p_config": config,
+        "trained_size": layout.trained_size,
+        "quantized": quantized,
+    }
 
 
 @cache
 def self_test() -> str | None:
-    """Build a tiny model through ComfyUI and compare one pass with the network run alone. Takes some milliseconds.
+    """Build a tiny model through ComfyUI and compare one pass with the network run alone. Takes
+    some milliseconds.
 
-    Returns None, or the sentence that says why this ComfyUI can't run L2P models, which is logged too."""
-    config = L2PConfig(patch_size=16, dim=32, n_heads=2, n_layers=1, n_refiner_layers=1, ffn_dim=32, cap_feat_dim=16,
-                       t_hidden_dim=32, decoder=(Level("1", 4, 4, 4),), bottleneck_dim=8)
+    Returns None, or the sentence that says why this ComfyUI can't run L2P models, which is logged
+    too."""
+    config = L2PConfig(
+        patch_size=16,
+        dim=32,
+        n_heads=2,
+        n_layers=1,
+        n_refiner_layers=1,
+        ffn_dim=32,
+        cap_feat_dim=16,
+        t_hidden_dim=32,
+        decoder=(Level("1", 4, 4, 4),),
+        bottleneck_dim=8,
+    )
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
         torch.manual_seed(0)
         network = L2PTransformer(config).eval()
@@ -248,42 +347,70 @@ def self_test() -> str | None:
     return None
 
 
-def layout_of(state_dict: dict[str, Tensor], prefix: str = "", metadata: dict[str, str] | None = None) -> Layout:
-    """The layout of tensors in memory, of those with that key prefix, from a file with that metadata."""
+def layout_of(
+    state_dict: dict[str, Tensor], prefix: str = "", metadata: dict[str, str] | None = None
+) -> Layout:
+    """The layout of tensors in memory, of those with that key prefix, from a file with that
+    metadata."""
     path = Path("the checkpoint")
     entries = {
-        key: Entry(path, key, SAFETENSORS_DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), 0, 0)
-        for key, tensor in state_dict.items() if key.startswith(prefix) and not key.endswith(".comfy_quant")}
-    quantized = {layer_name(key.removesuffix(".weight")) for key, entry in entries.items()
-                 if key.endswith(".weight") and entry.dtype not in FLOATS}
-    markers = {layer_name(key.removesuffix(".comfy_quant")): read_marker(key, marker_bytes(key, tensor))
-               for key, tensor in state_dict.items() if key.endswith(".comfy_quant")}  # core adds some with other prefixes
+        key: Entry(
+            path,
+            key,
+            SAFETENSORS_DTYPES.get(tensor.dtype, str(tensor.dtype)),
+            tuple(tensor.shape),
+            0,
+            0,
+        )
+        for key, tensor in state_dict.items()
+        if key.startswith(prefix) and not key.endswith(".comfy_quant")
+    }
+    quantized = {
+        layer_name(key.removesuffix(".weight"))
+        for key, entry in entries.items()
+        if key.endswith(".weight") and entry.dtype not in FLOATS
+    }
+    markers = {
+        layer_name(key.removesuffix(".comfy_quant")): read_marker(key, marker_bytes(key, tensor))
+        for key, tensor in state_dict.items()
+        if key.endswith(".comfy_quant")
+    }  # core adds some with other prefixes
     markers = {layer: found for layer, found in markers.items() if layer in quantized}
     return describe(path, [path], entries, metadata or {}, markers, {})
 
 
 def marker_bytes(key: str, tensor: Tensor) -> bytes:
-    """The text of a `comfy_quant` tensor. Raises CheckpointError for anything else, such as one huge number."""
+    """The text of a `comfy_quant` tensor. Raises CheckpointError for anything else, such as one
+    huge number."""
     if tensor.dtype != torch.uint8 or tensor.dim() != 1 or len(tensor) > MAX_MARKER_BYTES:
-        raise CheckpointError(f"{key} is {tensor.dtype} of shape {tuple(tensor.shape)}; expected text of at most "
-                              f"{MAX_MARKER_BYTES} bytes. The file is damaged")
+        raise CheckpointError(
+            f"{key} is {tensor.dtype} of shape {tuple(tensor.shape)}; expected text of at most "
+            f"{MAX_MARKER_BYTES} bytes. The file is damaged"
+        )
     return tensor.cpu().numpy().tobytes()
 
 
 def dequantize_in_place(state_dict: dict[str, Tensor], layout: Layout) -> None:
-    """Turn quantized tensors into bfloat16, for a ComfyUI that lacks their kernels. Scales and markers are removed."""
-    for source in {source.entry.key: source for source in layout.tensors.values() if source.format}.values():
+    """Turn quantized tensors into bfloat16, for a ComfyUI that lacks their kernels. Scales and
+    markers are removed."""
+    for source in {
+        source.entry.key: source for source in layout.tensors.values() if source.format
+    }.values():
         key = source.entry.key
-        scale, scale_2 = (entry and state_dict.pop(entry.key) for entry in (source.scale, source.scale_2))
-        state_dict[key] = dequantize(source.format, state_dict[key], scale, scale_2, source.convrot_groupsize,
-                                     torch.bfloat16)
+        scale, scale_2 = (
+            entry and state_dict.pop(entry.key) for entry in (source.scale, source.scale_2)
+        )
+        state_dict[key] = dequantize(
+            source.format, state_dict[key], scale, scale_2, source.convrot_groupsize, torch.bfloat16
+        )
         state_dict.pop(f"{key.removesuffix('.weight')}.comfy_quant", None)
 
 
 def published_state_dict(state_dict: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     """The model's tensors under their published names, every quantized layer marked.
 
-    state_dict: by the layout's own keys. Packed q, k and v are split into views, which copies nothing."""
+    state_dict: by the layout's own keys. Packed q, k and v are split into views, which copies
+    nothing."""
     out = {}
     for name, source in layout.tensors.items():
         tensor = state_dict[source.entry.key]
@@ -292,7 +419,9 @@ def published_state_dict(state_dict: dict[str, Tensor], layout: Layout) -> dict[
             out[f"{name}_scale"] = scale_of(source, state_dict)
             if source.scale_2:
                 out[f"{name}_scale_2"] = state_dict[source.scale_2.key]
-            out[f"{name.removesuffix('.weight')}.comfy_quant"] = marker(source.format, source.convrot_groupsize)
+            out[f"{name.removesuffix('.weight')}.comfy_quant"] = marker(
+                source.format, source.convrot_groupsize
+            )
     return out
 
 
@@ -309,8 +438,8 @@ def scale_of(source: Source, state_dict: dict[str, Tensor]) -> Tensor:
 def packed_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The network's tensors under ComfyUI's names, q, k and v packed, without a key prefix.
 
-    Where some q, k and v can't be packed, being quantized in different ways or with block scales, all keep their
-    published names, which every loader here reads."""
+    Where some q, k and v can't be packed, being quantized in different ways or with block scales,
+    all keep their published names, which every loader here reads."""
     packed, parts = PACKED
     ends = [part.removesuffix("weight") for part in parts]  # .attention.to_q.
     out, groups = {}, {}
@@ -338,10 +467,14 @@ def pack(suffix: str, tensors: list[Tensor], weights: list[Tensor]) -> Tensor | 
         return torch.cat(tensors)
     if suffix == "comfy_quant":
         return tensors[0] if all(torch.equal(tensor, tensors[0]) for tensor in tensors) else None
-    if suffix == "weight_scale" and all(scale.numel() in (1, len(weight)) for scale, weight in zip(tensors, weights)):
+    if suffix == "weight_scale" and all(
+        scale.numel() in (1, len(weight)) for scale, weight in zip(tensors, weights)
+    ):
         if all(scale.numel() == 1 and torch.equal(scale, tensors[0]) for scale in tensors):
             return tensors[0]
-        return torch.cat([scale.reshape(-1, 1).expand(len(weight), 1) for scale, weight in zip(tensors, weights)])
+        return torch.cat(
+            [scale.reshape(-1, 1).expand(len(weight), 1) for scale, weight in zip(tensors, weights)]
+        )
     return None
 
 
@@ -350,7 +483,11 @@ def l2p_lora_keys(config: L2PConfig) -> comfyui.LoraKeys:
     found = comfyui.LoraKeys()
     for weight in expected_shapes(config):
         if weight.endswith(".weight"):
-            layers = {name.removesuffix(".weight") for name in (weight, name_in("comfyui", weight)[0])}
-            names = [name for layer in layers if not layer.endswith(".qkv") for name in lora_names(layer)]
+            layers = {
+                name.removesuffix(".weight") for name in (weight, name_in("comfyui", weight)[0])
+            }
+            names = [
+                name for layer in layers if not layer.endswith(".qkv") for name in lora_names(layer)
+            ]
             found |= dict.fromkeys(names, f"diffusion_model.{weight}")
     return found

@@ -1,8 +1,9 @@
 """Everything private that this pack uses of ComfyUI, in one place.
 
-Private is what ComfyUI may change between two releases without notice. Each entry says why the pack needs it. What is
-documented for node packs (`comfy_api`, `folder_paths`, `comfy.samplers`, `ModelPatcher`) is used where it is needed.
-"""
+Private is what ComfyUI may change between two releases without notice. Each entry says why the pack
+needs it. What is documented for node packs (`comfy_api`, `folder_paths`, `comfy.samplers`,
+`ModelPatcher`) is used where it is needed."""
+
 import logging
 from collections.abc import Callable
 
@@ -14,7 +15,6 @@ import comfy.quant_ops
 import comfy.supported_models
 import comfy.text_encoders.llama
 import torch
-from comfy.ldm.common_dit import pad_to_patch_size  # noqa: F401 - the padding of ComfyUI's other transformers
 from comfy.ldm.modules import attention
 from comfyui_version import __version__ as VERSION
 from torch import Tensor
@@ -28,21 +28,28 @@ INT8_LAYOUT = "TensorWiseINT8Layout"
 
 # The text encoder of the bundled model: ComfyUI builds Qwen3 in the sizes it knows, from these two.
 Llama, Qwen3, Qwen3Config = (
-    comfy.text_encoders.llama.Llama2_, comfy.text_encoders.llama.Qwen3_4B, comfy.text_encoders.llama.Qwen3_4BConfig)
+    comfy.text_encoders.llama.Llama2_,
+    comfy.text_encoders.llama.Qwen3_4B,
+    comfy.text_encoders.llama.Qwen3_4BConfig,
+)
 
 
 class LoraKeys(dict):
-    """Layers as LoRA files name them → the model's weights; of an L2P model, whose q, k and v are not packed."""
+    """Layers as LoRA files name them → the model's weights; of an L2P model, whose q, k and v are
+    not packed."""
 
 
-def install(model_class: type, find_prefix: Callable, detect: Callable, lora_keys: Callable) -> None:
+def install(
+    model_class: type, find_prefix: Callable, detect: Callable, lora_keys: Callable
+) -> None:
     """Make ComfyUI's loaders and LoRA nodes recognise L2P models.
 
-    There is no public way to add a model class. Core looks these four functions up on their modules at each call, so
-    they are wrapped there; for every other model they do what they did.
+    There is no public way to add a model class. Core looks these four functions up on their modules
+    at each call, so they are wrapped there; for every other model they do what they did.
 
-    model_class: core's description of the model. find_prefix: state dict → key prefix, or None where it is no L2P
-    model. detect: state dict, key prefix, metadata → `unet_config`, or None. lora_keys: model → `LoraKeys`, or None."""
+    model_class: core's description of the model. find_prefix: state dict → key prefix, or None
+    where it is no L2P model. detect: state dict, key prefix, metadata → `unet_config`, or None.
+    lora_keys: model → `LoraKeys`, or None."""
     detection = comfy.model_detection
     if getattr(detection, INSTALLED, False):
         return
@@ -77,31 +84,42 @@ def install(model_class: type, find_prefix: Callable, detect: Callable, lora_key
 def has_kernels(formats: set[str]) -> bool:
     """Whether this ComfyUI computes with all these formats.
 
-    INT8, which it has since v0.27, is told by its own layout: other packs registered the name before."""
+    INT8, which it has since v0.27, is told by its own layout: other packs registered the name
+    before."""
     available = getattr(comfy.quant_ops, "_CK_AVAILABLE", True)
-    return available and hasattr(comfy.quant_ops, INT8_LAYOUT) and formats <= set(comfy.quant_ops.QUANT_ALGOS)
+    return (
+        available
+        and hasattr(comfy.quant_ops, INT8_LAYOUT)
+        and formats <= set(comfy.quant_ops.QUANT_ALGOS)
+    )
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: dict) -> Tensor:
-    """Attention over (B, heads, S, head) → (B, S, D) by the function that the user chose, overrides included.
+    """Attention over (B, heads, S, head) → (B, S, D) by the function that the user chose, overrides
+    included.
 
-    mask: (B, 1, 1, S), True where a key may be attended to. It becomes additive and is expanded to every query: split
-    and sub-quadratic attention read a boolean mask wrongly."""
+    mask: (B, 1, 1, S), True where a key may be attended to. It becomes additive and is expanded to
+    every query: split and sub-quadratic attention read a boolean mask wrongly."""
     if mask is not None:
-        additive = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
+        additive = torch.zeros_like(mask, dtype=q.dtype).masked_fill(
+            ~mask, torch.finfo(q.dtype).min
+        )
         mask = additive.expand(-1, -1, q.shape[2], -1)
     return attention.optimized_attention_masked(
-        q, k, v, q.shape[1], mask, skip_reshape=True, transformer_options=options)
+        q, k, v, q.shape[1], mask, skip_reshape=True, transformer_options=options
+    )
 
 
 def rotation_matrices(rope: Tensor) -> Tensor:
-    """Cosine and sine per pair, (B, S, head/2, 2) → (B, S, 1, head/2, 2, 2), the form that ComfyUI's functions take."""
+    """Cosine and sine per pair, (B, S, head/2, 2) → (B, S, 1, head/2, 2, 2), the form that
+    ComfyUI's functions take."""
     cos, sin = rope.unbind(-1)
     return torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2))[:, :, None]
 
 
 def norm_and_rotate(layer: Attention, q: Tensor, k: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
-    """`Hooks.norm_and_rotate` by comfy-kitchen's fused kernel, which ComfyUI has since v0.29 and uses for Z-Image."""
+    """`Hooks.norm_and_rotate` by comfy-kitchen's fused kernel, which ComfyUI has since v0.29 and
+    uses for Z-Image."""
     fused = getattr(getattr(comfy.quant_ops, "ck", None), "rms_rope", None)
     if fused is None or q.requires_grad:
         return rotate(layer.norm_q(q), rope), rotate(layer.norm_k(k), rope)
@@ -114,56 +132,79 @@ def norm_and_rotate(layer: Attention, q: Tensor, k: Tensor, rope: Tensor) -> tup
 
 
 def joint_int8(x: Tensor, layers: tuple[torch.nn.Module, ...]) -> Tensor | None:
-    """Apply INT8 linears whose weights lie one after another in memory as one, so that the input is quantized once.
+    """Apply INT8 linears whose weights lie one after another in memory as one, so that the input is
+    quantized once.
 
-    That is how packed q, k and v lie on a CPU, where quantizing takes a noticeable share of the time. Returns
-    (..., all rows), or None where the layers have to run one by one."""
+    That is how packed q, k and v lie on a CPU, where quantizing takes a noticeable share of the
+    time. Returns (..., all rows), or None where the layers have to run one by one."""
     weights = [getattr(layer, "weight", None) for layer in layers]
-    if x.device.type != "cpu" or any(getattr(weight, "_layout_cls", None) != INT8_LAYOUT for weight in weights):
+    if x.device.type != "cpu" or any(
+        getattr(weight, "_layout_cls", None) != INT8_LAYOUT for weight in weights
+    ):
         return None
     if any(layer.weight_function or layer.bias_function for layer in layers):
         return None
     parts, params = [weight._qdata for weight in weights], [weight._params for weight in weights]
     first = parts[0]
     adjacent = all(
-        part.is_contiguous() and part.shape == first.shape
+        part.is_contiguous()
+        and part.shape == first.shape
         and part.data_ptr() == first.data_ptr() + place * first.nbytes
         and part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        for place, part in enumerate(parts))
+        for place, part in enumerate(parts)
+    )
     rotations = {(each.convrot, each.convrot_groupsize) for each in params}
     if not adjacent or len(rotations) > 1:
         return None
     rows, inputs = first.shape
     weight = first.as_strided((len(parts) * rows, inputs), (inputs, 1))
     scale = torch.cat([each.scale.reshape(-1).expand(rows) for each in params])
-    (convrot, groupsize), = rotations
+    ((convrot, groupsize),) = rotations
     return comfy.quant_ops.ck.int8_linear(
-        x, weight, scale, None, out_dtype=x.dtype, convrot=convrot, convrot_groupsize=groupsize)
+        x, weight, scale, None, out_dtype=x.dtype, convrot=convrot, convrot_groupsize=groupsize
+    )
 
 
-def run_wrapped(forward: Callable, network: torch.nn.Module, options: dict, *args, **kwargs) -> Tensor:
-    """Run `forward` inside the DIFFUSION_MODEL wrappers that nodes such as EasyCache put around it."""
-    wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options)
+def run_wrapped(
+    forward: Callable, network: torch.nn.Module, options: dict, *args, **kwargs
+) -> Tensor:
+    """Run `forward` inside the DIFFUSION_MODEL wrappers that nodes such as EasyCache put around
+    it."""
+    wrappers = comfy.patcher_extension.get_all_wrappers(
+        comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options
+    )
     if wrappers:
         image, *args = args
-        args = (image.clone(), *args)  # EasyCache adds to it in place, and in float32 it is the sampler's own tensor
-    executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(forward, network, wrappers)
+        args = (
+            image.clone(),
+            *args,
+        )  # EasyCache adds to it in place, and in float32 it is the sampler's own tensor
+    executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(
+        forward, network, wrappers
+    )
     return executor.execute(*args, transformer_options=options, **kwargs)
 
 
 def reject_controlnet(options: dict, control: object) -> None:
-    """Raise ValueError for ControlNets: those of Z-Image read latents of 16 channels, others a UNet's blocks."""
+    """Raise ValueError for ControlNets: those of Z-Image read latents of 16 channels, others a
+    UNet's blocks."""
     patches = (patch for listed in options.get("patches", {}).values() for patch in listed)
     if any(type(patch).__name__ == "ZImageControlPatch" for patch in patches):
-        raise ValueError("a Z-Image ControlNet is connected, which reads latents of 16 channels, but an L2P model "
-                         "generates pixels. Remove the ControlNet, or use Z-Image itself")
+        raise ValueError(
+            "a Z-Image ControlNet is connected, which reads latents of 16 channels, but an L2P"
+            " model generates pixels. Remove the ControlNet, or use Z-Image itself"
+        )
     if control is not None:
-        raise ValueError("a ControlNet is connected, and there is none for L2P models yet. Remove it")
+        raise ValueError(
+            "a ControlNet is connected, and there is none for L2P models yet. Remove it"
+        )
 
 
 def log_failed_self_test(error: Exception) -> str:
     """Log that this ComfyUI does not run the network, and return the sentence."""
-    sentence = (f"ComfyUI-L2P does not work with ComfyUI v{VERSION}: {type(error).__name__}: {error}. It was tested with "
-                f"{TESTED}. Update the node pack, or use one of these versions")
+    sentence = (
+        f"ComfyUI-L2P does not work with ComfyUI v{VERSION}: {type(error).__name__}: {error}. It"
+        f" was tested with {TESTED}. Update the node pack, or use one of these versions"
+    )
     logging.error(sentence)
     return sentence

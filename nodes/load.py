@@ -1,4 +1,5 @@
 """Files to MODEL and CLIP."""
+
 from __future__ import annotations
 
 import glob
@@ -15,66 +16,125 @@ from comfy.supported_models_base import ClipTarget
 from comfy_api.latest import io
 from transformers import Qwen2Tokenizer
 
-from ..l2p_core.files.load import check
 from ..l2p_core.files.header import SHARD_NAME, CheckpointError, find_files
 from ..l2p_core.files.layout import read_layout
+from ..l2p_core.files.load import check
 from ..l2p_core.pipeline import BUNDLED_MODEL
 from ..l2p_core.text import LAYER, TEMPLATE, find_tokenizer, qwen3_sizes
 from . import comfyui
 from .comfy_model import published_state_dict
 
 BUNDLED = "L2P shapes (bundled small model)"
-DTYPES = {"automatic": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32,
-          "float8_e4m3fn": torch.float8_e4m3fn}
+DTYPES = {
+    "automatic": None,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+}
 QWEN3_4B_WIDTH = 2560  # the one Qwen3 that ComfyUI builds for Z-Image
 
 
 class L2PCheckpointLoader(io.ComfyNode):
+    """A checkpoint file → MODEL."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="L2PCheckpointLoader", display_name="Load L2P Checkpoint", category="L2P",
-            description="Loads an L2P model of any kind: merged, INT8, shards, 1K to 10K, in any naming.",
+            node_id="L2PCheckpointLoader",
+            display_name="Load L2P Checkpoint",
+            category="L2P",
+            description=(
+                "Loads an L2P model of any kind: merged, INT8, shards, 1K to 10K, in any naming."
+            ),
             search_aliases=["latent to pixel", "pixel space", "z-image l2p", "load model", "int8"],
             inputs=[
-                io.Combo.Input("checkpoint", options=[BUNDLED, *model_files()],
-                               tooltip="A file of models/checkpoints or models/diffusion_models; of shards, any one of them."),
-                io.Combo.Input("weight_dtype", options=list(DTYPES), default="automatic", advanced=True,
-                               tooltip="What weights are kept as. automatic: what the device is fastest with. "
-                                       "INT8 and FP8 files keep their 8-bit weights whatever is chosen."),
-                io.Combo.Input("convrot", options=["as marked", "4", "16", "64", "256", "1024"], default="as marked", advanced=True,
-                               tooltip="Group size in which the INT8 weights were rotated, for a file that does not say so."),
+                io.Combo.Input(
+                    "checkpoint",
+                    options=[BUNDLED, *model_files()],
+                    tooltip=(
+                        "A file of models/checkpoints or models/diffusion_models; of shards, any"
+                        " one of them."
+                    ),
+                ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(DTYPES),
+                    default="automatic",
+                    advanced=True,
+                    tooltip=(
+                        "What weights are kept as. automatic: what the device is fastest with. "
+                        "INT8 and FP8 files keep their 8-bit weights whatever is chosen."
+                    ),
+                ),
+                io.Combo.Input(
+                    "convrot",
+                    options=["as marked", "4", "16", "64", "256", "1024"],
+                    default="as marked",
+                    advanced=True,
+                    tooltip=(
+                        "Group size in which the INT8 weights were rotated, for a file that does"
+                        " not say so."
+                    ),
+                ),
             ],
-            outputs=[io.Model.Output()])
+            outputs=[io.Model.Output()],
+        )
 
     @classmethod
     def fingerprint_inputs(cls, checkpoint: str, **_) -> list:
         return stamps(model_paths(checkpoint))
 
     @classmethod
-    def execute(cls, checkpoint: str, weight_dtype: str = "automatic", convrot: str = "as marked") -> io.NodeOutput:
-        arguments = (model_paths(checkpoint), DTYPES[weight_dtype], int(convrot) if convrot.isdecimal() else None)
+    def execute(
+        cls, checkpoint: str, weight_dtype: str = "automatic", convrot: str = "as marked"
+    ) -> io.NodeOutput:
+        arguments = (
+            model_paths(checkpoint),
+            DTYPES[weight_dtype],
+            int(convrot) if convrot.isdecimal() else None,
+        )
         model = load_model(*arguments)
-        model.cached_patcher_init = (load_model, arguments)  # ComfyUI loads the model again for a second GPU
+        model.cached_patcher_init = (
+            load_model,
+            arguments,
+        )  # ComfyUI loads the model again for a second GPU
         return io.NodeOutput(model)
 
 
 class L2PTextEncoderLoader(io.ComfyNode):
+    """A text encoder → CLIP."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="L2PTextEncoderLoader", display_name="Load Z-Image Text Encoder", category="L2P",
-            description="Loads Qwen3-4B, which Z-Image and L2P read prompts with: qwen_3_4b.safetensors, or the text_encoder "
-                        "folder of Z-Image as it comes from Hugging Face.",
+            node_id="L2PTextEncoderLoader",
+            display_name="Load Z-Image Text Encoder",
+            category="L2P",
+            description=(
+                "Loads Qwen3-4B, which Z-Image and L2P read prompts with: qwen_3_4b.safetensors, or"
+                " the text_encoder folder of Z-Image as it comes from Hugging Face."
+            ),
             search_aliases=["qwen3", "clip", "load clip", "prompt encoder"],
             inputs=[
-                io.Combo.Input("text_encoder", options=[BUNDLED, *text_encoders()],
-                               tooltip="A file or Hugging Face folder in models/text_encoders. The bundled one belongs to the "
-                                       "bundled small model alone."),
-                io.Combo.Input("device", options=["default", "cpu"], default="default", advanced=True,
-                               tooltip="cpu: keep the encoder out of GPU memory, at some seconds a prompt."),
+                io.Combo.Input(
+                    "text_encoder",
+                    options=[BUNDLED, *text_encoders()],
+                    tooltip=(
+                        "A file or Hugging Face folder in models/text_encoders. The bundled one"
+                        " belongs to the bundled small model alone."
+                    ),
+                ),
+                io.Combo.Input(
+                    "device",
+                    options=["default", "cpu"],
+                    default="default",
+                    advanced=True,
+                    tooltip="cpu: keep the encoder out of GPU memory, at some seconds a prompt.",
+                ),
             ],
-            outputs=[io.Clip.Output()])
+            outputs=[io.Clip.Output()],
+        )
 
     @classmethod
     def fingerprint_inputs(cls, text_encoder: str, **_) -> list:
@@ -92,8 +152,12 @@ class L2PTextEncoderLoader(io.ComfyNode):
 
 def model_files() -> list[str]:
     """Model files, of whatever folder ComfyUI keeps them in, each once."""
-    names = [name for folder in ("checkpoints", "diffusion_models") for name in folder_paths.get_filename_list(folder)
-             if name.endswith(".safetensors")]
+    names = [
+        name
+        for folder in ("checkpoints", "diffusion_models")
+        for name in folder_paths.get_filename_list(folder)
+        if name.endswith(".safetensors")
+    ]
     return list(dict.fromkeys(names))
 
 
@@ -101,12 +165,20 @@ def model_paths(name: str) -> list[Path]:
     """The model or LoRA of that name, or all shards of the model it is one of."""
     if name == BUNDLED:
         return [BUNDLED_MODEL / "transformer.safetensors"]
-    found = (folder_paths.get_full_path(folder, name) for folder in ("diffusion_models", "checkpoints", "loras"))
-    path = Path(next(filter(None, found), None) or folder_paths.get_full_path_or_raise("diffusion_models", name))
+    found = (
+        folder_paths.get_full_path(folder, name)
+        for folder in ("diffusion_models", "checkpoints", "loras")
+    )
+    path = Path(
+        next(filter(None, found), None)
+        or folder_paths.get_full_path_or_raise("diffusion_models", name)
+    )
     if not SHARD_NAME.search(path.name):
         return [path]
-    stem = path.name[:-len("-00001-of-00001.safetensors")]
-    return sorted(path.parent.glob(f"{glob.escape(stem)}-{'[0-9]' * 5}-of-{path.name.rpartition('-')[2]}"))
+    stem = path.name[: -len("-00001-of-00001.safetensors")]
+    return sorted(
+        path.parent.glob(f"{glob.escape(stem)}-{'[0-9]' * 5}-of-{path.name.rpartition('-')[2]}")
+    )
 
 
 def stamps(files: list[Path]) -> list[tuple]:
@@ -114,61 +186,96 @@ def stamps(files: list[Path]) -> list[tuple]:
     return [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
 
 
-def load_model(paths: list[Path], dtype: torch.dtype | None, convrot_groupsize: int | None, disable_dynamic: bool = False):
-    """A MODEL of these files. Raises CheckpointError, saying what they are, where they hold no whole L2P model."""
+def load_model(
+    paths: list[Path],
+    dtype: torch.dtype | None,
+    convrot_groupsize: int | None,
+    disable_dynamic: bool = False,
+):
+    """A MODEL of these files. Raises CheckpointError, saying what they are, where they hold no
+    whole L2P model."""
     layout = read_layout(paths, convrot_groupsize)
     check(layout)
     state_dict = {}
     for file in layout.files:
         state_dict |= comfy.utils.load_torch_file(str(file))
     model = comfy.sd.load_diffusion_model_state_dict(
-        published_state_dict(state_dict, layout), {"dtype": dtype} if dtype else {}, metadata=layout.metadata,
-        disable_dynamic=disable_dynamic)
+        published_state_dict(state_dict, layout),
+        {"dtype": dtype} if dtype else {},
+        metadata=layout.metadata,
+        disable_dynamic=disable_dynamic,
+    )
     if model is None:
-        raise CheckpointError(f"ComfyUI v{comfyui.VERSION} did not recognise {layout.path.name} as an L2P model, though "
-                              f"it is one. Another node pack may have replaced ComfyUI's model detection; this pack was "
-                              f"tested with {comfyui.TESTED}. Try again with the other packs disabled")
+        raise CheckpointError(
+            f"ComfyUI v{comfyui.VERSION} did not recognise {layout.path.name} as an L2P model,"
+            " though it is one. Another node pack may have replaced ComfyUI's model detection;"
+            f" this pack was tested with {comfyui.TESTED}. Try again with the other packs disabled"
+        )
     return model
 
 
 def text_encoders() -> list[str]:
-    """Files, and Hugging Face folders of a Qwen3 or of a whole Z-Image, in ComfyUI's folders of text encoders."""
-    folders = {str(folder.relative_to(root)) for root in map(Path, folder_paths.get_folder_paths("text_encoders"))
-               for config in (*root.glob("*/config.json"), *root.glob("*/text_encoder/config.json"))
-               for folder in [config.parent]}
-    files = [name for name in folder_paths.get_filename_list("text_encoders") if name.endswith(".safetensors")]
+    """Files, and Hugging Face folders of a Qwen3 or of a whole Z-Image, in ComfyUI's folders of
+    text encoders."""
+    folders = {
+        str(folder.relative_to(root))
+        for root in map(Path, folder_paths.get_folder_paths("text_encoders"))
+        for config in (*root.glob("*/config.json"), *root.glob("*/text_encoder/config.json"))
+        for folder in [config.parent]
+    }
+    files = [
+        name
+        for name in folder_paths.get_filename_list("text_encoders")
+        if name.endswith(".safetensors")
+    ]
     return [*(name for name in files if str(Path(name).parent) not in folders), *sorted(folders)]
 
 
 def text_encoder_path(name: str) -> Path:
+    """Where that text encoder is. Raises CheckpointError where it no longer exists."""
     if name == BUNDLED:
         return BUNDLED_MODEL / "text_encoder"
     for root in folder_paths.get_folder_paths("text_encoders"):
         if (path := Path(root) / name).exists():
             return path
-    raise CheckpointError(f"the text encoder {name} is no longer in models/text_encoders. Press R to list what is there")
+    raise CheckpointError(
+        f"the text encoder {name} is no longer in models/text_encoders. Press R to list what is"
+        " there"
+    )
 
 
 def load_text_encoder(path: Path, options: dict, disable_dynamic: bool = False) -> comfy.sd.CLIP:
-    """A CLIP of a Qwen3 text encoder. options: ComfyUI's, such as load_device. Raises CheckpointError."""
+    """A CLIP of a Qwen3 text encoder. options: ComfyUI's, such as load_device. Raises
+    CheckpointError."""
     files = find_files(path)[0]
     state_dict = {}
     for file in files:
         sd, metadata = comfy.utils.load_torch_file(str(file), safe_load=True, return_metadata=True)
         state_dict |= comfy.utils.convert_old_quants(sd, metadata=metadata)[0]
     embeddings = folder_paths.get_folder_paths("embeddings")
-    names = {key if key.startswith(("model.", "lm_head.")) else f"model.{key}": key for key in state_dict}
+    names = {
+        key if key.startswith(("model.", "lm_head.")) else f"model.{key}": key for key in state_dict
+    }
     if "model.layers.0.self_attn.q_norm.weight" not in names:
-        raise CheckpointError(f"{path.name} is no Qwen3 text encoder: it lacks q_norm. Give qwen_3_4b.safetensors, or the "
-                              "text_encoder/ folder of Tongyi-MAI/Z-Image-Turbo")
+        raise CheckpointError(
+            f"{path.name} is no Qwen3 text encoder: it lacks q_norm. Give qwen_3_4b.safetensors, or"
+            " the text_encoder/ folder of Tongyi-MAI/Z-Image-Turbo"
+        )
     state_dict = {name: state_dict[key] for name, key in names.items()}
     if len(state_dict["model.norm.weight"]) == QWEN3_4B_WIDTH:
         return comfy.sd.load_text_encoder_state_dicts(
-            [state_dict], embeddings, comfy.sd.CLIPType.LUMINA2, options, disable_dynamic)
+            [state_dict], embeddings, comfy.sd.CLIPType.LUMINA2, options, disable_dynamic
+        )
     target = ClipTarget(*small_qwen3(state_dict, find_tokenizer(path, None)))
     count = sum(tensor.numel() for tensor in state_dict.values())
-    return comfy.sd.CLIP(target, embeddings, parameters=count, state_dict=[state_dict], model_options=options,
-                         disable_dynamic=disable_dynamic)
+    return comfy.sd.CLIP(
+        target,
+        embeddings,
+        parameters=count,
+        state_dict=[state_dict],
+        model_options=options,
+        disable_dynamic=disable_dynamic,
+    )
 
 
 def text_encoder_patcher(path: Path, options: dict, disable_dynamic: bool = False):
@@ -177,8 +284,11 @@ def text_encoder_patcher(path: Path, options: dict, disable_dynamic: bool = Fals
 
 
 def small_qwen3(state_dict: dict[str, torch.Tensor], tokenizer_folder: Path) -> tuple[type, type]:
-    """ComfyUI's classes of Z-Image's tokenizer and text encoder, for a Qwen3 of other sizes than 4B."""
-    sizes = qwen3_sizes({key.removeprefix("model."): tuple(tensor.shape) for key, tensor in state_dict.items()})
+    """ComfyUI's classes of Z-Image's tokenizer and text encoder, for a Qwen3 of other sizes than
+    4B."""
+    sizes = qwen3_sizes(
+        {key.removeprefix("model."): tuple(tensor.shape) for key, tensor in state_dict.items()}
+    )
     head_dim = sizes.pop("head_dim")
 
     class Qwen3(comfyui.Qwen3):
@@ -191,9 +301,19 @@ def small_qwen3(state_dict: dict[str, torch.Tensor], tokenizer_folder: Path) -> 
 
     class Encoder(sd1_clip.SDClipModel):
         def __init__(self, device="cpu", dtype=None, model_options={}):
-            super().__init__(device, layer="hidden", layer_idx=LAYER, textmodel_json_config={}, dtype=dtype, model_class=Qwen3,
-                             special_tokens={"pad": -1}, layer_norm_hidden_state=False, enable_attention_masks=True,
-                             return_attention_masks=True, model_options=model_options)
+            super().__init__(
+                device,
+                layer="hidden",
+                layer_idx=LAYER,
+                textmodel_json_config={},
+                dtype=dtype,
+                model_class=Qwen3,
+                special_tokens={"pad": -1},
+                layer_norm_hidden_state=False,
+                enable_attention_masks=True,
+                return_attention_masks=True,
+                model_options=model_options,
+            )
 
     class EncoderModel(sd1_clip.SD1ClipModel):
         def __init__(self, device="cpu", dtype=None, model_options={}):
@@ -201,12 +321,27 @@ def small_qwen3(state_dict: dict[str, torch.Tensor], tokenizer_folder: Path) -> 
 
     class Words(sd1_clip.SDTokenizer):
         def __init__(self, embedding_directory=None, tokenizer_data={}):
-            super().__init__(str(tokenizer_folder), 99999999, False, embedding_directory, sizes["hidden_size"], "qwen3_4b",
-                             Qwen2Tokenizer, False, False, False, 1, 0, tokenizer_data=tokenizer_data)
+            super().__init__(
+                str(tokenizer_folder),
+                99999999,
+                False,
+                embedding_directory,
+                sizes["hidden_size"],
+                "qwen3_4b",
+                Qwen2Tokenizer,
+                False,
+                False,
+                False,
+                1,
+                0,
+                tokenizer_data=tokenizer_data,
+            )
 
     class Tokenizer(comfy.text_encoders.z_image.ZImageTokenizer):
         def __init__(self, embedding_directory=None, tokenizer_data={}):
-            sd1_clip.SD1Tokenizer.__init__(self, embedding_directory, tokenizer_data, name="qwen3_4b", tokenizer=Words)
+            sd1_clip.SD1Tokenizer.__init__(
+                self, embedding_directory, tokenizer_data, name="qwen3_4b", tokenizer=Words
+            )
             self.llama_template = TEMPLATE.replace("{prompt}", "{}")
 
     return Tokenizer, EncoderModel

@@ -1,4 +1,5 @@
 """Prompts to CONDITIONING."""
+
 import logging
 
 from comfy_api.latest import io
@@ -8,41 +9,76 @@ from ..l2p_core.text import MAX_TOKENS
 
 
 class L2PTextEncode(io.ComfyNode):
+    """A prompt and a negative prompt → CONDITIONING."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="L2PTextEncode", display_name="L2P Text Encode (Prompt)", category="L2P",
-            description="Encodes the prompt and the negative prompt. An empty negative prompt is encoded as well: L2P was "
-                        "trained with it, so zeroed conditioning is no substitute.",
+            node_id="L2PTextEncode",
+            display_name="L2P Text Encode (Prompt)",
+            category="L2P",
+            description=(
+                "Encodes the prompt and the negative prompt. An empty negative prompt is encoded as"
+                " well: L2P was trained with it, so zeroed conditioning is no substitute."
+            ),
             search_aliases=["clip text encode", "prompt", "negative prompt", "conditioning"],
             inputs=[
                 io.Clip.Input("clip", tooltip="Z-Image's text encoder, Qwen3-4B."),
-                io.String.Input("prompt", multiline=True, dynamic_prompts=True,
-                                tooltip=f"What to draw. Up to {MAX_TOKENS} tokens with the template's 9, about 350 words; the rest "
-                                        "is left out, with a note under the node."),
-                io.String.Input("negative_prompt", multiline=True, dynamic_prompts=True, default="",
-                                tooltip="What to steer away from; may be empty. Has no effect at guidance 1."),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip=(
+                        f"What to draw. Up to {MAX_TOKENS} tokens with the template's 9, about 350"
+                        " words; the rest is left out, with a note under the node."
+                    ),
+                ),
+                io.String.Input(
+                    "negative_prompt",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default="",
+                    tooltip="What to steer away from; may be empty. Has no effect at guidance 1.",
+                ),
             ],
-            outputs=[io.Conditioning.Output("positive"), io.Conditioning.Output("negative")], hidden=[io.Hidden.unique_id])
+            outputs=[io.Conditioning.Output("positive"), io.Conditioning.Output("negative")],
+            hidden=[io.Hidden.unique_id],
+        )
 
     @classmethod
     def execute(cls, clip, prompt: str, negative_prompt: str = "") -> io.NodeOutput:
         if clip is None:
-            raise ValueError("there is no text encoder: an L2P checkpoint holds none. Connect Load Z-Image Text Encoder")
-        (positive, cut), (negative, cut_too) = (encode(clip, text) for text in (prompt, negative_prompt))
+            raise ValueError(
+                "there is no text encoder: an L2P checkpoint holds none. Connect Load Z-Image Text"
+                " Encoder"
+            )
+        (positive, cut), (negative, cut_too) = (
+            encode(clip, text) for text in (prompt, negative_prompt)
+        )
         note(cls, cut, cut_too)
         return io.NodeOutput(positive, negative)
 
 
 class L2PPromptList(io.ComfyNode):
+    """Lines of text → a list of prompts."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="L2PPromptList", display_name="L2P Prompt List", category="L2P",
+            node_id="L2PPromptList",
+            display_name="L2P Prompt List",
+            category="L2P",
             description="Many prompts, one a line: what follows runs once for each.",
             search_aliases=["batch of prompts", "prompt lines", "list", "for each"],
-            inputs=[io.String.Input("prompts", multiline=True, tooltip="One prompt a line; empty lines are left out.")],
-            outputs=[io.String.Output("prompt", is_output_list=True)])
+            inputs=[
+                io.String.Input(
+                    "prompts",
+                    multiline=True,
+                    tooltip="One prompt a line; empty lines are left out.",
+                )
+            ],
+            outputs=[io.String.Output("prompt", is_output_list=True)],
+        )
 
     @classmethod
     def execute(cls, prompts: str) -> io.NodeOutput:
@@ -53,12 +89,15 @@ class L2PPromptList(io.ComfyNode):
 
 
 def encode(clip, prompt: str) -> tuple[list, str | None]:
-    """CONDITIONING of one prompt, cut at as many tokens as the model was trained on, and what to say where it was cut."""
+    """CONDITIONING of one prompt, cut at as many tokens as the model was trained on, and what to
+    say where it was cut."""
     tokens, cut = clip.tokenize(prompt), None
     for key, (row, *_) in tokens.items():
         if len(row) > MAX_TOKENS:
-            cut = (f"the prompt takes {len(row)} tokens with its template, {MAX_TOKENS} are read: the last "
-                   f"{len(row) - MAX_TOKENS} are left out (it begins {prompt[:40]!r})")
+            cut = (
+                f"the prompt takes {len(row)} tokens with its template, {MAX_TOKENS} are read: the"
+                f" last {len(row) - MAX_TOKENS} are left out (it begins {prompt[:40]!r})"
+            )
             tokens[key] = [row[:MAX_TOKENS]]
     return clip.encode_from_tokens_scheduled(tokens), cut
 

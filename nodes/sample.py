@@ -1,7 +1,9 @@
-"""Noise to pixels: MODEL and CONDITIONING to IMAGE, and the pieces for graphs of ComfyUI's own samplers.
+"""Noise to pixels: MODEL and CONDITIONING to IMAGE, and the pieces for graphs of ComfyUI's own
+samplers.
 
 A pixel LATENT is (B, 3, H, W) in [-1, 1], an IMAGE (B, H, W, 3) in [0, 1].
 """
+
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,18 +30,24 @@ MAX_SIZE = 10240
 MULTIPLES = "a multiple of 16; of 64, 128 or 320 for the 4K, 8K and 10K models"
 PREVIEW_SIZE = 512
 RATIOS = {"square": (1024, 1024), "16:9": (1344, 768), "9:16": (768, 1344), "3:2": (1248, 832)}
-PRESETS = {f"{scale}K {name} ({width * scale} x {height * scale})": (width * scale, height * scale)
-           for scale in (1, 2, 4) for name, (width, height) in RATIOS.items()}
+PRESETS = {
+    f"{scale}K {name} ({width * scale} x {height * scale})": (width * scale, height * scale)
+    for scale in (1, 2, 4)
+    for name, (width, height) in RATIOS.items()
+}
 CUSTOM = "custom"
 
-OWN_SIZE = ("0: the image's, of no more than twice the pixels of the trained resolution; without an image the trained "
-            "resolution")
+OWN_SIZE = (
+    "0: the image's, of no more than twice the pixels of the trained resolution; without an image"
+    " the trained resolution"
+)
 
 
 def setting(name: str, input_name: str | None = None, **options):
     """A node input of one of `settings.Settings`: its type, default, range, choices and help.
 
-    input_name: where the node calls it otherwise. options: what the node says otherwise, such as a default."""
+    input_name: where the node calls it otherwise. options: what the node says otherwise, such as a
+    default."""
     field = FIELDS[name]
     about = field.metadata
     help = about["help"][0].upper() + about["help"][1:]
@@ -61,7 +69,9 @@ def side(name: str, default: int = 1024, **options):
 
 STEPS = setting("num_inference_steps", "steps", default=30)
 SHIFT = setting("shift", step=0.1, min=0.1, advanced=True)
-BATCH = io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="Number of images generated at a time.")
+BATCH = io.Int.Input(
+    "batch_size", default=1, min=1, max=4096, tooltip="Number of images generated at a time."
+)
 
 
 class L2PKSampler(io.ComfyNode):
@@ -70,44 +80,123 @@ class L2PKSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="L2PKSampler", display_name="L2P KSampler", category="L2P",
-            description="Generates pixels, without a VAE. With an image it refines that, with a mask only there.",
-            search_aliases=["ksampler", "sampler", "generate", "text to image", "image to image", "inpaint"],
+            node_id="L2PKSampler",
+            display_name="L2P KSampler",
+            category="L2P",
+            description=(
+                "Generates pixels, without a VAE. With an image it refines that, with a mask only"
+                " there."
+            ),
+            search_aliases=[
+                "ksampler",
+                "sampler",
+                "generate",
+                "text to image",
+                "image to image",
+                "inpaint",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="An L2P model."),
                 io.Conditioning.Input("positive", tooltip="What to generate."),
-                io.Conditioning.Input("negative", tooltip="What to steer away from: an empty prompt, encoded, not zeroed "
-                                                          "conditioning. Has no effect at guidance 1."),
+                io.Conditioning.Input(
+                    "negative",
+                    tooltip=(
+                        "What to steer away from: an empty prompt, encoded, not zeroed "
+                        "conditioning. Has no effect at guidance 1."
+                    ),
+                ),
                 side("width", min=0, tooltip=f"Pixels, {MULTIPLES}. {OWN_SIZE}."),
                 side("height", min=0, tooltip=f"Pixels, {MULTIPLES}. {OWN_SIZE}."),
                 BATCH,
-                setting("seed", control_after_generate=True, tooltip=(
-                    "Seed of the noise, of a whole batch at once. A single image is the one that `l2p generate` gives.")),
+                setting(
+                    "seed",
+                    control_after_generate=True,
+                    tooltip=(
+                        "Seed of the noise, of a whole batch at once. A single image is the one"
+                        " that `l2p generate` gives."
+                    ),
+                ),
                 STEPS,
-                setting("cfg_scale", "cfg", default=2.0, step=0.1, round=0.01, tooltip=(
-                    "Guidance scale (CFG); 1 turns guidance off and halves the time. Published: 2 for 1K, 4 for larger models.")),
-                setting("sampler", "sampler_name", options=[*comfy.samplers.SAMPLER_NAMES, "ab2"], tooltip=(
-                    "The solver. Published: euler. ab2, of second order, is as near to the exact solution in 18 steps at "
-                    "shift 2 as euler in 30 at shift 3.")),
-                io.Combo.Input("scheduler", options=[EXACT, *comfy.samplers.SCHEDULER_NAMES], default=EXACT,
-                               tooltip="The sigma schedule. l2p: the published one, exactly."),
+                setting(
+                    "cfg_scale",
+                    "cfg",
+                    default=2.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip=(
+                        "Guidance scale (CFG); 1 turns guidance off and halves the time. Published:"
+                        " 2 for 1K, 4 for larger models."
+                    ),
+                ),
+                setting(
+                    "sampler",
+                    "sampler_name",
+                    options=[*comfy.samplers.SAMPLER_NAMES, "ab2"],
+                    tooltip=(
+                        "The solver. Published: euler. ab2, of second order, is as near to the"
+                        " exact solution in 18 steps at shift 2 as euler in 30 at shift 3."
+                    ),
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=[EXACT, *comfy.samplers.SCHEDULER_NAMES],
+                    default=EXACT,
+                    tooltip="The sigma schedule. l2p: the published one, exactly.",
+                ),
                 SHIFT,
-                setting("denoising_strength", "denoise", tooltip=(
-                    "How much noise the image gets: 1 keeps nothing of it. Leave 1 without an image.")),
-                io.Image.Input("image", optional=True, tooltip=(
-                    "Start from this image, or each of a batch; resized where it is not of width and height.")),
-                io.Mask.Input("mask", optional=True, tooltip=(
-                    "Generate only where it is white; the rest of the image is kept exactly.")),
+                setting(
+                    "denoising_strength",
+                    "denoise",
+                    tooltip=(
+                        "How much noise the image gets: 1 keeps nothing of it. Leave 1 without an"
+                        " image."
+                    ),
+                ),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip=(
+                        "Start from this image, or each of a batch; resized where it is not of"
+                        " width and height."
+                    ),
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip=(
+                        "Generate only where it is white; the rest of the image is kept exactly."
+                    ),
+                ),
                 setting("stages", optional=True, advanced=True),
                 setting("stage_strength", "stage_denoise", optional=True, advanced=True),
                 setting("redraw", optional=True, advanced=True),
             ],
-            outputs=[io.Image.Output(), io.Latent.Output()], hidden=[io.Hidden.unique_id])
+            outputs=[io.Image.Output(), io.Latent.Output()],
+            hidden=[io.Hidden.unique_id],
+        )
 
     @classmethod
-    def execute(cls, model, positive, negative, width, height, batch_size, seed, steps, cfg, sampler_name, scheduler,
-                shift, denoise, image=None, mask=None, stages=1, stage_denoise=FIELDS["stage_strength"].default,
-                redraw=SQUEEZED) -> io.NodeOutput:
+    def execute(
+        cls,
+        model,
+        positive,
+        negative,
+        width,
+        height,
+        batch_size,
+        seed,
+        steps,
+        cfg,
+        sampler_name,
+        scheduler,
+        shift,
+        denoise,
+        image=None,
+        mask=None,
+        stages=1,
+        stage_denoise=FIELDS["stage_strength"].default,
+        redraw=SQUEEZED,
+    ) -> io.NodeOutput:
         """Generate. Returns the IMAGE and its pixel latent."""
         multiple, cap_feat_dim, trained = sizes_of(model)
         batch_size = max(batch_size, 0 if image is None else len(image))
@@ -115,21 +204,46 @@ class L2PKSampler(io.ComfyNode):
         for conditioning in (positive, negative):
             check_conditioning(conditioning, cap_feat_dim)
         check_image_and_mask(image, mask, denoise)
-        settings = Settings(height=height, width=width, num_inference_steps=steps, denoising_strength=denoise,
-                            stages=stages, stage_strength=stage_denoise, redraw=redraw)
+        settings = Settings(
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            denoising_strength=denoise,
+            stages=stages,
+            stage_strength=stage_denoise,
+            redraw=redraw,
+        )
         plan = plan_stages(settings, trained, multiple)
         have = comfy.model_management.get_total_memory(model.load_device)
-        note(cls, *notes_on(image, mask, denoise, height, width), misfit(plan, trained),
-             shortage(model, plan, batch_size, have))
+        note(
+            cls,
+            *notes_on(image, mask, denoise, height, width),
+            misfit(plan, trained),
+            shortage(model, plan, batch_size, have),
+        )
         progress = comfy.utils.ProgressBar(sum(stage.steps for stage in plan))
         device = comfy.model_management.intermediate_device()
 
-        def generate(stage: Stage, start: Tensor | None, kept: Tensor | None, hole: Tensor | None) -> Tensor:
-            latent = torch.zeros(batch_size, 3, stage.height, stage.width) if start is None else start
+        def generate(
+            stage: Stage, start: Tensor | None, kept: Tensor | None, hole: Tensor | None
+        ) -> Tensor:
+            latent = (
+                torch.zeros(batch_size, 3, stage.height, stage.width) if start is None else start
+            )
             sigmas = noise_levels(model, scheduler, stage.steps, stage.strength, shift)
             with counting_windows(model, stage.window):
-                samples = sample(for_stage(model, stage, multiple), positive, negative, latent, seed, cfg,
-                                 solver(sampler_name), sigmas, hole, progress)
+                samples = sample(
+                    for_stage(model, stage, multiple),
+                    positive,
+                    negative,
+                    latent,
+                    seed,
+                    cfg,
+                    solver(sampler_name),
+                    sigmas,
+                    hole,
+                    progress,
+                )
             if kept is not None:  # some samplers end a little above no noise
                 samples = kept.to(samples.device).where(hole.to(samples.device) == 0, samples)
             return samples.to(device)
@@ -140,41 +254,69 @@ class L2PKSampler(io.ComfyNode):
         def mask_at(stage: Stage) -> Tensor:
             return fit_mask(mask, stage.width, stage.height, batch_size)[:, None].to(device)
 
-        samples = run_stages(plan, generate, None if image is None else image_at, None if mask is None else mask_at)
+        samples = run_stages(
+            plan, generate, None if image is None else image_at, None if mask is None else mask_at
+        )
         return io.NodeOutput(to_image(samples), {"samples": samples})
 
 
 def check_image_and_mask(image: Tensor | None, mask: Tensor | None, denoise: float) -> None:
-    """Raise ValueError for a mask or a denoise that has no image to keep something of, and for an empty mask."""
+    """Raise ValueError for a mask or a denoise that has no image to keep something of, and for an
+    empty mask."""
     if image is None and (mask is not None or denoise < 1):
-        raise ValueError("the mask, or denoise below 1, needs an image to keep something of. Connect one, or set denoise to 1")
+        raise ValueError(
+            "the mask, or denoise below 1, needs an image to keep something of. Connect one, or set"
+            " denoise to 1"
+        )
     if mask is not None and not mask.any():
-        raise ValueError("the mask is empty, so nothing would be generated. Paint what is to be generated: right-click the "
-                         "image, Open in Mask Editor")
+        raise ValueError(
+            "the mask is empty, so nothing would be generated. Paint what is to be generated:"
+            " right-click the image, Open in Mask Editor"
+        )
 
 
-def notes_on(image: Tensor | None, mask: Tensor | None, denoise: float, height: int, width: int) -> list[str]:
+def notes_on(
+    image: Tensor | None, mask: Tensor | None, denoise: float, height: int, width: int
+) -> list[str]:
     """What the user may not have meant."""
     if image is None:
         return []
     notes = []
     if mask is None and denoise == 1:
-        notes.append("denoise is 1 and there is no mask, so nothing of the image will be left; set denoise below 1 to keep some")
+        notes.append(
+            "denoise is 1 and there is no mask, so nothing of the image will be left; set denoise"
+            " below 1 to keep some"
+        )
     if image.shape[1:3] != (height, width):
-        notes.append(f"the image is {image.shape[2]} x {image.shape[1]} and was resized to {width} x {height}")
+        notes.append(
+            f"the image is {image.shape[2]} x {image.shape[1]} and was resized to {width} x"
+            f" {height}"
+        )
     return notes
 
 
 class L2PScheduler(io.ComfyNode):
+    """The published sigma schedule → SIGMAS."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="L2PScheduler", display_name="L2P Scheduler", category="L2P",
+            node_id="L2PScheduler",
+            display_name="L2P Scheduler",
+            category="L2P",
             description="The published noise schedule, exactly, for SamplerCustom and its kin.",
             search_aliases=["sigmas", "basic scheduler", "flow shift"],
-            inputs=[STEPS, SHIFT,
-                    setting("denoising_strength", "denoise", tooltip="How much noise an image gets: 1 keeps nothing of it.")],
-            outputs=[io.Sigmas.Output()])
+            inputs=[
+                STEPS,
+                SHIFT,
+                setting(
+                    "denoising_strength",
+                    "denoise",
+                    tooltip="How much noise an image gets: 1 keeps nothing of it.",
+                ),
+            ],
+            outputs=[io.Sigmas.Output()],
+        )
 
     @classmethod
     def execute(cls, steps: int, shift: float, denoise: float) -> io.NodeOutput:
@@ -182,33 +324,68 @@ class L2PScheduler(io.ComfyNode):
 
 
 class EmptyL2PLatentImage(io.ComfyNode):
+    """A size → an empty pixel LATENT."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="EmptyL2PLatentImage", display_name="Empty L2P Latent Image", category="L2P",
+            node_id="EmptyL2PLatentImage",
+            display_name="Empty L2P Latent Image",
+            category="L2P",
             description="An empty pixel latent for ComfyUI's own samplers.",
             search_aliases=["empty latent", "size", "resolution", "aspect ratio"],
-            inputs=[io.Combo.Input("size", options=[CUSTOM, *PRESETS], default=CUSTOM, tooltip="custom: the width and height below; or a usual size instead of them."),
-                    side("width", min=16), side("height", min=16),
-                    BATCH],
-            outputs=[io.Latent.Output()])
+            inputs=[
+                io.Combo.Input(
+                    "size",
+                    options=[CUSTOM, *PRESETS],
+                    default=CUSTOM,
+                    tooltip="custom: the width and height below; or a usual size instead of them.",
+                ),
+                side("width", min=16),
+                side("height", min=16),
+                BATCH,
+            ],
+            outputs=[io.Latent.Output()],
+        )
 
     @classmethod
     def execute(cls, size: str, width: int, height: int, batch_size: int) -> io.NodeOutput:
         width, height = PRESETS.get(size, (width, height))
-        return io.NodeOutput({"samples": torch.zeros(batch_size, 3, height, width, device=comfy.model_management.intermediate_device())})
+        return io.NodeOutput(
+            {
+                "samples": torch.zeros(
+                    batch_size,
+                    3,
+                    height,
+                    width,
+                    device=comfy.model_management.intermediate_device(),
+                )
+            }
+        )
 
 
 class L2PImageToLatent(io.ComfyNode):
+    """IMAGE → pixel LATENT."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="L2PImageToLatent", display_name="L2P Image to Pixel Latent", category="L2P",
+            node_id="L2PImageToLatent",
+            display_name="L2P Image to Pixel Latent",
+            category="L2P",
             description="What VAE Encode is to other models: the picture's own pixels, in float32.",
             search_aliases=["vae encode", "pixel latent"],
-            inputs=[io.Image.Input("image", tooltip="One picture or a batch. Sides best in multiples of 16 pixels, of 64, 128 or 320 "
-                                                    "for the 4K, 8K and 10K models; others are padded while drawing.")],
-            outputs=[io.Latent.Output()])
+            inputs=[
+                io.Image.Input(
+                    "image",
+                    tooltip=(
+                        "One picture or a batch. Sides best in multiples of 16 pixels, of 64, 128"
+                        " or 320 for the 4K, 8K and 10K models; others are padded while drawing."
+                    ),
+                )
+            ],
+            outputs=[io.Latent.Output()],
+        )
 
     @classmethod
     def execute(cls, image: Tensor) -> io.NodeOutput:
@@ -216,22 +393,36 @@ class L2PImageToLatent(io.ComfyNode):
 
 
 class L2PLatentToImage(io.ComfyNode):
+    """Pixel LATENT → IMAGE."""
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="L2PLatentToImage", display_name="L2P Pixel Latent to Image", category="L2P",
+            node_id="L2PLatentToImage",
+            display_name="L2P Pixel Latent to Image",
+            category="L2P",
             description="What VAE Decode is to other models: the drawn pixels, in float32.",
             search_aliases=["vae decode", "pixel latent"],
-            inputs=[io.Latent.Input("latent", tooltip="Pixels, as an L2P model's sampler gives them; a latent of another model "
-                                                      "needs that model's VAE Decode.")],
-            outputs=[io.Image.Output()])
+            inputs=[
+                io.Latent.Input(
+                    "latent",
+                    tooltip=(
+                        "Pixels, as an L2P model's sampler gives them; a latent of another model "
+                        "needs that model's VAE Decode."
+                    ),
+                )
+            ],
+            outputs=[io.Image.Output()],
+        )
 
     @classmethod
     def execute(cls, latent: dict) -> io.NodeOutput:
         samples = latent["samples"]
         if samples.dim() != 4 or samples.shape[1] != 3:
-            raise ValueError(f"the latent is {tuple(samples.shape)}; expected pixels, (batch, 3, height, width). A latent of "
-                             "another model needs that model's VAE Decode")
+            raise ValueError(
+                f"the latent is {tuple(samples.shape)}; expected pixels, (batch, 3, height, width)."
+                " A latent of another model needs that model's VAE Decode"
+            )
         return io.NodeOutput(to_image(samples))
 
 
@@ -241,11 +432,22 @@ def for_stage(model, stage: Stage, multiple: int):
     if stage.rope_scale != 1:
         options = model.model_options["transformer_options"]
         rope = options.get("rope_options", {})  # a ScaleROPE node's
-        options["rope_options"] = rope | {name: rope.get(name, 1.0) * stage.rope_scale for name in ("scale_x", "scale_y")}
+        options["rope_options"] = rope | {
+            name: rope.get(name, 1.0) * stage.rope_scale for name in ("scale_x", "scale_y")
+        }
     if stage.window:
-        wrapped = model.model_options.get("model_function_wrapper", lambda apply, given: apply(given["input"], given["timestep"], **given["c"]))
-        model.set_model_unet_function_wrapper(lambda apply, given: by_windows(
-            lambda part: wrapped(apply, {**given, "input": part}), given["input"], stage.window, multiple))
+        wrapped = model.model_options.get(
+            "model_function_wrapper",
+            lambda apply, given: apply(given["input"], given["timestep"], **given["c"]),
+        )
+        model.set_model_unet_function_wrapper(
+            lambda apply, given: by_windows(
+                lambda part: wrapped(apply, {**given, "input": part}),
+                given["input"],
+                stage.window,
+                multiple,
+            )
+        )
     return model
 
 
@@ -259,17 +461,39 @@ def counting_windows(model, window: int) -> Iterator[None]:
         model.model.window = 0
 
 
-def sample(model, positive, negative, latent: Tensor, seed: int, cfg: float, sampler, sigmas: Tensor, noise_mask: Tensor | None,
-           progress: comfy.utils.ProgressBar) -> Tensor:
-    """Pixels (B, 3, H, W), float32, drawn by ComfyUI's sampler, with a preview of the true picture at each step."""
+def sample(
+    model,
+    positive,
+    negative,
+    latent: Tensor,
+    seed: int,
+    cfg: float,
+    sampler,
+    sigmas: Tensor,
+    noise_mask: Tensor | None,
+    progress: comfy.utils.ProgressBar,
+) -> Tensor:
+    """Pixels (B, 3, H, W), float32, drawn by ComfyUI's sampler, with a preview of the true picture
+    at each step."""
     done = progress.current
 
     def callback(step: int, x0: Tensor, x: Tensor, steps: int) -> None:
         progress.update_absolute(done + step + 1, preview=("JPEG", preview(x0), PREVIEW_SIZE))
 
     return comfy.sample.sample_custom(
-        model, comfy.sample.prepare_noise(latent, seed), cfg, sampler, sigmas, positive, negative, latent,
-        noise_mask=noise_mask, callback=callback, disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed).float()
+        model,
+        comfy.sample.prepare_noise(latent, seed),
+        cfg,
+        sampler,
+        sigmas,
+        positive,
+        negative,
+        latent,
+        noise_mask=noise_mask,
+        callback=callback,
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    ).float()
 
 
 def solver(name: str) -> comfy.samplers.Sampler:
@@ -277,10 +501,16 @@ def solver(name: str) -> comfy.samplers.Sampler:
     if name != "ab2":
         return comfy.samplers.sampler_object(name)
 
-    def sample_ab2(model, x: Tensor, sigmas: Tensor, extra_args: dict, callback, disable: bool) -> Tensor:
+    def sample_ab2(
+        model, x: Tensor, sigmas: Tensor, extra_args: dict, callback, disable: bool
+    ) -> Tensor:
         def velocity(x: Tensor, sigma: float) -> Tensor:
             return (x - model(x, x.new_full((len(x),), sigma), **extra_args)) / sigma
-        return ab2(velocity, x, sigmas, lambda step, _, x0: callback({"i": step, "denoised": x0, "x": x}))
+
+        return ab2(
+            velocity, x, sigmas, lambda step, _, x0: callback({"i": step, "denoised": x0, "x": x})
+        )
+
     return comfy.samplers.KSAMPLER(sample_ab2)
 
 
@@ -290,69 +520,104 @@ def noise_levels(model, scheduler: str, steps: int, denoise: float, shift: float
         return schedule(steps, denoise, shift)
     sampling = comfy.model_sampling.ModelSamplingDiscreteFlow(model.model.model_config)
     sampling.set_parameters(shift=shift, multiplier=1.0)
-    return comfy.samplers.calculate_sigmas(sampling, scheduler, int(steps / denoise))[-(steps + 1):]
+    return comfy.samplers.calculate_sigmas(sampling, scheduler, int(steps / denoise))[
+        -(steps + 1) :
+    ]
 
 
 def sizes_of(model) -> tuple[int, int, tuple[int, int]]:
-    """What height and width must be multiples of, the width of captions, and the height and width that the model was trained at.
-    Raises ValueError for another model."""
+    """What height and width must be multiples of, the width of captions, and the height and width
+    that the model was trained at. Raises ValueError for another model."""
     network = model.model.diffusion_model
     if isinstance(network, L2PTransformer):
         trained = model.model.model_config.unet_config["trained_size"]
         return network.config.size_multiple, network.config.cap_feat_dim, trained
-    raise ValueError(f"the model is a {type(model.model).__name__}, which is no L2P model. Load one with Load L2P Checkpoint")
+    raise ValueError(
+        f"the model is a {type(model.model).__name__}, which is no L2P model. Load one with Load"
+        " L2P Checkpoint"
+    )
 
 
-def drawn_size(image: Tensor | None, height: int, width: int, trained: tuple[int, int], multiple: int) -> tuple[int, int]:
-    """Height and width, with `OWN_SIZE` in the place of zeros. Raises ValueError where they are no multiples."""
+def drawn_size(
+    image: Tensor | None, height: int, width: int, trained: tuple[int, int], multiple: int
+) -> tuple[int, int]:
+    """Height and width, with `OWN_SIZE` in the place of zeros. Raises ValueError where they are no
+    multiples."""
     rows, columns = trained if image is None else image.shape[1:3]
     shrink = min(1.0, math.sqrt(LARGEST * math.prod(trained) / (rows * columns)))
-    height, width = size_for(shrink * rows, shrink * columns, multiple, height or None, width or None)
+    height, width = size_for(
+        shrink * rows, shrink * columns, multiple, height or None, width or None
+    )
     check_size(height, width, multiple)
     return height, width
 
 
 def shortage(model, plan: list[Stage], batch_size: int, have: int) -> str | None:
-    """What is wrong, and what to do, where a device of so many bytes can't hold the largest pass; None where it can."""
+    """What is wrong, and what to do, where a device of so many bytes can't hold the largest pass;
+    None where it can."""
+
     def need(stage: Stage) -> int:
         with counting_windows(model, stage.window):
             return model.memory_required([batch_size, 3, *stage[:2]])
+
     largest = max(plan, key=need)
     if need(largest) <= have:
         return None
-    advice = [*["a smaller batch_size"] * (batch_size > 1),
-              "redraw in windows" if largest.strength < 1 and not largest.window else "a smaller size, or more stages with redraw in windows"]
-    return (f"drawing {batch_size} x {largest.width} x {largest.height} holds about {need(largest) / 1e9:.1f} GB beside the model, and the "
-            f"device has {have / 1e9:.1f} GB: it will run out of memory, or be very slow. Take {', or '.join(advice)}")
+    advice = [
+        *["a smaller batch_size"] * (batch_size > 1),
+        (
+            "redraw in windows"
+            if largest.strength < 1 and not largest.window
+            else "a smaller size, or more stages with redraw in windows"
+        ),
+    ]
+    return (
+        f"drawing {batch_size} x {largest.width} x {largest.height} holds about"
+        f" {need(largest) / 1e9:.1f} GB beside the model, and the device has {have / 1e9:.1f} GB:"
+        f" it will run out of memory, or be very slow. Take {', or '.join(advice)}"
+    )
 
 
 def check_conditioning(conditioning: list, cap_feat_dim: int) -> None:
     """Raise ValueError unless a text encoder that fits the model made it."""
     for features, _ in conditioning:
         if features.shape[-1] != cap_feat_dim:
-            raise ValueError(f"the conditioning is {features.shape[-1]} wide, this model reads {cap_feat_dim}. Encode the "
-                             "prompt with the text encoder it was trained with: Qwen3-4B, or the bundled one for the bundled model")
+            raise ValueError(
+                f"the conditioning is {features.shape[-1]} wide, this model reads {cap_feat_dim}."
+                " Encode the prompt with the text encoder it was trained with: Qwen3-4B, or the"
+                " bundled one for the bundled model"
+            )
 
 
 def fit(image: Tensor, width: int, height: int) -> Tensor:
     """An IMAGE of that size."""
     if image.shape[1:3] == (height, width):
         return image
-    return comfy.utils.common_upscale(image.movedim(-1, 1), width, height, "lanczos", "disabled").movedim(1, -1)
+    return comfy.utils.common_upscale(
+        image.movedim(-1, 1), width, height, "lanczos", "disabled"
+    ).movedim(1, -1)
 
 
 def fit_mask(mask: Tensor, width: int, height: int, batch_size: int) -> Tensor:
     """A MASK (B, H, W) of that size for so many pictures."""
-    return comfy.utils.repeat_to_batch_size(comfy.utils.common_upscale(mask[:, None], width, height, "bilinear", "disabled")[:, 0].float(), batch_size)
+    return comfy.utils.repeat_to_batch_size(
+        comfy.utils.common_upscale(mask[:, None], width, height, "bilinear", "disabled")[
+            :, 0
+        ].float(),
+        batch_size,
+    )
 
 
 def to_latent(image: Tensor, batch_size: int) -> Tensor:
     """IMAGE → pixel latent of so many pictures."""
-    return comfy.utils.repeat_to_batch_size(image[..., :3].movedim(-1, 1).float() * 2 - 1, batch_size)
+    return comfy.utils.repeat_to_batch_size(
+        image[..., :3].movedim(-1, 1).float() * 2 - 1, batch_size
+    )
 
 
 def to_image(samples: Tensor) -> Tensor:
-    """Pixel latent → IMAGE, a millionth lighter: what was a level of 255 is one again when Save Image cuts fractions off."""
+    """Pixel latent → IMAGE, a millionth lighter: what was a level of 255 is one again when Save
+    Image cuts fractions off."""
     return ((samples.float() + 1) / 2 + 2**-20).clamp(0, 1).movedim(1, -1)
 
 

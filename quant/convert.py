@@ -1,8 +1,10 @@
-"""A pixel initialisation, where training starts, from a latent Z-Image or a lower-resolution L2P model: `l2p convert`.
+"""A pixel initialisation, where training starts, from a latent Z-Image or a lower-resolution L2P
+model: `l2p convert`.
 
-What fits by name and shape is copied byte for byte. What is new is drawn from a seed: the patch embedding, whose name
-carries the patch size, and the local decoder, or those of its tensors that the lower resolution has otherwise.
-"""
+What fits by name and shape is copied byte for byte. What is new is drawn from a seed: the patch
+embedding, whose name carries the patch size, and the local decoder, or those of its tensors that
+the lower resolution has otherwise."""
+
 import dataclasses
 import math
 import zlib
@@ -13,49 +15,87 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..l2p_core.files.load import check, expected_shapes
 from ..l2p_core.config import PUBLISHED_DECODERS, L2PConfig
 from ..l2p_core.files.header import CheckpointError
 from ..l2p_core.files.layout import Layout, read_layout
+from ..l2p_core.files.load import check, expected_shapes
 from . import stream
 from .export import arrange, note_left_out
 from .stream import Piece, Progress, write
 
 NEW = ("all_x_embedder.", "local_decoder.")  # parts that belong to a patch size
-LATENT_ONLY = ("x_embedder.", "all_final_layer.", "final_layer.", "norm_final.")  # of the source, not of any L2P model
+LATENT_ONLY = (
+    "x_embedder.",
+    "all_final_layer.",
+    "final_layer.",
+    "norm_final.",
+)  # of the source, not of any L2P model
 
 
-def convert(source: Path | list[Path], output: Path, patch: int = 16, seed: int = 0, progress: bool | Progress = False) -> None:
+def convert(
+    source: Path | list[Path],
+    output: Path,
+    patch: int = 16,
+    seed: int = 0,
+    progress: bool | Progress = False,
+) -> None:
     """Write a pixel initialisation of this patch size, under the published names.
 
-    source: a latent Z-Image (file, folder, index or list of shards), or an L2P model with a smaller patch. patch: 16, 64,
-    128 or 160, for about 1K, 4K, 8K or 10K pixels. Copied tensors keep their dtype, new ones are FP32. Raises
-    CheckpointError where the source is neither, or not whole."""
+    source: a latent Z-Image (file, folder, index or list of shards), or an L2P model with a smaller
+    patch. patch: 16, 64, 128 or 160, for about 1K, 4K, 8K or 10K pixels. Copied tensors keep their
+    dtype, new ones are FP32. Raises CheckpointError where the source is neither, or not whole."""
     layout = read_layout(source)
     pieces = plan(layout, patch, seed)
     note_left_out(layout)
-    write(output, pieces, [layout], "l2p convert", {"patch": patch, "seed": seed},
-          {"architecture": "z-image-l2p", "implementation": "https://github.com/TencentYoutuResearch/T2I-L2P",
-           "resolution": f"{64 * patch}x{64 * patch}", "title": f"L2P pixel initialisation, patch {patch}"}, progress)
+    write(
+        output,
+        pieces,
+        [layout],
+        "l2p convert",
+        {"patch": patch, "seed": seed},
+        {
+            "architecture": "z-image-l2p",
+            "implementation": "https://github.com/TencentYoutuResearch/T2I-L2P",
+            "resolution": f"{64 * patch}x{64 * patch}",
+            "title": f"L2P pixel initialisation, patch {patch}",
+        },
+        progress,
+    )
 
 
 def plan(layout: Layout, patch: int, seed: int) -> list[Piece]:
     """Every tensor of the initialisation, in the model's order: copied or new."""
     expected = expected_shapes(target_config(layout, patch))
-    copied = {name: source for name, source in layout.tensors.items() if expected.get(name) == source.shape}
+    copied = {
+        name: source
+        for name, source in layout.tensors.items()
+        if expected.get(name) == source.shape
+    }
     if lacking := [name for name in expected if name not in copied and not name.startswith(NEW)]:
         name = lacking[0]
         found = layout.tensors.get(name)
-        raise CheckpointError(f"{layout.path.name} lacks {len(lacking)} tensors that both models have (first: {name}, "
-                              f"{f'there {found.shape}, ' if found else ''}expected {expected[name]}). "
-                              "If it is one of several shards, give them all, or their folder")
+        raise CheckpointError(
+            f"{layout.path.name} lacks {len(lacking)} tensors that both models have (first: {name},"
+            f" {f'there {found.shape}, ' if found else ''}expected {expected[name]}). If it is one"
+            " of several shards, give them all, or their folder"
+        )
     found = [*layout.tensors, *(key.removeprefix(layout.prefix) for key in layout.unused)]
-    if unknown := [name for name in found if name not in expected and not name.startswith((*NEW, *LATENT_ONLY))]:
-        raise CheckpointError(f"{layout.path.name} has {len(unknown)} tensors that no Z-Image or L2P model has (first: "
-                              f"{unknown[0]}). It is another kind of model")
-    if quantized := [name for name, source in copied.items() if source.format or source.entry.dtype not in stream.TORCH_DTYPES]:
-        raise CheckpointError(f"{layout.path.name} is quantized (first: {quantized[0]}), and training needs the numbers as "
-                              "they were. Give the BF16 or FP32 version of the model")
+    if unknown := [
+        name for name in found if name not in expected and not name.startswith((*NEW, *LATENT_ONLY))
+    ]:
+        raise CheckpointError(
+            f"{layout.path.name} has {len(unknown)} tensors that no Z-Image or L2P model has"
+            f" (first: {unknown[0]}). It is another kind of model"
+        )
+    if quantized := [
+        name
+        for name, source in copied.items()
+        if source.format or source.entry.dtype not in stream.TORCH_DTYPES
+    ]:
+        raise CheckpointError(
+            f"{layout.path.name} is quantized (first: {quantized[0]}), and training needs the"
+            " numbers as they were. Give the BF16 or FP32 version of the model"
+        )
     pieces = {piece.name: piece for piece in arrange(copied, "published")}
     for name, shape in expected.items():
         if name not in pieces:
@@ -65,41 +105,67 @@ def plan(layout: Layout, patch: int, seed: int) -> list[Piece]:
 
 
 def target_config(layout: Layout, patch: int) -> L2PConfig:
-    """The source's numbers with another patch size and the published decoder for it. Raises CheckpointError."""
+    """The source's numbers with another patch size and the published decoder for it. Raises
+    CheckpointError."""
     if patch not in PUBLISHED_DECODERS:
-        raise CheckpointError(f"--patch is {patch}; expected one of {', '.join(map(str, PUBLISHED_DECODERS))}")
+        raise CheckpointError(
+            f"--patch is {patch}; expected one of {', '.join(map(str, PUBLISHED_DECODERS))}"
+        )
     if layout.kind != "latent":
         check(layout)
         if layout.config.patch_size >= patch:
-            raise CheckpointError(f"{layout.path.name} has patch {layout.config.patch_size} already, --patch is {patch}; "
-                                  "an L2P model is converted to a larger patch only. Train it as it is, or give a latent Z-Image")
-        return dataclasses.replace(layout.config, patch_size=patch, decoder=PUBLISHED_DECODERS[patch])
+            raise CheckpointError(
+                f"{layout.path.name} has patch {layout.config.patch_size} already, --patch is"
+                f" {patch}; an L2P model is converted to a larger patch only. Train it as it is, or"
+                " give a latent Z-Image"
+            )
+        return dataclasses.replace(
+            layout.config, patch_size=patch, decoder=PUBLISHED_DECODERS[patch]
+        )
     # A latent model has every number but those of the pixel parts, which the patch size fixes.
-    shapes = {name: source.shape for name, source in layout.tensors.items() if not name.startswith(NEW)}
+    shapes = {
+        name: source.shape for name, source in layout.tensors.items() if not name.startswith(NEW)
+    }
     try:
         dim = shapes["cap_embedder.1.weight"][0]
-        config = L2PConfig.from_shapes({**shapes, f"all_x_embedder.{patch}-1.weight": (dim, 3 * patch**2),
-                                        "local_decoder.bottleneck.0.weight": (L2PConfig.bottleneck_dim,)})
+        config = L2PConfig.from_shapes(
+            {
+                **shapes,
+                f"all_x_embedder.{patch}-1.weight": (dim, 3 * patch**2),
+                "local_decoder.bottleneck.0.weight": (L2PConfig.bottleneck_dim,),
+            }
+        )
     except KeyError as missing:
-        raise CheckpointError(f"{layout.path.name} lacks {missing.args[0]}, which every Z-Image has. "
-                              "If it is one of several shards, give them all, or their folder") from None
+        raise CheckpointError(
+            f"{layout.path.name} lacks {missing.args[0]}, which every Z-Image has. "
+            "If it is one of several shards, give them all, or their folder"
+        ) from None
     except (ValueError, IndexError, ZeroDivisionError) as odd:
-        raise CheckpointError(f"{layout.path.name} is no Z-Image: {odd}. Give Z-Image or Z-Image-Turbo") from None
+        raise CheckpointError(
+            f"{layout.path.name} is no Z-Image: {odd}. Give Z-Image or Z-Image-Turbo"
+        ) from None
     return dataclasses.replace(config, decoder=PUBLISHED_DECODERS[patch])
 
 
-def draw(name: str, shape: tuple[int, ...], fan_in: int, seed: int) -> Callable[[], Iterator[Tensor]]:
-    """What makes a new tensor in blocks, float32: torch's initialisation of linear and convolution layers, weights and
-    biases alike, which is uniform within 1 / sqrt(fan_in) of 0.
+def draw(
+    name: str, shape: tuple[int, ...], fan_in: int, seed: int
+) -> Callable[[], Iterator[Tensor]]:
+    """What makes a new tensor in blocks, float32: torch's initialisation of linear and convolution
+    layers, weights and biases alike, which is uniform within 1 / sqrt(fan_in) of 0.
 
-    Drawn from integers (PCG64 seeded with the seed and the name's CRC-32, the top 24 bits of each), with one rounded
-    multiplication: every machine gives the same bytes, and no tensor depends on another."""
+    Drawn from integers (PCG64 seeded with the seed and the name's CRC-32, the top 24 bits of each),
+    with one rounded multiplication: every machine gives the same bytes, and no tensor depends on
+    another."""
+
     def blocks() -> Iterator[Tensor]:
         bits, left = np.random.PCG64([seed, zlib.crc32(name.encode())]), math.prod(shape)
         bound = np.float32(1 / math.sqrt(fan_in))
         while left:
             count = min(left, stream.BLOCK)
-            steps = (bits.random_raw(count) >> np.uint64(40)).astype(np.float32)  # 0 .. 2**24 - 1, exact
+            steps = (bits.random_raw(count) >> np.uint64(40)).astype(
+                np.float32
+            )  # 0 .. 2**24 - 1, exact
             yield torch.from_numpy((steps * np.float32(2**-23) - np.float32(1)) * bound)
             left -= count
+
     return blocks

@@ -1,28 +1,41 @@
-"""A trained part over the pixel initialisation it was trained from, or a LoRA into its model: `l2p merge`."""
+"""A trained part over the pixel initialisation it was trained from, or a LoRA into its model: `l2p
+merge`."""
+
 import math
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ..l2p_core.files.load import check
 from ..l2p_core.files.header import CheckpointError
 from ..l2p_core.files.layout import Layout, Source, read_layout
+from ..l2p_core.files.load import check
 from .export import DTYPES, arrange, note_left_out
 from .lora import changes, with_changes
 from .stream import Progress, modelspec, write
 
 
-def merge(trained: Path | list[Path], base: Path | list[Path], output: Path, dtype: str | None = None, skip: list[str] | None = None,
-          strength: float | None = None, progress: bool | Progress = False) -> None:
-    """Write the base with the trained tensors in place of its own, or with a LoRA added, under the base's names and prefix.
+def merge(
+    trained: Path | list[Path],
+    base: Path | list[Path],
+    output: Path,
+    dtype: str | None = None,
+    skip: list[str] | None = None,
+    strength: float | None = None,
+    progress: bool | Progress = False,
+) -> None:
+    """Write the base with the trained tensors in place of its own, or with a LoRA added, under the
+    base's names and prefix.
 
-    trained: what a training saved, any naming. base: the pixel initialisation, or a LoRA's model, whole. dtype: fp32, bf16 or fp16
-    for all tensors; None keeps each tensor's own. skip: patterns such as "layers.0.*" of trained tensors to leave out, by
-    published name. strength: of a LoRA; None for 1. Raises CheckpointError where a tensor does not fit the base, ValueError for an
+    trained: what a training saved, any naming. base: the pixel initialisation, or a LoRA's model,
+    whole. dtype: fp32, bf16 or fp16 for all tensors; None keeps each tensor's own. skip: patterns
+    such as "layers.0.*" of trained tensors to leave out, by published name. strength: of a LoRA;
+    None for 1. Raises CheckpointError where a tensor does not fit the base, ValueError for an
     option that does not fit what was trained."""
     part, whole = read_layout(trained), read_layout(base)
     if part.kind == "model" and whole.kind == "part":
-        raise CheckpointError(f"{whole.path.name} is the trained part and {part.path.name} the whole model; "
-                              "give them the other way round")
+        raise CheckpointError(
+            f"{whole.path.name} is the trained part and {part.path.name} the whole model; "
+            "give them the other way round"
+        )
     check(whole)
     if part.kind == "lora":
         if skip:
@@ -30,10 +43,23 @@ def merge(trained: Path | list[Path], base: Path | list[Path], output: Path, dty
         factor = 1.0 if strength is None else strength
         if not math.isfinite(factor):
             raise ValueError(f"--strength is {factor}; expected a number")
-        pieces = with_changes(arrange(whole.tensors, whole.naming, whole.prefix, dtype and DTYPES[dtype]), changes(part, whole),
-                              whole.naming, whole.prefix, factor)
+        pieces = with_changes(
+            arrange(whole.tensors, whole.naming, whole.prefix, dtype and DTYPES[dtype]),
+            changes(part, whole),
+            whole.naming,
+            whole.prefix,
+            factor,
+        )
         note_left_out(whole)
-        write(output, pieces, [whole, part], "l2p merge", {"dtype": dtype, "strength": factor}, {}, progress)
+        write(
+            output,
+            pieces,
+            [whole, part],
+            "l2p merge",
+            {"dtype": dtype, "strength": factor},
+            {},
+            progress,
+        )
         return
     if strength is not None:
         raise ValueError(f"--strength is of a LoRA, and {part.path.name} is none")
@@ -41,27 +67,52 @@ def merge(trained: Path | list[Path], base: Path | list[Path], output: Path, dty
         check(part)  # says what it is
     tensors = whole.tensors | fitting(part, whole, skip or [])
     note_left_out(whole)
-    write(output, arrange(tensors, whole.naming, whole.prefix, dtype and DTYPES[dtype]), [part, whole], "l2p merge",
-          {"dtype": dtype, "skip": skip or []}, modelspec(whole) | modelspec(part), progress)
+    write(
+        output,
+        arrange(tensors, whole.naming, whole.prefix, dtype and DTYPES[dtype]),
+        [part, whole],
+        "l2p merge",
+        {"dtype": dtype, "skip": skip or []},
+        modelspec(whole) | modelspec(part),
+        progress,
+    )
 
 
 def fitting(part: Layout, whole: Layout, skip: list[str]) -> dict[str, Source]:
-    """The trained tensors by published name. Raises CheckpointError where one is not in the base or has another shape."""
-    found = part.tensors | {key.removeprefix(part.prefix): Source(part.entries[key]) for key in (*part.unused, *part.outside)}
+    """The trained tensors by published name. Raises CheckpointError where one is not in the base or
+    has another shape."""
+    found = part.tensors | {
+        key.removeprefix(part.prefix): Source(part.entries[key])
+        for key in (*part.unused, *part.outside)
+    }
     for pattern in skip:
         if not any(fnmatchcase(name, pattern) for name in found):
-            raise CheckpointError(f"--skip {pattern} matches none of the {len(found)} tensors of {part.path.name} "
-                                  f"(first: {next(iter(found), None)})")
-    kept = {name: source for name, source in found.items() if not any(fnmatchcase(name, pattern) for pattern in skip)}
+            raise CheckpointError(
+                f"--skip {pattern} matches none of the {len(found)} tensors of {part.path.name} "
+                f"(first: {next(iter(found), None)})"
+            )
+    kept = {
+        name: source
+        for name, source in found.items()
+        if not any(fnmatchcase(name, pattern) for pattern in skip)
+    }
     if unknown := [name for name in kept if name not in whole.tensors]:
-        raise CheckpointError(f"{part.path.name} has {len(unknown)} of {len(kept)} tensors that {whole.path.name} lacks "
-                              f"(first: {unknown[0]}). Give the pixel initialisation it was trained from, or leave them "
-                              f"out by name: --skip '{unknown[0]}'")
-    if misshapen := [name for name, source in kept.items() if source.shape != whole.tensors[name].shape]:
+        raise CheckpointError(
+            f"{part.path.name} has {len(unknown)} of {len(kept)} tensors that {whole.path.name}"
+            f" lacks (first: {unknown[0]}). Give the pixel initialisation it was trained from, or"
+            f" leave them out by name: --skip '{unknown[0]}'"
+        )
+    if misshapen := [
+        name for name, source in kept.items() if source.shape != whole.tensors[name].shape
+    ]:
         name = misshapen[0]
-        raise CheckpointError(f"{len(misshapen)} tensors of {part.path.name} do not fit {whole.path.name} (first: {name} is "
-                              f"{kept[name].shape}, there {whole.tensors[name].shape}). Give the pixel initialisation it "
-                              f"was trained from, or leave them out by name: --skip '{name}'")
+        raise CheckpointError(
+            f"{len(misshapen)} tensors of {part.path.name} do not fit {whole.path.name} (first:"
+            f" {name} is {kept[name].shape}, there {whole.tensors[name].shape}). Give the pixel"
+            f" initialisation it was trained from, or leave them out by name: --skip '{name}'"
+        )
     if not kept:
-        raise CheckpointError(f"{part.path.name} holds no tensors to merge. Give the file that the training saved")
+        raise CheckpointError(
+            f"{part.path.name} holds no tensors to merge. Give the file that the training saved"
+        )
     return kept

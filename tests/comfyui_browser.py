@@ -1,10 +1,20 @@
 """ComfyUI's own page in a headless Chromium."""
+
 import importlib.util
 import shutil
 
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
-READY = "() => window.app?.graph?.nodes.length > 0"  # every node type is there, and so is the workflow a first visit begins with
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+READY = (  # every node type is there, and so is the workflow a first visit begins with
+    "() => window.app?.graph?.nodes.length > 0"
+)
 SAVED = "app.graph.nodes.find(node => node.type === 'SaveImage').imgs?.[0]"
 SETTLE = "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
 
@@ -13,15 +23,19 @@ def find() -> tuple[str] | str:
     """(the browser's path,), or why there is none."""
     if importlib.util.find_spec("playwright") is None:
         return "playwright is not installed; it comes with the extra: pip install '.[browser]'"
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    path = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     return (path,) if path else "no chromium, chromium-browser or google-chrome on PATH"
 
 
 class Browser:
-    """The page, with its graph empty. browser.page is Playwright's; browser.errors is what went wrong on it."""
+    """The page, with its graph empty. browser.page is Playwright's; browser.errors is what went
+    wrong on it."""
 
     def __init__(self, path: str, url: str, width: int = 1600, height: int = 900):
         from playwright.sync_api import sync_playwright
+
         self.url, self.errors = url, []
         self._playwright = sync_playwright().start()
         self._browser = self._playwright.chromium.launch(executable_path=path, args=FLAGS)
@@ -36,14 +50,17 @@ class Browser:
         self.page.evaluate("() => app.graph.clear()")
 
     def call(self, function: str, *arguments):
-        """What a JavaScript function of those arguments returns, once the page has drawn itself again."""
+        """What a JavaScript function of those arguments returns, once the page has drawn itself
+        again."""
         result = self.page.evaluate(f"arguments => ({function})(...arguments)", list(arguments))
         self.page.evaluate(SETTLE)
         return result
 
     def open(self, workflow: dict, name: str) -> None:
         """Open a workflow in canvas form."""
-        self.call("(workflow, name) => app.loadGraphData(workflow, true, true, name)", workflow, name)
+        self.call(
+            "(workflow, name) => app.loadGraphData(workflow, true, true, name)", workflow, name
+        )
 
     def open_template(self, pack: str, name: str) -> None:
         """Open a workflow as a newcomer does: Templates, the pack, its card."""

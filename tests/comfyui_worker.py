@@ -1,6 +1,8 @@
-"""Runs inside ComfyUI's own Python: one JSON call a line in, one JSON answer a line out. Tensors travel as files.
+"""Runs inside ComfyUI's own Python: one JSON call a line in, one JSON answer a line out. Tensors
+travel as files.
 
 `real_comfyui.Worker` is the other end. Nothing here asserts; the tests compare what comes back."""
+
 import asyncio
 import importlib
 import json
@@ -14,6 +16,7 @@ sys.path.insert(0, root)
 import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
+import app.frontend_management  # noqa: E402, F401 - as the server does: with core's packs its `utils` is hidden
 import comfy.lora  # noqa: E402
 import comfy.model_detection  # noqa: E402
 import comfy.model_management  # noqa: E402
@@ -23,11 +26,11 @@ import comfy.sampler_helpers  # noqa: E402
 import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfy.utils  # noqa: E402
-import app.frontend_management  # noqa: E402, F401 - as the server does: with core's packs its `utils` is hidden
 import folder_paths  # noqa: E402
-import nodes  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
+
+import nodes  # noqa: E402
 
 
 def import_pack() -> list[str]:
@@ -44,12 +47,21 @@ def of_pack(module: str):
 
 
 def describe(names: list[str]) -> dict[str, list]:
-    """What the interface is told of these nodes: their label, whether each input has a tooltip, and the outputs' names."""
+    """What the interface is told of these nodes: their label, whether each input has a tooltip, and
+    the outputs' names."""
     infos = {name: nodes.NODE_CLASS_MAPPINGS[name].GET_NODE_INFO_V1() for name in names}
-    return {name: [info["display_name"],
-                   {key: bool(options[1].get("tooltip")) for group in ("required", "optional")
-                    for key, options in info["input"].get(group, {}).items()},
-                   list(info["output_name"])] for name, info in infos.items()}
+    return {
+        name: [
+            info["display_name"],
+            {
+                key: bool(options[1].get("tooltip"))
+                for group in ("required", "optional")
+                for key, options in info["input"].get(group, {}).items()
+            },
+            list(info["output_name"]),
+        ]
+        for name, info in infos.items()
+    }
 
 
 def load(path: str, loader: str, **options):
@@ -63,39 +75,80 @@ def load(path: str, loader: str, **options):
     return nodes.NODE_CLASS_MAPPINGS["L2PCheckpointLoader"].execute(name, **options)[0], None, None
 
 
-def forward(path: str, loader: str, inputs: str, output: str, lora: str | None = None, strength: float = 1.0, **options) -> dict:
+def forward(
+    path: str,
+    loader: str,
+    inputs: str,
+    output: str,
+    lora: str | None = None,
+    strength: float = 1.0,
+    **options,
+) -> dict:
     """The network's output, noise - picture, and what was loaded."""
     model, _, vae = load(path, loader, **options)
     if lora:
-        model, _ = comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(lora), strength, 0)
+        model, _ = comfy.sd.load_lora_for_models(
+            model, None, comfy.utils.load_torch_file(lora), strength, 0
+        )
     comfy.model_management.load_models_gpu([model], force_full_load=True)
     tensors = load_file(inputs)
     with torch.no_grad():
-        out = model.model.diffusion_model(tensors["image"], tensors["sigma"], tensors["caption"], tensors["caption"].shape[1],
-                                          tensors.get("mask"), transformer_options={})
+        out = model.model.diffusion_model(
+            tensors["image"],
+            tensors["sigma"],
+            tensors["caption"],
+            tensors["caption"].shape[1],
+            tensors.get("mask"),
+            transformer_options={},
+        )
     save_file({"output": out.float().contiguous()}, output)
-    return {"class": type(model.model).__name__, "patches": len(model.patches), "vae": vae is not None,
-            "formats": sorted({str(getattr(module.weight, "layout_cls", None) or module.weight.dtype)
-                               for module in model.model.diffusion_model.modules() if hasattr(module, "weight")})}
+    return {
+        "class": type(model.model).__name__,
+        "patches": len(model.patches),
+        "vae": vae is not None,
+        "formats": sorted(
+            {
+                str(getattr(module.weight, "layout_cls", None) or module.weight.dtype)
+                for module in model.model.diffusion_model.modules()
+                if hasattr(module, "weight")
+            }
+        ),
+    }
 
 
-def forward_with(path: str, inputs: str, output: str, rope: dict | None = None, patches: dict | None = None,
-                 override: bool = False, wrapper: bool = False) -> dict:
+def forward_with(
+    path: str,
+    inputs: str,
+    output: str,
+    rope: dict | None = None,
+    patches: dict | None = None,
+    override: bool = False,
+    wrapper: bool = False,
+) -> dict:
     """The network's output with options that other nodes set, and what those nodes saw.
 
-    rope: ComfyUI's rope_options. patches: name → how it changes a stack's tokens: "keep", "zero img" or "zero txt",
-    after the last block. override: attention that returns v. wrapper: adds to the network's input in place."""
+    rope: ComfyUI's rope_options. patches: name → how it changes a stack's tokens: "keep", "zero
+    img" or "zero txt", after the last block. override: attention that returns v. wrapper: adds to
+    the network's input in place."""
     model, tensors, seen = load(path, "diffusion")[0], load_file(inputs), []
     comfy.model_management.load_models_gpu([model], force_full_load=True)
     network = model.model.diffusion_model
 
     def patch(action: str, last: int):
         def run(given: dict) -> dict:
-            seen.append([given["block_index"], list(given["img"].shape), list(given["txt"].shape), list(given["pe"].shape)])
+            seen.append(
+                [
+                    given["block_index"],
+                    list(given["img"].shape),
+                    list(given["txt"].shape),
+                    list(given["pe"].shape),
+                ]
+            )
             if action == "keep" or given["block_index"] < last:
                 return {}
             part = action.removeprefix("zero ")
             return {part: torch.zeros_like(given[part])}
+
         return run
 
     def attend_to_itself(function, q, k, v, *args, **kwargs):
@@ -110,7 +163,9 @@ def forward_with(path: str, inputs: str, output: str, rope: dict | None = None, 
     options = {"rope_options": rope} if rope else {}
     if patches:
         stacks = {"double_block": network.layers, "noise_refiner": network.noise_refiner}
-        options["patches"] = {name: [patch(action, len(stacks[name]) - 1)] for name, action in patches.items()}
+        options["patches"] = {
+            name: [patch(action, len(stacks[name]) - 1)] for name, action in patches.items()
+        }
     if override:
         options["optimized_attention_override"] = attend_to_itself
     if wrapper:
@@ -129,12 +184,19 @@ def copied_at_load(path: str) -> int:
     state_dict = comfy.utils.load_torch_file(path)
     own = {tensor.untyped_storage().data_ptr() for tensor in state_dict.values()}
     out = module.published_state_dict(state_dict, module.layout_of(state_dict))
-    return sum(tensor.nbytes for tensor in out.values() if tensor.untyped_storage().data_ptr() not in own)
+    return sum(
+        tensor.nbytes for tensor in out.values() if tensor.untyped_storage().data_ptr() not in own
+    )
 
 
 def int8_products(path: str, inputs: str) -> dict:
-    """How many INT8 products a pass takes, with q, k and v together and apart, and by how much the outputs differ."""
-    model, tensors, private = load(path, "diffusion")[0], load_file(inputs), of_pack("nodes.comfyui")
+    """How many INT8 products a pass takes, with q, k and v together and apart, and by how much the
+    outputs differ."""
+    model, tensors, private = (
+        load(path, "diffusion")[0],
+        load_file(inputs),
+        of_pack("nodes.comfyui"),
+    )
     comfy.model_management.load_models_gpu([model], force_full_load=True)
     joint, found = private.joint_int8, {"together": 0}
 
@@ -145,7 +207,10 @@ def int8_products(path: str, inputs: str) -> dict:
 
     def run():
         with torch.no_grad():
-            return model.model.diffusion_model(tensors["image"], tensors["sigma"], tensors["caption"], transformer_options={})
+            return model.model.diffusion_model(
+                tensors["image"], tensors["sigma"], tensors["caption"], transformer_options={}
+            )
+
     private.joint_int8 = counted
     try:
         together = run()
@@ -160,15 +225,19 @@ def saved_names(path: str, output: str, lora: str | None = None) -> list[str]:
     """The tensor names of what Save Checkpoint writes."""
     model, _, vae = load(path, "checkpoint")
     if lora:
-        model, _ = comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(lora), 1.0, 0)
+        model, _ = comfy.sd.load_lora_for_models(
+            model, None, comfy.utils.load_torch_file(lora), 1.0, 0
+        )
     comfy.sd.save_checkpoint(output, model, vae=vae)
     return sorted(load_file(output))
 
 
 def broken_self_test(path: str) -> list[str]:
     """What loading says, and what is logged, in a ComfyUI whose attention takes other arguments."""
-    import comfy.ldm.modules.attention as attention
     import logging
+
+    import comfy.ldm.modules.attention as attention
+
     module, logged = of_pack("nodes.comfy_model"), []
     real, log = attention.optimized_attention_masked, logging.error
     attention.optimized_attention_masked, logging.error = lambda only_one: only_one, logged.append
@@ -189,6 +258,7 @@ def broken_self_test(path: str) -> list[str]:
 def self_test_time() -> float:
     """Seconds that the self-test takes, in CPU time."""
     import time
+
     module = of_pack("nodes.comfy_model")
     module.self_test.cache_clear()
     begin = time.process_time()
@@ -211,13 +281,23 @@ def with_reference_image(path: str) -> None:
     model = load(path, "diffusion")[0]
     conditioning = [[torch.zeros(1, 4, 64), {"reference_latents": [torch.zeros(1, 3, 32, 32)]}]]
     latent = torch.zeros(1, 3, 32, 32)
-    comfy.sample.sample_custom(model, latent, 1.0, comfy.samplers.sampler_object("euler"), torch.tensor([1.0, 0.0]),
-                               conditioning, conditioning, latent, disable_pbar=True)
+    comfy.sample.sample_custom(
+        model,
+        latent,
+        1.0,
+        comfy.samplers.sampler_object("euler"),
+        torch.tensor([1.0, 0.0]),
+        conditioning,
+        conditioning,
+        latent,
+        disable_pbar=True,
+    )
 
 
 def formats() -> list[str]:
     """The quantized formats that this ComfyUI computes with."""
     import comfy.quant_ops
+
     return sorted(comfy.quant_ops.QUANT_ALGOS)
 
 
@@ -239,14 +319,20 @@ def save_and_reload(path: str, inputs: str, output: str) -> dict:
 def detect(shapes: dict[str, list[int]], prefix: str = "") -> str | None:
     """Which model ComfyUI takes these for."""
     with torch.device("meta"):
-        config = comfy.model_detection.model_config_from_unet({key: torch.empty(shape) for key, shape in shapes.items()}, prefix)
+        config = comfy.model_detection.model_config_from_unet(
+            {key: torch.empty(shape) for key, shape in shapes.items()}, prefix
+        )
     return config and type(config).__name__
 
 
 def detect_as_core(shapes: dict[str, list[int]]) -> str | None:
     """Which image_model ComfyUI's own detection takes these for, the pack's aside."""
     wrapped = comfy.model_detection.detect_unet_config
-    core = next(cell.cell_contents for name, cell in zip(wrapped.__code__.co_freevars, wrapped.__closure__) if name == "core_detect")
+    core = next(
+        cell.cell_contents
+        for name, cell in zip(wrapped.__code__.co_freevars, wrapped.__closure__)
+        if name == "core_detect"
+    )
     found = core({key: torch.empty(shape, device="meta") for key, shape in shapes.items()}, "")
     return found and found.get("image_model")
 
@@ -254,31 +340,57 @@ def detect_as_core(shapes: dict[str, list[int]]) -> str | None:
 def encode(prompt: str, output: str, text_encoder: str) -> list[int]:
     clip = nodes.NODE_CLASS_MAPPINGS["L2PTextEncoderLoader"].execute(text_encoder)[0]
     positive, negative = nodes.NODE_CLASS_MAPPINGS["L2PTextEncode"].execute(clip, prompt, "").args
-    save_file({"positive": positive[0][0].float().contiguous(), "negative": negative[0][0].float().contiguous()}, output)
+    save_file(
+        {
+            "positive": positive[0][0].float().contiguous(),
+            "negative": negative[0][0].float().contiguous(),
+        },
+        output,
+    )
 
 
 def with_controlnet(path: str) -> None:
     """Sample under ComfyUI's Z-Image ControlNet, its weights aside."""
     from comfy_extras.nodes_model_patch import ZImageControlPatch
+
     model = load(path, "diffusion")[0].clone()
     patch = ZImageControlPatch.__new__(ZImageControlPatch)
     model.set_model_noise_refiner_patch(patch)
     model.set_model_double_block_patch(patch)
-    model.model.diffusion_model(torch.zeros(1, 3, 32, 32), torch.ones(1), torch.zeros(1, 4, 64), 4,
-                                transformer_options=model.model_options["transformer_options"])
+    model.model.diffusion_model(
+        torch.zeros(1, 3, 32, 32),
+        torch.ones(1),
+        torch.zeros(1, 4, 64),
+        4,
+        transformer_options=model.model_options["transformer_options"],
+    )
 
 
 def stop_inside_a_step(path: str) -> list[str]:
-    """Which parts of the network had run when ComfyUI stopped, Stop being pressed in its first layer."""
+    """Which parts of the network had run when ComfyUI stopped, Stop being pressed in its first
+    layer."""
     model = load(path, "diffusion")[0]
     comfy.model_management.load_models_gpu([model], force_full_load=True)
     network, reached = model.model.diffusion_model, []
     for name in ("layers.0", "local_decoder"):
-        network.get_submodule(name).register_forward_hook(lambda *_, name=name: (
-            reached.append(name), comfy.model_management.interrupt_current_processing(True)) and None)
+        network.get_submodule(name).register_forward_hook(
+            lambda *_, name=name: (
+                (
+                    reached.append(name),
+                    comfy.model_management.interrupt_current_processing(True),
+                )
+                and None
+            )
+        )
     try:
         with torch.no_grad():
-            network(torch.zeros(1, 3, 32, 32), torch.ones(1), torch.zeros(1, 4, 64), 4, transformer_options={})
+            network(
+                torch.zeros(1, 3, 32, 32),
+                torch.ones(1),
+                torch.zeros(1, 4, 64),
+                4,
+                transformer_options={},
+            )
     except comfy.model_management.InterruptProcessingException:
         return reached
     finally:
@@ -287,7 +399,8 @@ def stop_inside_a_step(path: str) -> list[str]:
 
 
 def quantize_while_stopping(path: str) -> None:
-    """Quantize with Stop pressed when the progress bar first moves; later moves may be too close together to be shown."""
+    """Quantize with Stop pressed when the progress bar first moves; later moves may be too close
+    together to be shown."""
     folder, _, name = path.rpartition("/")
     folder_paths.add_model_folder_path("diffusion_models", folder, is_default=True)
     folder_paths.filename_list_cache.clear()
@@ -297,7 +410,9 @@ def quantize_while_stopping(path: str) -> None:
 
     comfy.utils.set_progress_bar_global_hook(press_stop)
     try:
-        nodes.NODE_CLASS_MAPPINGS["L2PQuantizeCheckpoint"].execute(name, "int8_tensorwise", "row", "small", "", False)
+        nodes.NODE_CLASS_MAPPINGS["L2PQuantizeCheckpoint"].execute(
+            name, "int8_tensorwise", "row", "small", "", False
+        )
     finally:
         comfy.utils.set_progress_bar_global_hook(None)
         comfy.model_management.interrupt_current_processing(False)
@@ -306,6 +421,7 @@ def quantize_while_stopping(path: str) -> None:
 def nodes_under(version: str) -> list[list[str]]:
     """(nodes that the pack gives a ComfyUI of that version, what it logs)."""
     import logging
+
     pack_module = of_pack("nodes")
     said, real, log = [], pack_module.comfyui_version, logging.error
     pack_module.comfyui_version, logging.error = version, said.append
@@ -318,9 +434,17 @@ def nodes_under(version: str) -> list[list[str]]:
 
 def install_again() -> bool:
     """Whether a second import of the pack leaves ComfyUI as the first did."""
-    before = comfy.model_detection.detect_unet_config, comfy.lora.model_lora_keys_unet, len(comfy.supported_models.models)
+    before = (
+        comfy.model_detection.detect_unet_config,
+        comfy.lora.model_lora_keys_unet,
+        len(comfy.supported_models.models),
+    )
     asyncio.run(nodes.load_custom_node(pack))
-    return before == (comfy.model_detection.detect_unet_config, comfy.lora.model_lora_keys_unet, len(comfy.supported_models.models))
+    return before == (
+        comfy.model_detection.detect_unet_config,
+        comfy.lora.model_lora_keys_unet,
+        len(comfy.supported_models.models),
+    )
 
 
 def core_detection_tests() -> int | None:
@@ -329,23 +453,44 @@ def core_detection_tests() -> int | None:
         import pytest
     except ImportError:
         return None
-    return int(pytest.main(["-q", "-p", "no:cacheprovider", f"{root}/tests-unit/comfy_test/model_detection_test.py"]))
+    return int(
+        pytest.main(
+            [
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                f"{root}/tests-unit/comfy_test/model_detection_test.py",
+            ]
+        )
+    )
 
 
 def memory(config: dict, size: int, dtype: str, batch: int = 1) -> list[int]:
-    """(bytes ComfyUI is told a pass takes, bytes that are alive at its peak) for a model of the published widths, counted
-    on tensors without contents."""
+    """(bytes ComfyUI is told a pass takes, bytes that are alive at its peak) for a model of the
+    published widths, counted on tensors without contents."""
     import comfy.ldm.modules.attention as attention
     import comfy.ops
+
     pack_module = of_pack("nodes.comfy_model")
-    l2p_config = pack_module.L2PConfig(**config, decoder=of_pack("l2p_core.config").PUBLISHED_DECODERS[config["patch_size"]])
+    l2p_config = pack_module.L2PConfig(
+        **config, decoder=of_pack("l2p_core.config").PUBLISHED_DECODERS[config["patch_size"]]
+    )
     dtype = getattr(torch, dtype)
     whole_scores = attention.optimized_attention_masked
-    attention.optimized_attention_masked = lambda q, *_, **__: torch.empty_like(q).movedim(1, 2).flatten(2)  # no scores, as on a GPU
+    attention.optimized_attention_masked = lambda q, *_, **__: (
+        torch.empty_like(q).movedim(1, 2).flatten(2)
+    )  # no scores, as on a GPU
     with torch.device("meta"), torch.no_grad():
-        network = pack_module.L2PNetwork(l2p_config, dtype=dtype, operations=comfy.ops.disable_weight_init, device="meta")
-        image, caption = torch.empty(batch, 3, size, size, dtype=dtype), torch.empty(batch, 100, l2p_config.cap_feat_dim, dtype=dtype)
-        counted, _ = of_pack("l2p_core.meter").peak_bytes(lambda: network(image, torch.ones(batch), caption, 100, transformer_options={}))
+        network = pack_module.L2PNetwork(
+            l2p_config, dtype=dtype, operations=comfy.ops.disable_weight_init, device="meta"
+        )
+        image, caption = (
+            torch.empty(batch, 3, size, size, dtype=dtype),
+            torch.empty(batch, 100, l2p_config.cap_feat_dim, dtype=dtype),
+        )
+        counted, _ = of_pack("l2p_core.meter").peak_bytes(
+            lambda: network(image, torch.ones(batch), caption, 100, transformer_options={})
+        )
     attention.optimized_attention_masked = whole_scores
     model = pack_module.L2PModel.__new__(pack_module.L2PModel)
     torch.nn.Module.__init__(model)
@@ -354,17 +499,32 @@ def memory(config: dict, size: int, dtype: str, batch: int = 1) -> list[int]:
 
 
 def images_in_flight(path: str, size: int) -> float:
-    """How many float32 images of that size ComfyUI's euler sampler holds, with guidance, as the network is entered."""
+    """How many float32 images of that size ComfyUI's euler sampler holds, with guidance, as the
+    network is entered."""
     model, counts = load(path, "diffusion")[0], []
     network = model.model.diffusion_model
     forward = network._forward
-    positive, negative = ([[torch.zeros(1, length, network.config.cap_feat_dim), {}]] for length in (4, 6))
+    positive, negative = (
+        [[torch.zeros(1, length, network.config.cap_feat_dim), {}]] for length in (4, 6)
+    )
     with torch.inference_mode(), of_pack("l2p_core.meter").Meter() as meter:
-        network._forward = lambda *args, **kwargs: (counts.append(meter.now()), forward(*args, **kwargs))[1]
+        network._forward = lambda *args, **kwargs: (
+            counts.append(meter.now()),
+            forward(*args, **kwargs),
+        )[1]
         latent = torch.zeros(1, 3, size, size)
         noise = comfy.sample.prepare_noise(latent, 0)
-        comfy.sample.sample_custom(model, noise, 2.0, comfy.samplers.sampler_object("euler"),
-                                   torch.tensor([1.0, 0.8, 0.5, 0.0]), positive, negative, latent, disable_pbar=True)
+        comfy.sample.sample_custom(
+            model,
+            noise,
+            2.0,
+            comfy.samplers.sampler_object("euler"),
+            torch.tensor([1.0, 0.8, 0.5, 0.0]),
+            positive,
+            negative,
+            latent,
+            disable_pbar=True,
+        )
     return max(counts) / (3 * size**2 * 4)
 
 
@@ -378,17 +538,33 @@ def shortage(path: str, have: int, batch_size: int, **settings) -> str | None:
 
 
 def largest_asked_for(path: str, size: int, **options) -> int:
-    """The most bytes that ComfyUI makes room for at the least, as a picture of so many pixels is drawn."""
+    """The most bytes that ComfyUI makes room for at the least, as a picture of so many pixels is
+    drawn."""
     model, conditioning, asked = load(path, "diffusion")[0], [[torch.zeros(1, 4, 96), {}]], []
     estimate = comfy.sampler_helpers.estimate_memory
 
     def recorded(*args):
         asked.append(estimate(*args))
         return asked[-1]
+
     comfy.sampler_helpers.estimate_memory = recorded
     try:
-        nodes.NODE_CLASS_MAPPINGS["L2PKSampler"].execute(model, conditioning, conditioning, size, size, 1, 0, 2, 2.0, "euler", "l2p", 3.0, 1.0,
-                                                         **options)
+        nodes.NODE_CLASS_MAPPINGS["L2PKSampler"].execute(
+            model,
+            conditioning,
+            conditioning,
+            size,
+            size,
+            1,
+            0,
+            2,
+            2.0,
+            "euler",
+            "l2p",
+            3.0,
+            1.0,
+            **options,
+        )
     finally:
         comfy.sampler_helpers.estimate_memory = estimate
     return int(max(least for _, least in asked))

@@ -1,19 +1,21 @@
-"""The recorded numbers, the tiny model they were recorded with, and a place to write its checkpoints."""
+"""The recorded numbers, the tiny model they were recorded with, and a place to write its
+checkpoints."""
+
 import signal
 
-import pytest
-from safetensors.torch import load_file, save_file
-
-from comfyui_l2p.l2p_core.config import L2PConfig
-from comfyui_l2p.l2p_core.model import L2PTransformer
-
 import comfyui_stand_ins
+import pytest
 import real_comfyui
 import small_runs
+from comfyui_l2p.l2p_core.config import L2PConfig
+from comfyui_l2p.l2p_core.model import L2PTransformer
 from golden import recipe
 from helpers import GOLDEN
+from safetensors.torch import load_file, save_file
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and so would the programs that tests start
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a background job ignores it, and so would the programs that tests start
 
 
 @pytest.fixture(scope="session")
@@ -38,11 +40,15 @@ def tiny_model(tiny_weights):
 @pytest.fixture
 def write(tmp_path):
     """write(tensors, name="model.safetensors", metadata=None) → path."""
+
     def writer(tensors, name="model.safetensors", metadata=None):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata=metadata)
+        save_file(
+            {key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata=metadata
+        )
         return path
+
     return writer
 
 
@@ -64,7 +70,8 @@ def comfyui(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def newest_comfyui(tmp_path_factory):
-    """A `real_comfyui.Worker` in the stand-in for the newest ComfyUI; skips where there is none to make it from."""
+    """A `real_comfyui.Worker` in the stand-in for the newest ComfyUI; skips where there is none to
+    make it from."""
     found = real_comfyui.find()
     if isinstance(found, str):
         pytest.skip(found)

@@ -1,4 +1,6 @@
-"""Stand-ins and measures that the tests share: checkpoints written by hand in every naming, apart from the code under test."""
+"""Stand-ins and measures that the tests share: checkpoints written by hand in every naming, apart
+from the code under test."""
+
 import json
 from pathlib import Path
 
@@ -10,7 +12,8 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def comfyui_naming(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same weights under ComfyUI's names, q, k and v packed. Written out by hand, apart from the code under test."""
+    """The same weights under ComfyUI's names, q, k and v packed. Written out by hand, apart from
+    the code under test."""
     out = {}
     for name, tensor in weights.items():
         if ".attention.to_q." in name:
@@ -21,37 +24,57 @@ def comfyui_naming(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         elif name.startswith("all_x_embedder."):
             out["x_embedder." + name.rpartition(".")[2]] = tensor
         else:
-            out[name.replace("attention.to_out.0", "attention.out").replace("attention.norm_q", "attention.q_norm")
-                .replace("attention.norm_k", "attention.k_norm")] = tensor
+            out[
+                name.replace("attention.to_out.0", "attention.out")
+                .replace("attention.norm_q", "attention.q_norm")
+                .replace("attention.norm_k", "attention.k_norm")
+            ] = tensor
     return out
 
 
-def int8(weights: dict[str, torch.Tensor], prefix: str = "", granularity: str = "row", marked: str | None = None,
-         convrot: int = 0) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """(tensors, metadata): block linears as int8 with `weight_scale`. granularity: tensor, flat (N,) or row (N, 1).
-    marked: None, "tensors" (comfy_quant) or "metadata"."""
+def int8(
+    weights: dict[str, torch.Tensor],
+    prefix: str = "",
+    granularity: str = "row",
+    marked: str | None = None,
+    convrot: int = 0,
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """(tensors, metadata): block linears as int8 with `weight_scale`. granularity: tensor, flat
+    (N,) or row (N, 1). marked: None, "tensors" (comfy_quant) or "metadata"."""
     hadamard = regular_hadamard(convrot) if convrot else None
-    marker = {"format": "int8_tensorwise", **({"convrot": True, "convrot_groupsize": convrot} if convrot else {})}
+    marker = {
+        "format": "int8_tensorwise",
+        **({"convrot": True, "convrot_groupsize": convrot} if convrot else {}),
+    }
     out, layers = {}, {}
     for name, weight in weights.items():
-        if weight.dim() != 2 or not name.startswith(("layers.", "noise_refiner.", "context_refiner.")):
+        if weight.dim() != 2 or not name.startswith(
+            ("layers.", "noise_refiner.", "context_refiner.")
+        ):
             out[prefix + name] = weight
             continue
         if convrot:
             weight = (weight.unflatten(1, (-1, convrot)) @ hadamard.T).flatten(1)
-        scale = (weight.abs().amax() if granularity == "tensor" else weight.abs().amax(1, keepdim=True)) / 127
+        scale = (
+            weight.abs().amax() if granularity == "tensor" else weight.abs().amax(1, keepdim=True)
+        ) / 127
         out[prefix + name] = (weight / scale).round().clamp(-127, 127).to(torch.int8)
         out[f"{prefix}{name}_scale"] = scale[:, 0].clone() if granularity == "flat" else scale
         layers[prefix + name.removesuffix(".weight")] = marker
     if marked == "tensors":
         for layer in layers:
-            out[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(marker).encode()), dtype=torch.uint8)
-    metadata = {"_quantization_metadata": json.dumps({"layers": layers})} if marked == "metadata" else {}
+            out[f"{layer}.comfy_quant"] = torch.tensor(
+                list(json.dumps(marker).encode()), dtype=torch.uint8
+            )
+    metadata = (
+        {"_quantization_metadata": json.dumps({"layers": layers})} if marked == "metadata" else {}
+    )
     return out, metadata
 
 
 def regular_hadamard(size: int) -> torch.Tensor:
-    """Kronecker powers of the symmetric 4 x 4 Hadamard matrix with a constant row sum, scaled to be orthogonal."""
+    """Kronecker powers of the symmetric 4 x 4 Hadamard matrix with a constant row sum, scaled to be
+    orthogonal."""
     four = 1 - 2 * torch.eye(4).flip(1)
     out = torch.ones(1, 1)
     while len(out) < size:
@@ -60,8 +83,8 @@ def regular_hadamard(size: int) -> torch.Tensor:
 
 
 def apart(one: Image.Image | np.ndarray, other: Image.Image | np.ndarray) -> int:
-    """The largest difference of two pictures, in levels. The same program run twice may differ by one: where a tensor happens to lie in
-    memory decides in which order some kernels add."""
+    """The largest difference of two pictures, in levels. The same program run twice may differ by
+    one: where a tensor happens to lie in memory decides in which order some kernels add."""
     return int(np.abs(np.asarray(one).astype(int) - np.asarray(other)).max())
 
 

@@ -1,4 +1,6 @@
-"""What the tests of training share: a folder of pictures, and settings of a run of six steps over it."""
+"""What the tests of training share: a folder of pictures, and settings of a run of six steps over
+it."""
+
 import csv
 from pathlib import Path
 
@@ -27,9 +29,22 @@ def make_data(folder: Path, seeds: bool = True) -> Path:
 
 
 def config(data: Path, **changes: object) -> TrainConfig:
-    return TrainConfig(**{
-        "checkpoint": str(CHECKPOINT), "data": str(data), "output": str(data.parent / "run"), "steps": 6, "batch": 2, "freeze": "1:-1",
-        "mixed_precision": "no", "device": "cpu", "save_every": 3, "sample_every": 0, "learning_rate": 1e-3, **changes})
+    return TrainConfig(
+        **{
+            "checkpoint": str(CHECKPOINT),
+            "data": str(data),
+            "output": str(data.parent / "run"),
+            "steps": 6,
+            "batch": 2,
+            "freeze": "1:-1",
+            "mixed_precision": "no",
+            "device": "cpu",
+            "save_every": 3,
+            "sample_every": 0,
+            "learning_rate": 1e-3,
+            **changes,
+        }
+    )
 
 
 def losses(output: Path) -> list[tuple[int, float]]:

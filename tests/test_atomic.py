@@ -12,9 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from safetensors import safe_open
-
 from comfyui_l2p.l2p_core.files import atomic
 from comfyui_l2p.l2p_core.files.atomic import (
     AlreadyRunning,
@@ -24,6 +21,8 @@ from comfyui_l2p.l2p_core.files.atomic import (
     locked,
 )
 from comfyui_l2p.l2p_core.files.save import save_tensors
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 posix = pytest.mark.skipif(
     os.name != "posix", reason="links, FIFOs and permissions as POSIX has them"
@@ -386,9 +385,10 @@ def test_a_file_system_without_locks_still_writes(tmp_path, monkeypatch):
     (tmp_path / ".live.l2p-part").write_bytes(b"half")
     with locked(tmp_path, "busy", folder=True), atomic_write(tmp_path / "out") as stream:
         stream.write(b"new")
-    assert names(tmp_path) == [".live.l2p-part", "out"], (
-        "a live run's file can't be told from a leftover there"
-    )
+    assert names(tmp_path) == [
+        ".live.l2p-part",
+        "out",
+    ], "a live run's file can't be told from a leftover there"
 
 
 @posix

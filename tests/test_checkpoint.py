@@ -1,16 +1,16 @@
-"""Every known way to store a model loads to the same model; everything else is named for what it is."""
+"""Every known way to store a model loads to the same model; everything else is named for what it
+is."""
+
 import json
 import random
 import struct
 
 import pytest
 import torch
-
 from comfyui_l2p.l2p_core import CheckpointError, load_model, read_layout
 from comfyui_l2p.l2p_core.files.describe import describe, report
-from comfyui_l2p.l2p_core.files.quantization import Int8Linear
 from comfyui_l2p.l2p_core.files.header import read_header
-
+from comfyui_l2p.l2p_core.files.quantization import Int8Linear
 from golden import recipe
 from helpers import GOLDEN, comfyui_naming, int8, rms
 
@@ -20,7 +20,11 @@ PREFIXES = ["", "model.diffusion_model.", "diffusion_model.", "pipe.dit."]
 @pytest.fixture(scope="module")
 def arguments():
     generator = torch.Generator().manual_seed(1)
-    return (torch.randn(1, 3, 64, 48, generator=generator), torch.tensor([0.4]), [torch.randn(9, 64, generator=generator)])
+    return (
+        torch.randn(1, 3, 64, 48, generator=generator),
+        torch.tensor([0.4]),
+        [torch.randn(9, 64, generator=generator)],
+    )
 
 
 def prefixed(weights, prefix):
@@ -28,7 +32,8 @@ def prefixed(weights, prefix):
 
 
 def assert_loads_exactly(path, weights):
-    """Numbers, not outputs: where a file's tensors lie in memory may change the last bits of a product."""
+    """Numbers, not outputs: where a file's tensors lie in memory may change the last bits of a
+    product."""
     loaded = load_model(path, dtype=torch.float32).state_dict()
     assert loaded.keys() == weights.keys()
     assert all(torch.equal(loaded[name], weights[name]) for name in weights)
@@ -45,7 +50,11 @@ def test_any_naming_and_prefix_is_the_same_model(tiny_weights, write, naming, pr
     path = write(prefixed(naming(tiny_weights), prefix))
     assert_loads_exactly(path, tiny_weights)
     layout = read_layout(path)
-    assert (layout.kind, layout.prefix, layout.naming) == ("model", prefix, "comfyui" if naming is comfyui_naming else "published")
+    assert (layout.kind, layout.prefix, layout.naming) == (
+        "model",
+        prefix,
+        "comfyui" if naming is comfyui_naming else "published",
+    )
 
 
 @pytest.mark.parametrize("given", ["index", "folder", "folder without index"])
@@ -56,9 +65,19 @@ def test_shards_are_the_same_model(tiny_weights, write, given):
         path = write({key: tiny_weights[key] for key in keys}, file)
     index = path.parent / "model.safetensors.index.json"
     if given != "folder without index":
-        index.write_text(json.dumps({"weight_map": {key: file.split("/")[1] for file, keys in shards.items() for key in keys}}))
+        index.write_text(
+            json.dumps(
+                {
+                    "weight_map": {
+                        key: file.split("/")[1] for file, keys in shards.items() for key in keys
+                    }
+                }
+            )
+        )
     assert_loads_exactly(index if given == "index" else path.parent, tiny_weights)
-    with pytest.raises(CheckpointError, match="model-00003-of-00003.safetensors is one of 3 shards"):
+    with pytest.raises(
+        CheckpointError, match="model-00003-of-00003.safetensors is one of 3 shards"
+    ):
         load_model(path)
     path.unlink()
     with pytest.raises(CheckpointError, match="1 are missing|holds 2 of the model's 3 shards"):
@@ -69,12 +88,17 @@ def test_an_index_whose_shards_lack_tensors_is_refused(tiny_weights, write):
     path = write(without(tiny_weights, "layers.3."), "model-00001-of-00001.safetensors")
     index = path.with_name("model.safetensors.index.json")
     index.write_text(json.dumps({"weight_map": {name: path.name for name in tiny_weights}}))
-    with pytest.raises(CheckpointError, match="names 15 tensors that its shards lack .first: layers.3.adaLN"):
+    with pytest.raises(
+        CheckpointError, match="names 15 tensors that its shards lack .first: layers.3.adaLN"
+    ):
         load_model(index)
 
 
 def test_mixed_dtypes_become_one(tiny_weights, write):
-    mixed = {name: tensor if name.startswith("layers.2.") else tensor.bfloat16() for name, tensor in tiny_weights.items()}
+    mixed = {
+        name: tensor if name.startswith("layers.2.") else tensor.bfloat16()
+        for name, tensor in tiny_weights.items()
+    }
     path = write(mixed)
     assert {tensor.dtype for tensor in load_model(path).state_dict().values()} == {torch.bfloat16}
     whole = {name: tensor.float() for name, tensor in mixed.items()}
@@ -84,11 +108,19 @@ def test_mixed_dtypes_become_one(tiny_weights, write):
 @pytest.mark.parametrize("marked", [None, "tensors", "metadata"])
 @pytest.mark.parametrize("granularity", ["tensor", "flat", "row"])
 @pytest.mark.parametrize("naming", [dict, comfyui_naming])
-def test_int8_stays_int8_and_close(tiny_weights, tiny_model, write, arguments, naming, granularity, marked):
-    path = write(*reversed_metadata(int8(naming(tiny_weights), "model.diffusion_model.", granularity, marked)))
+def test_int8_stays_int8_and_close(
+    tiny_weights, tiny_model, write, arguments, naming, granularity, marked
+):
+    path = write(
+        *reversed_metadata(
+            int8(naming(tiny_weights), "model.diffusion_model.", granularity, marked)
+        )
+    )
     model = load_model(path, dtype=torch.float32)
     layers = [module for module in model.modules() if isinstance(module, Int8Linear)]
-    assert len(layers) == 8 * 6 + 2 * 7 and all(layer.weight.dtype == torch.int8 for layer in layers)
+    assert len(layers) == 8 * 6 + 2 * 7 and all(
+        layer.weight.dtype == torch.int8 for layer in layers
+    )
     with torch.no_grad():
         reference = tiny_model(*arguments)
         assert rms(model(*arguments) - reference, reference) < 0.02
@@ -109,7 +141,11 @@ def test_int8_with_convrot(tiny_weights, tiny_model, write, arguments, marked):
 def test_each_shard_keeps_its_own_markers(tiny_weights, tiny_model, write, arguments):
     """Metadata markers of two INT8 convrot shards, under another prefix than the tensors'."""
     for number in range(2):
-        half = {name: tensor for name, tensor in tiny_weights.items() if name.startswith(("layers.0", "layers.1", "noise")) == (number == 0)}
+        half = {
+            name: tensor
+            for name, tensor in tiny_weights.items()
+            if name.startswith(("layers.0", "layers.1", "noise")) == (number == 0)
+        }
         tensors, _ = int8(half, convrot=16)
         _, metadata = int8(half, "model.diffusion_model.", marked="metadata", convrot=16)
         path = write(tensors, f"model-{number + 1:05d}-of-00002.safetensors", metadata)
@@ -127,7 +163,13 @@ def test_int8_layer_is_the_dequantized_product_within_input_rounding(tiny_weight
     tensors, _ = int8(tiny_weights)
     layer = load_model(write(tensors), dtype=torch.float32).layers[1].feed_forward.w2
     x = torch.randn(5, 256, generator=torch.Generator().manual_seed(0))
-    longhand = x @ (tensors["layers.1.feed_forward.w2.weight"].float() * tensors["layers.1.feed_forward.w2.weight_scale"]).T
+    longhand = (
+        x
+        @ (
+            tensors["layers.1.feed_forward.w2.weight"].float()
+            * tensors["layers.1.feed_forward.w2.weight_scale"]
+        ).T
+    )
     assert rms(layer(x) - longhand, longhand) < 0.01  # inputs are rounded to 8 bits, row by row
     assert layer.to(torch.bfloat16).weight_scale.dtype == torch.float32
 
@@ -135,16 +177,27 @@ def test_int8_layer_is_the_dequantized_product_within_input_rounding(tiny_weight
 def test_a_quantized_convolution_is_multiplied_out(tiny_weights, tiny_model, write, arguments):
     key = "local_decoder.bottleneck.0.weight"
     scale = tiny_weights[key].abs().amax((1, 2, 3))[:, None] / 127
-    quantized = {**tiny_weights, key: (tiny_weights[key] / scale[..., None, None]).round().to(torch.int8), key + "_scale": scale}
+    quantized = {
+        **tiny_weights,
+        key: (tiny_weights[key] / scale[..., None, None]).round().to(torch.int8),
+        key + "_scale": scale,
+    }
     with torch.no_grad():
         reference = tiny_model(*arguments)
-    assert rms(outputs(write(quantized), arguments, convrot_groupsize=16) - reference, reference) < 0.02
+    assert (
+        rms(outputs(write(quantized), arguments, convrot_groupsize=16) - reference, reference)
+        < 0.02
+    )
 
 
 def test_float8_is_multiplied_out(tiny_weights, tiny_model, write, arguments):
     key = "layers.0.feed_forward.w1.weight"
     scale = tiny_weights[key].abs().max() / 448
-    quantized = {**tiny_weights, key: (tiny_weights[key] / scale).to(torch.float8_e4m3fn), key + "_scale": scale}
+    quantized = {
+        **tiny_weights,
+        key: (tiny_weights[key] / scale).to(torch.float8_e4m3fn),
+        key + "_scale": scale,
+    }
     with torch.no_grad():
         reference = tiny_model(*arguments)
     assert rms(outputs(write(quantized), arguments) - reference, reference) < 0.02
@@ -152,15 +205,22 @@ def test_float8_is_multiplied_out(tiny_weights, tiny_model, write, arguments):
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_float8_without_a_scale_is_simply_cast(tiny_weights, write, dtype):
-    cast = {name: tensor.to(dtype) if name.startswith("layers.1.feed_forward") else tensor for name, tensor in tiny_weights.items()}
+    cast = {
+        name: tensor.to(dtype) if name.startswith("layers.1.feed_forward") else tensor
+        for name, tensor in tiny_weights.items()
+    }
     assert_loads_exactly(write(cast), {name: tensor.float() for name, tensor in cast.items()})
 
 
 def test_a_scale_of_inputs_is_left_out(tiny_weights, write):
     """Some FP8 files of ComfyUI's have one for each layer; here inputs are not rounded."""
     key = "layers.0.feed_forward.w1"
-    quantized = {**tiny_weights, f"{key}.weight": (tiny_weights[f"{key}.weight"] / 2).to(torch.float8_e4m3fn),
-                 f"{key}.weight_scale": torch.tensor(2.0), f"{key}.input_scale": torch.tensor(0.5)}
+    quantized = {
+        **tiny_weights,
+        f"{key}.weight": (tiny_weights[f"{key}.weight"] / 2).to(torch.float8_e4m3fn),
+        f"{key}.weight_scale": torch.tensor(2.0),
+        f"{key}.input_scale": torch.tensor(0.5),
+    }
     expected = {**tiny_weights, f"{key}.weight": quantized[f"{key}.weight"].float() * 2}
     assert_loads_exactly(write(quantized), expected)
 
@@ -170,10 +230,14 @@ def test_same_dtype_weights_stay_in_the_file(tiny_weights, write):
     model = load_model(path, dtype=torch.float32)
     mapped = model.layers[0].feed_forward.w1.weight.data_ptr()
     ranges = [line.split() for line in open("/proc/self/maps") if line.rstrip().endswith(str(path))]
-    assert any(int(line[0].split("-")[0], 16) <= mapped < int(line[0].split("-")[1], 16) for line in ranges)
+    assert any(
+        int(line[0].split("-")[0], 16) <= mapped < int(line[0].split("-")[1], 16) for line in ranges
+    )
 
 
-# --- what can't be used is named -----------------------------------------------------------------------------------
+# --- what can't be used is named
+# -----------------------------------------------------------------------------------
+
 
 def latent_zimage():
     keys = json.loads((GOLDEN / "zimage_turbo_keys.json").read_text())
@@ -186,33 +250,126 @@ def without(weights, *starts):
 
 
 REFUSED = {
-    "trained part": (lambda w: without(w, "layers.1.", "layers.2."), "lacks main layers 1..2: it is a trained part. Merge .*: l2p merge"),
-    "prefixed trained part": (lambda w: prefixed(without(w, "layers.1."), "pipe.dit."), "it is a trained part. Merge .*: l2p merge"),
+    "trained part": (
+        lambda w: without(w, "layers.1.", "layers.2."),
+        "lacks main layers 1..2: it is a trained part. Merge .*: l2p merge",
+    ),
+    "prefixed trained part": (
+        lambda w: prefixed(without(w, "layers.1."), "pipe.dit."),
+        "it is a trained part. Merge .*: l2p merge",
+    ),
     "latent Z-Image": (lambda w: latent_zimage(), "is a latent Z-Image.*Convert it .* l2p convert"),
-    "latent Z-Image of ComfyUI": (lambda w: prefixed(comfyui_naming(latent_zimage()), "model.diffusion_model."), "is a latent Z-Image"),
-    "LoRA": (lambda w: {"diffusion_model.layers.0.attention.to_q.lora_A.weight": torch.zeros(4, 96)}, "is a LoRA"),
-    "text encoder": (lambda w: {"model.embed_tokens.weight": torch.zeros(8, 4)}, "is a text encoder"),
-    "another model": (lambda w: {"double_blocks.0.img_attn.qkv.weight": torch.zeros(4)}, "is not an L2P model.*double_blocks.0"),
+    "latent Z-Image of ComfyUI": (
+        lambda w: prefixed(comfyui_naming(latent_zimage()), "model.diffusion_model."),
+        "is a latent Z-Image",
+    ),
+    "LoRA": (
+        lambda w: {"diffusion_model.layers.0.attention.to_q.lora_A.weight": torch.zeros(4, 96)},
+        "is a LoRA",
+    ),
+    "text encoder": (
+        lambda w: {"model.embed_tokens.weight": torch.zeros(8, 4)},
+        "is a text encoder",
+    ),
+    "another model": (
+        lambda w: {"double_blocks.0.img_attn.qkv.weight": torch.zeros(4)},
+        "is not an L2P model.*double_blocks.0",
+    ),
     "nothing": (lambda w: {}, "is not an L2P model: it holds no tensors"),
-    "a missing tensor": (lambda w: without(w, "layers.1.ffn_norm2."), "lacks 1 of the model's 155 tensors.*layers.1.ffn_norm2.weight"),
-    "a tensor too many": (lambda w: {**w, "layers.1.extra.weight": torch.zeros(2)}, "1 tensors that an L2P model.*layers.1.extra"),
-    "a foreign tensor": (lambda w: {**w, "final_layer.weight": torch.zeros(2)}, "1 tensors that an L2P model.*final_layer.weight"),
-    "a wrong shape": (lambda w: {**w, "layers.1.ffn_norm2.weight": torch.ones(95)}, r"layers.1.ffn_norm2.weight is \(95,\), expected \(96,\)"),
-    "a wrong embedder": (lambda w: {**w, "all_x_embedder.16-1.weight": torch.ones(96, 700)}, "takes 700 numbers"),
-    "NaN": (lambda w: {**w, "layers.3.feed_forward.w2.weight": torch.full((96, 256), torch.nan)}, "layers.3.feed_forward.w2.weight holds NaN"),
-    "infinity": (lambda w: {**w, "x_pad_token": torch.full((1, 96), torch.inf)}, "x_pad_token holds NaN or infinite"),
-    "INT8 without a scale": (lambda w: {**w, "layers.0.feed_forward.w2.weight": torch.ones(96, 256, dtype=torch.int8)}, "I8 without a weight_scale"),
-    "a scale of another shape": (lambda w: {**int8(w)[0], "layers.0.feed_forward.w2.weight_scale": torch.ones(7)}, "expected one number, or one for each of its 96 rows"),
-    "a NaN scale": (lambda w: {**int8(w)[0], "layers.0.feed_forward.w2.weight_scale": torch.full((96, 1), torch.nan)}, "weight_scale holds NaN"),
-    "an unknown quantization": (lambda w: {**int8(w)[0], "layers.0.feed_forward.w2.comfy_quant": torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)}, "quantized as nvfp4"),
+    "a missing tensor": (
+        lambda w: without(w, "layers.1.ffn_norm2."),
+        "lacks 1 of the model's 155 tensors.*layers.1.ffn_norm2.weight",
+    ),
+    "a tensor too many": (
+        lambda w: {**w, "layers.1.extra.weight": torch.zeros(2)},
+        "1 tensors that an L2P model.*layers.1.extra",
+    ),
+    "a foreign tensor": (
+        lambda w: {**w, "final_layer.weight": torch.zeros(2)},
+        "1 tensors that an L2P model.*final_layer.weight",
+    ),
+    "a wrong shape": (
+        lambda w: {**w, "layers.1.ffn_norm2.weight": torch.ones(95)},
+        r"layers.1.ffn_norm2.weight is \(95,\), expected \(96,\)",
+    ),
+    "a wrong embedder": (
+        lambda w: {**w, "all_x_embedder.16-1.weight": torch.ones(96, 700)},
+        "takes 700 numbers",
+    ),
+    "NaN": (
+        lambda w: {**w, "layers.3.feed_forward.w2.weight": torch.full((96, 256), torch.nan)},
+        "layers.3.feed_forward.w2.weight holds NaN",
+    ),
+    "infinity": (
+        lambda w: {**w, "x_pad_token": torch.full((1, 96), torch.inf)},
+        "x_pad_token holds NaN or infinite",
+    ),
+    "INT8 without a scale": (
+        lambda w: {**w, "layers.0.feed_forward.w2.weight": torch.ones(96, 256, dtype=torch.int8)},
+        "I8 without a weight_scale",
+    ),
+    "a scale of another shape": (
+        lambda w: {**int8(w)[0], "layers.0.feed_forward.w2.weight_scale": torch.ones(7)},
+        "expected one number, or one for each of its 96 rows",
+    ),
+    "a NaN scale": (
+        lambda w: {
+            **int8(w)[0],
+            "layers.0.feed_forward.w2.weight_scale": torch.full((96, 1), torch.nan),
+        },
+        "weight_scale holds NaN",
+    ),
+    "an unknown quantization": (
+        lambda w: {
+            **int8(w)[0],
+            "layers.0.feed_forward.w2.comfy_quant": torch.tensor(
+                list(b'{"format": "nvfp4"}'), dtype=torch.uint8
+            ),
+        },
+        "quantized as nvfp4",
+    ),
     "a decoder is missing": (lambda w: without(w, "local_decoder."), "it is a trained part"),
-    "a gap in the refiners": (lambda w: {**without(w, "noise_refiner.1."), "noise_refiner.300.x": torch.zeros(0)}, "it has noise_refiner.300, but not every"),
-    "two names for one tensor": (lambda w: {**w, "layers.0.attention.qkv.weight": torch.ones(288, 96)}, "under two names"),
-    "a lopsided qkv": (lambda w: {**comfyui_naming(w), "layers.0.attention.qkv.weight": torch.ones(289, 96)}, "expected q, k and v packed"),
-    "two models": (lambda w: {prefix + name: tensor.clone() for prefix in ("a.", "b.") for name, tensor in w.items()}, "there are 2 models in it, under 'a.' and 'b.'"),
-    "an embedder's bias alone": (lambda w: without(comfyui_naming(w), "x_embedder.weight"), "lacks all_x_embedder|lacks"),
-    "a convrot of 8": (lambda w: int8(w, marked="tensors", convrot=16)[0] | {"layers.0.feed_forward.w2.comfy_quant": torch.tensor(list(b'{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 8}'), dtype=torch.uint8)}, "can't be rotated in groups of 8"),
-    "a broken marker": (lambda w: {**int8(w)[0], "layers.0.feed_forward.w2.comfy_quant": torch.tensor([1, 2], dtype=torch.uint8)}, "is not the JSON that ComfyUI writes"),
+    "a gap in the refiners": (
+        lambda w: {**without(w, "noise_refiner.1."), "noise_refiner.300.x": torch.zeros(0)},
+        "it has noise_refiner.300, but not every",
+    ),
+    "two names for one tensor": (
+        lambda w: {**w, "layers.0.attention.qkv.weight": torch.ones(288, 96)},
+        "under two names",
+    ),
+    "a lopsided qkv": (
+        lambda w: {**comfyui_naming(w), "layers.0.attention.qkv.weight": torch.ones(289, 96)},
+        "expected q, k and v packed",
+    ),
+    "two models": (
+        lambda w: {
+            prefix + name: tensor.clone() for prefix in ("a.", "b.") for name, tensor in w.items()
+        },
+        "there are 2 models in it, under 'a.' and 'b.'",
+    ),
+    "an embedder's bias alone": (
+        lambda w: without(comfyui_naming(w), "x_embedder.weight"),
+        "lacks all_x_embedder|lacks",
+    ),
+    "a convrot of 8": (
+        lambda w: (
+            int8(w, marked="tensors", convrot=16)[0]
+            | {
+                "layers.0.feed_forward.w2.comfy_quant": torch.tensor(
+                    list(b'{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 8}'),
+                    dtype=torch.uint8,
+                )
+            }
+        ),
+        "can't be rotated in groups of 8",
+    ),
+    "a broken marker": (
+        lambda w: {
+            **int8(w)[0],
+            "layers.0.feed_forward.w2.comfy_quant": torch.tensor([1, 2], dtype=torch.uint8),
+        },
+        "is not the JSON that ComfyUI writes",
+    ),
 }
 
 
@@ -222,12 +379,30 @@ def test_what_is_no_whole_model_is_named(tiny_weights, write, case):
     path = write(make(tiny_weights))
     with pytest.raises(CheckpointError, match=said):
         load_model(path)
-    if "NaN" not in case and "infinity" not in case and "marker" not in case and "scale" not in case and "quant" not in case and case not in ("two names for one tensor", "a lopsided qkv", "two models", "a convrot of 8"):
+    if (
+        "NaN" not in case
+        and "infinity" not in case
+        and "marker" not in case
+        and "scale" not in case
+        and "quant" not in case
+        and case
+        not in (
+            "two names for one tensor",
+            "a lopsided qkv",
+            "two models",
+            "a convrot of 8",
+        )
+    ):
         assert describe(path)["usable"] is False
 
 
 def test_text_encoder_inside_the_file_is_left_alone(tiny_weights, write):
-    path = write({**prefixed(tiny_weights, "model.diffusion_model."), "text_encoders.qwen3_4b.norm.weight": torch.ones(3)})
+    path = write(
+        {
+            **prefixed(tiny_weights, "model.diffusion_model."),
+            "text_encoders.qwen3_4b.norm.weight": torch.ones(3),
+        }
+    )
     assert_loads_exactly(path, tiny_weights)
     assert describe(path)["other_tensors"] == 1
 
@@ -235,32 +410,60 @@ def test_text_encoder_inside_the_file_is_left_alone(tiny_weights, write):
 @pytest.fixture
 def raw(tmp_path):
     """raw(header, data=b"") → a file with exactly that header, JSON or bytes."""
+
     def writer(header, data=b"", length=None):
         header = header if isinstance(header, bytes) else json.dumps(header).encode()
         path = tmp_path / "raw.safetensors"
-        path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + data)
+        path.write_bytes(
+            struct.pack("<Q", len(header) if length is None else length) + header + data
+        )
         return path
+
     return writer
 
 
 F4 = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 
 
-@pytest.mark.parametrize("header, data, length, said", [
-    ({"a": F4}, b"\0" * 3, None, "end at byte .*: the download was cut short"),
-    ({"a": F4}, b"\0" * 5, None, "tensors end at byte"),
-    ({"a": F4}, b"\0" * 4, 1 << 62, "its header should take 4611686018427387904 bytes"),
-    (b"{", b"", None, "is not JSON"), (b"\xff\xfe", b"", None, "is not JSON"), (b"[]", b"", None, "not a table"),
-    (b'{"a": 1}', b"", None, "'a' is malformed"), (b'{"a": ' + b"1" * 5000 + b"}", b"", None, "is not JSON"),
-    ({"a": {**F4, "dtype": "F4"}}, b"\0" * 4, None, "a is F4, which this program does not read"),
-    ({"a": F4, "b": {**F4, "data_offsets": [0, 4]}}, b"\0" * 4, None, "b starts at byte .*, expected"),
-    ({"a": {**F4, "shape": [-1]}}, b"\0" * 4, None, "malformed"),
-    ({"a": {**F4, "shape": [1 << 40, 1 << 40]}}, b"\0" * 4, None, "has 4 bytes"),
-    ({"a": {**F4, "shape": [1 << 60]}}, b"\0" * 4, None, "malformed"), ({"a": {**F4, "shape": [1] * 9}}, b"\0" * 4, None, "malformed"),
-    (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
-     b"\0" * 4, None, "names 'a' twice"),
-    ({"__metadata__": {"a": 1}}, b"", None, "metadata is not a table of strings"),
-])
+@pytest.mark.parametrize(
+    "header, data, length, said",
+    [
+        ({"a": F4}, b"\0" * 3, None, "end at byte .*: the download was cut short"),
+        ({"a": F4}, b"\0" * 5, None, "tensors end at byte"),
+        ({"a": F4}, b"\0" * 4, 1 << 62, "its header should take 4611686018427387904 bytes"),
+        (b"{", b"", None, "is not JSON"),
+        (b"\xff\xfe", b"", None, "is not JSON"),
+        (b"[]", b"", None, "not a table"),
+        (b'{"a": 1}', b"", None, "'a' is malformed"),
+        (b'{"a": ' + b"1" * 5000 + b"}", b"", None, "is not JSON"),
+        (
+            {"a": {**F4, "dtype": "F4"}},
+            b"\0" * 4,
+            None,
+            "a is F4, which this program does not read",
+        ),
+        (
+            {"a": F4, "b": {**F4, "data_offsets": [0, 4]}},
+            b"\0" * 4,
+            None,
+            "b starts at byte .*, expected",
+        ),
+        ({"a": {**F4, "shape": [-1]}}, b"\0" * 4, None, "malformed"),
+        ({"a": {**F4, "shape": [1 << 40, 1 << 40]}}, b"\0" * 4, None, "has 4 bytes"),
+        ({"a": {**F4, "shape": [1 << 60]}}, b"\0" * 4, None, "malformed"),
+        ({"a": {**F4, "shape": [1] * 9}}, b"\0" * 4, None, "malformed"),
+        (
+            (
+                b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": {"dtype":'
+                b' "F32", "shape": [1], "data_offsets": [0, 4]}}'
+            ),
+            b"\0" * 4,
+            None,
+            "names 'a' twice",
+        ),
+        ({"__metadata__": {"a": 1}}, b"", None, "metadata is not a table of strings"),
+    ],
+)
 def test_broken_headers_are_refused(raw, header, data, length, said):
     path = raw(header, data, length)
     with pytest.raises(CheckpointError, match=said):
@@ -268,7 +471,11 @@ def test_broken_headers_are_refused(raw, header, data, length, said):
 
 
 def test_other_files_are_refused(tmp_path):
-    for content, said in ((b"", "it has 0 bytes"), (b"PK\x03\x04" + b"\0" * 100, "is a PyTorch pickle"), (b"<html>" * 9, "not a whole")):
+    for content, said in (
+        (b"", "it has 0 bytes"),
+        (b"PK\x03\x04" + b"\0" * 100, "is a PyTorch pickle"),
+        (b"<html>" * 9, "not a whole"),
+    ):
         path = tmp_path / "model.safetensors"
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match=said):
@@ -293,7 +500,9 @@ def test_damaged_headers_never_raise_anything_else(tiny_weights, write, tmp_path
         damaged = bytearray(whole)
         for _ in range(rng.randint(1, 4)):
             damaged[rng.randrange(end)] = rng.randrange(256)
-        path.write_bytes(damaged[:rng.choice([len(damaged), len(damaged), rng.randrange(len(damaged))])])
+        path.write_bytes(
+            damaged[: rng.choice([len(damaged), len(damaged), rng.randrange(len(damaged))])]
+        )
         try:
             describe(path)
             load_model(path)
@@ -302,7 +511,9 @@ def test_damaged_headers_never_raise_anything_else(tiny_weights, write, tmp_path
     assert refused > 90
 
 
-# --- inspect -------------------------------------------------------------------------------------------------------
+# --- inspect
+# --------------------------------------------------------------------------------------------------
+
 
 def test_published_keys_are_one_whole_model(tmp_path):
     keys = json.loads((GOLDEN / "l2p_keys.json").read_text())
@@ -319,21 +530,33 @@ def test_published_keys_are_one_whole_model(tmp_path):
     facts = describe(path)
     assert facts["usable"] and facts["parameters"] == 6_166_464_515 and facts["tensors"] == 545
     assert facts["dtypes"] == {"F32": 3618206720, "BF16": 2548257795}
-    assert "19.57 GB in 1 file, 545 tensors, 6,166,464,515 parameters (F32 59%, BF16 41%)" in report(facts)
+    assert (
+        "19.57 GB in 1 file, 545 tensors, 6,166,464,515 parameters (F32 59%, BF16 41%)"
+        in report(facts)
+    )
     assert "patch 16: trained for about 1024 x 1024 pixels" in report(facts)
 
 
 def test_inspect_tells_quantization(tiny_weights, write):
-    tensors, metadata = int8(comfyui_naming(tiny_weights), "model.diffusion_model.", marked="tensors", convrot=16)
+    tensors, metadata = int8(
+        comfyui_naming(tiny_weights), "model.diffusion_model.", marked="tensors", convrot=16
+    )
     facts = describe(write(tensors, metadata=metadata))
     assert facts["quantization"] == "int8_tensorwise, 62 tensors, convrot 16"
-    assert facts["parameters"] == sum(torch.Size(shape).numel() for shape in recipe.shapes(recipe.TINY).values())
+    assert facts["parameters"] == sum(
+        torch.Size(shape).numel() for shape in recipe.shapes(recipe.TINY).values()
+    )
     assert "prefix model.diffusion_model., quantized: int8_tensorwise" in report(facts)
 
 
 def test_header_reader_agrees_with_safetensors(write):
-    path = write({"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(3, dtype=torch.bfloat16)}, metadata={"made": "here"})
+    path = write(
+        {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(3, dtype=torch.bfloat16)},
+        metadata={"made": "here"},
+    )
     entries, metadata = read_header(path)
     data = path.read_bytes()
     assert metadata == {"made": "here"} and entries["b"].shape == (3,)
-    assert torch.frombuffer(bytearray(data[entries["a"].begin:entries["a"].end]), dtype=torch.float32).tolist() == list(range(6))
+    assert torch.frombuffer(
+        bytearray(data[entries["a"].begin : entries["a"].end]), dtype=torch.float32
+    ).tolist() == list(range(6))

@@ -1,12 +1,11 @@
 """Prompts encoded inside ComfyUI against l2p_core's encoder."""
+
 import pytest
 import torch
-from safetensors.torch import load_file
-
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
 from comfyui_l2p.l2p_core.text import MAX_TOKENS, TextEncoder
-
 from helpers import rms
+from safetensors.torch import load_file
 
 BUNDLED = "L2P shapes (bundled small model)"
 
@@ -16,7 +15,15 @@ def encoder():
     return TextEncoder.load(BUNDLED_MODEL, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("prompt", ["a red circle on a blue background", "", "({[unbalanced:1.3", "naïve 日本語 emoji 🙂\nnew line"])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a red circle on a blue background",
+        "",
+        "({[unbalanced:1.3",
+        "naïve 日本語 emoji 🙂\nnew line",
+    ],
+)
 def test_prompts_give_the_same_features(comfyui, encoder, tmp_path, prompt):
     comfyui.call("encode", prompt=prompt, output=tmp_path / "out.safetensors", text_encoder=BUNDLED)
     found = load_file(tmp_path / "out.safetensors")

@@ -1,15 +1,18 @@
 """Pixel conversions against recorded tables."""
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
 from comfyui_l2p.l2p_core.images import check_size, to_levels, to_mask, to_pictures, to_pixels
+from PIL import Image
 
 RAMP = Image.fromarray(np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, 2))
 
 
-@pytest.mark.parametrize("dtype, table", [(torch.float32, "preprocess.u8_to_fp32"), (torch.bfloat16, "preprocess.u8_to_bf16")])
+@pytest.mark.parametrize(
+    "dtype, table",
+    [(torch.float32, "preprocess.u8_to_fp32"), (torch.bfloat16, "preprocess.u8_to_bf16")],
+)
 def test_levels_become_the_published_pixels(golden, dtype, table):
     pixels = to_pixels(RAMP, dtype)
     assert pixels.shape == (1, 3, 1, 256)
@@ -31,8 +34,14 @@ def test_mask_is_white_for_anew():
     assert mask.tolist() == [[[[0.0, 1.0]]]]
 
 
-@pytest.mark.parametrize("height, width, said", [(100, 96, "height is 100.*96 and 112"), (96, 8, "width is 8.*Nearest: 16"),
-                                                 (0, 96, "height is 0")])
+@pytest.mark.parametrize(
+    "height, width, said",
+    [
+        (100, 96, "height is 100.*96 and 112"),
+        (96, 8, "width is 8.*Nearest: 16"),
+        (0, 96, "height is 0"),
+    ],
+)
 def test_sizes_off_the_grid_name_the_nearest(height, width, said):
     with pytest.raises(ValueError, match=said):
         check_size(height, width, 16)

@@ -1,4 +1,6 @@
-"""Every node explains itself: tooltips in its schema, a help page and widget names in each language, and none of them stale."""
+"""Every node explains itself: tooltips in its schema, a help page and widget names in each
+language, and none of them stale."""
+
 import ast
 import json
 import re
@@ -8,9 +10,22 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-WORKFLOWS = {"demo", "text_to_image", "int8", "image_to_image", "inpaint", "lora", "4k_checkpoint", "upscale_to_4k",
-             "batch_of_prompts", "core_nodes"}
-HELP = {"": "Workflows: ", "zh": "工作流："}  # a language's help pages end in a line that begins so; "" for all that have none
+WORKFLOWS = {
+    "demo",
+    "text_to_image",
+    "int8",
+    "image_to_image",
+    "inpaint",
+    "lora",
+    "4k_checkpoint",
+    "upscale_to_4k",
+    "batch_of_prompts",
+    "core_nodes",
+}
+HELP = {
+    "": "Workflows: ",
+    "zh": "工作流：",
+}  # a language's help pages end in a line that begins so; "" for all that have none
 CHINESE = re.compile("[一-鿿]")
 MESSAGE_SYNTAX = set("{}@|")  # of the interface's translations: placeholders, links and plurals
 
@@ -24,28 +39,53 @@ class Node(NamedTuple):
 def nodes_in(source: str) -> dict[str, Node]:
     """The nodes that a module defines, by id, read without importing it, which takes a ComfyUI."""
     module = ast.parse(source)
-    constants = {statement.targets[0].id: statement.value for statement in module.body
-                 if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)}
+    constants = {
+        statement.targets[0].id: statement.value
+        for statement in module.body
+        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)
+    }
     found = {}
     for call in ast.walk(module):
-        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "Schema"):
+        if not (
+            isinstance(call, ast.Call)
+            and isinstance(call.func, ast.Attribute)
+            and call.func.attr == "Schema"
+        ):
             continue
         fields = {keyword.arg: keyword.value for keyword in call.keywords}
-        inputs = [constants[item.id] if isinstance(item, ast.Name) else item for item in fields["inputs"].elts]
+        inputs = [
+            constants[item.id] if isinstance(item, ast.Name) else item
+            for item in fields["inputs"].elts
+        ]
         found[fields["node_id"].value] = Node(
             fields["display_name"].value,
-            {item.args[0].value: any(keyword.arg == "tooltip" for keyword in item.keywords) for item in inputs},
-            [item.args[0].value if item.args else item.func.value.attr.upper() for item in fields["outputs"].elts])
+            {
+                item.args[0].value: any(keyword.arg == "tooltip" for keyword in item.keywords)
+                for item in inputs
+            },
+            [
+                item.args[0].value if item.args else item.func.value.attr.upper()
+                for item in fields["outputs"].elts
+            ],
+        )
     return found
 
 
-NODES = {node_id: node for path in sorted((ROOT / "nodes").glob("*.py")) for node_id, node in nodes_in(path.read_text()).items()}
-FILE_TOOLS = nodes_in((ROOT / "nodes" / "files.py").read_text())  # in no workflow: each is one on its own
+NODES = {
+    node_id: node
+    for path in sorted((ROOT / "nodes").glob("*.py"))
+    for node_id, node in nodes_in(path.read_text()).items()
+}
+FILE_TOOLS = nodes_in(
+    (ROOT / "nodes" / "files.py").read_text()
+)  # in no workflow: each is one on its own
 
 
 def help_page(node_id: str, language: str) -> str:
     docs = ROOT / "web" / "docs"
-    return (docs / node_id / f"{language}.md" if language else docs / f"{node_id}.md").read_text(encoding="utf-8")
+    return (docs / node_id / f"{language}.md" if language else docs / f"{node_id}.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def translation(language: str) -> dict:
@@ -54,7 +94,10 @@ def translation(language: str) -> dict:
 
 def test_the_schemas_are_read_as_comfyui_reads_them(comfyui):
     shown = comfyui.call("describe", names=sorted(NODES))
-    assert shown == {node_id: [node.display_name, node.tooltips, node.outputs] for node_id, node in sorted(NODES.items())}
+    assert shown == {
+        node_id: [node.display_name, node.tooltips, node.outputs]
+        for node_id, node in sorted(NODES.items())
+    }
     assert sorted(NODES) == comfyui.nodes
 
 
@@ -66,7 +109,9 @@ def test_every_input_has_a_tooltip(node_id):
 @pytest.mark.parametrize("language", HELP)
 @pytest.mark.parametrize("node_id", NODES)
 def test_a_help_page_explains_every_input_and_no_other(node_id, language):
-    assert re.findall(r"^\| `(\w+)` \|", help_page(node_id, language), re.MULTILINE) == list(NODES[node_id].tooltips)
+    assert re.findall(r"^\| `(\w+)` \|", help_page(node_id, language), re.MULTILINE) == list(
+        NODES[node_id].tooltips
+    )
 
 
 @pytest.mark.parametrize("language", HELP)
@@ -81,22 +126,34 @@ def test_a_help_page_names_workflows_that_there_are(node_id, language):
 def test_no_help_page_is_left_of_a_node_that_is_gone():
     docs = ROOT / "web" / "docs"
     assert {path.relative_to(docs).as_posix() for path in docs.rglob("*.md")} == {
-        page for node_id in NODES for page in (f"{node_id}.md", f"{node_id}/zh.md")}
+        page for node_id in NODES for page in (f"{node_id}.md", f"{node_id}/zh.md")
+    }
 
 
 def test_chinese_names_every_node_input_and_output_and_no_other():
-    found = {node_id: (list(texts["inputs"]), list(texts["outputs"])) for node_id, texts in translation("zh").items()}
-    assert found == {node_id: (list(node.tooltips), [str(place) for place in range(len(node.outputs))])
-                     for node_id, node in NODES.items()}
+    found = {
+        node_id: (list(texts["inputs"]), list(texts["outputs"]))
+        for node_id, texts in translation("zh").items()
+    }
+    assert found == {
+        node_id: (list(node.tooltips), [str(place) for place in range(len(node.outputs))])
+        for node_id, node in NODES.items()
+    }
 
 
 @pytest.mark.parametrize("node_id", NODES)
 def test_the_chinese_texts_are_whole_and_chinese(node_id):
     texts = translation("zh")[node_id]
     assert set(texts) == {"display_name", "description", "inputs", "outputs"}
-    assert all(set(item) == {"name", "tooltip"} and item["name"] for item in texts["inputs"].values())
+    assert all(
+        set(item) == {"name", "tooltip"} and item["name"] for item in texts["inputs"].values()
+    )
     assert all(set(item) == {"name"} and item["name"] for item in texts["outputs"].values())
-    sentences = [texts["description"], *(item["tooltip"] for item in texts["inputs"].values()), help_page(node_id, "zh")]
+    sentences = [
+        texts["description"],
+        *(item["tooltip"] for item in texts["inputs"].values()),
+        help_page(node_id, "zh"),
+    ]
     assert all(CHINESE.search(text) for text in (texts["display_name"], *sentences))
 
 
@@ -104,6 +161,9 @@ def test_the_chinese_texts_are_whole_and_chinese(node_id):
 def test_texts_hold_nothing_that_the_interface_takes_for_syntax(node_id):
     """Names and descriptions pass through vue-i18n; tooltips are shown as they are."""
     texts = translation("zh")[node_id]
-    shown = [texts["display_name"], texts["description"],
-             *(item["name"] for part in ("inputs", "outputs") for item in texts[part].values())]
+    shown = [
+        texts["display_name"],
+        texts["description"],
+        *(item["name"] for part in ("inputs", "outputs") for item in texts[part].values()),
+    ]
     assert [text for text in shown if MESSAGE_SYNTAX & set(text)] == []

@@ -1,19 +1,19 @@
-"""The whole path on the bundled model: the same pixels as its parts give by hand, and options that do what they say."""
+"""The whole path on the bundled model: the same pixels as its parts give by hand, and options that
+do what they say."""
+
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
 from comfyui_l2p.l2p_core import CheckpointError, L2PConfig, L2PPipeline, L2PTransformer, load_model
 from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS
+from comfyui_l2p.l2p_core.flow import euler, guided_velocity, schedule
 from comfyui_l2p.l2p_core.images import to_pictures, to_pixels
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
-from comfyui_l2p.l2p_core.flow import euler, guided_velocity, schedule
 from comfyui_l2p.l2p_core.text import TextEncoder
-
 from helpers import apart
+from PIL import Image
 
 PROMPT = "a large red circle on a blue background, left"
 FEW = {"num_inference_steps": 3, "height": 64, "width": 48}
@@ -49,16 +49,20 @@ def test_defaults_are_the_checkpoints(pipe):
     assert pipe.defaults == (30, 2.0, 96, 96)
     seen = []
     with pytest.raises(InterruptedError):
+
         def stop(done, steps, picture):
             seen.append((steps, tuple(picture.shape)))
             raise InterruptedError
+
         pipe(PROMPT, callback=stop)
     assert seen == [(30, (1, 3, 96, 96))]
 
 
 @pytest.mark.parametrize("patch", [16, 64, 128, 160])
 def test_defaults_of_large_patches_are_the_published(patch, write):
-    model = L2PTransformer(L2PConfig(patch, 96, 3, 1, 1, 256, 64, decoder=PUBLISHED_DECODERS[patch]))
+    model = L2PTransformer(
+        L2PConfig(patch, 96, 3, 1, 1, 256, 64, decoder=PUBLISHED_DECODERS[patch])
+    )
     pipe = L2PPipeline.from_pretrained(write(model.state_dict()))
     assert pipe.defaults == ((30, 2.0) if patch == 16 else (50, 4.0)) + (64 * patch, 64 * patch)
 
@@ -73,7 +77,9 @@ def test_several_prompts_are_drawn_as_each_alone(pipe):
 def test_num_images_draws_one_batch_from_one_seed(pipe):
     pictures = pipe(PROMPT, num_images=2, seed=5, **FEW)
     noise = torch.randn((2, 3, 64, 48), generator=torch.Generator().manual_seed(5))
-    velocity = guided_velocity(pipe.transformer, [pipe.encode_prompt(PROMPT)] * 2, [pipe.encode_prompt("")] * 2, 2.0)
+    velocity = guided_velocity(
+        pipe.transformer, [pipe.encode_prompt(PROMPT)] * 2, [pipe.encode_prompt("")] * 2, 2.0
+    )
     by_hand = to_pictures(euler(velocity, noise, schedule(3)))
     assert max(apart(*pair) for pair in zip(pictures, by_hand, strict=True)) <= 1
     assert isinstance(pipe(PROMPT, num_images=1, seed=5, **FEW), list)
@@ -96,15 +102,32 @@ def test_encodings_serve_many_pictures_without_the_encoder(pipe):
 
 def test_the_empty_negative_prompt_is_encoded_not_zeroed(pipe):
     encoded = pipe(PROMPT, seed=3, **FEW)
-    zeroed = pipe(PROMPT, seed=3, negative_prompt_embeds=torch.zeros_like(pipe.encode_prompt("")), **FEW)
+    zeroed = pipe(
+        PROMPT, seed=3, negative_prompt_embeds=torch.zeros_like(pipe.encode_prompt("")), **FEW
+    )
     assert abs(levels(encoded) - levels(zeroed)).max() > 1
 
 
 def test_a_start_picture_shows_more_the_less_it_is_noised(pipe, photo):
-    distances = [abs(levels(pipe(PROMPT, seed=1, input_image=photo, denoising_strength=strength, num_inference_steps=3))
-                     - levels(photo)).mean() for strength in (0.02, 0.3, 1.0)]
+    distances = [
+        abs(
+            levels(
+                pipe(
+                    PROMPT,
+                    seed=1,
+                    input_image=photo,
+                    denoising_strength=strength,
+                    num_inference_steps=3,
+                )
+            )
+            - levels(photo)
+        ).mean()
+        for strength in (0.02, 0.3, 1.0)
+    ]
     assert distances[0] < distances[1] < distances[2]
-    assert apart(pipe(PROMPT, seed=1, input_image=photo, **FEW), pipe(PROMPT, seed=1, **FEW)) <= 1, "at strength 1 none is left"
+    assert (
+        apart(pipe(PROMPT, seed=1, input_image=photo, **FEW), pipe(PROMPT, seed=1, **FEW)) <= 1
+    ), "at strength 1 none is left"
 
 
 @pytest.mark.parametrize("strength", [0.5, 1.0])
@@ -112,8 +135,15 @@ def test_a_start_picture_shows_more_the_less_it_is_noised(pipe, photo):
 def test_masked_pixels_are_kept_exactly(pipe, photo, sampler, strength):
     mask = np.zeros((64, 48), dtype=np.uint8)
     mask[20:40, 10:30] = 255
-    drawn = pipe(PROMPT, seed=1, input_image=photo, inpaint_mask=Image.fromarray(mask), sampler=sampler,
-                 denoising_strength=strength, num_inference_steps=4)
+    drawn = pipe(
+        PROMPT,
+        seed=1,
+        input_image=photo,
+        inpaint_mask=Image.fromarray(mask),
+        sampler=sampler,
+        denoising_strength=strength,
+        num_inference_steps=4,
+    )
     kept = mask == 0
     assert (levels(drawn)[kept] == levels(photo)[kept]).all()
     assert (levels(drawn)[~kept] != levels(photo)[~kept]).mean() > 0.5
@@ -121,22 +151,35 @@ def test_masked_pixels_are_kept_exactly(pipe, photo, sampler, strength):
 
 def test_misfitting_pictures_are_resized_and_it_is_said(pipe, photo):
     with pytest.warns(UserWarning, match="input_image is 48 x 64 and was resized to 96 x 32"):
-        assert pipe(PROMPT, input_image=photo, height=32, width=96, num_inference_steps=1).size == (96, 32)
+        assert pipe(PROMPT, input_image=photo, height=32, width=96, num_inference_steps=1).size == (
+            96,
+            32,
+        )
     with pytest.warns(UserWarning, match="input_image is 50 x 61 and was resized to 48 x 64"):
-        assert pipe(PROMPT, input_image=photo.resize((50, 61)), num_inference_steps=1).size == (48, 64)
+        assert pipe(PROMPT, input_image=photo.resize((50, 61)), num_inference_steps=1).size == (
+            48,
+            64,
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert pipe(PROMPT, input_image=photo, num_inference_steps=1).size == (48, 64)
 
 
-@pytest.mark.parametrize("arguments, said", [
-    ({"height": 100}, "height is 100.*96 and 112"), ({"sampler": "dpm"}, "sampler is 'dpm'; expected one of euler, ab2"),
-    ({"denoising_strength": 0}, "denoising_strength is 0; expected a number above 0 to 1"), ({"num_images": 0}, "nothing to generate"),
-    ({"seed": [1, 2]}, "2 seeds came for 1 pictures"), ({"prompt_embeds": torch.ones(2, 96)}, "either prompt or prompt_embeds"),
-    ({"cfg_scale": float("nan")}, "cfg_scale is nan"), ({"shift": float("nan")}, "shift is nan; expected a number above 0 to 100"),
-    ({"rand_device": "abacus"}, "device abacus can't be used"),
-    ({"inpaint_mask": Image.new("L", (8, 8))}, "inpaint_mask came without an input_image"),
-])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ({"height": 100}, "height is 100.*96 and 112"),
+        ({"sampler": "dpm"}, "sampler is 'dpm'; expected one of euler, ab2"),
+        ({"denoising_strength": 0}, "denoising_strength is 0; expected a number above 0 to 1"),
+        ({"num_images": 0}, "nothing to generate"),
+        ({"seed": [1, 2]}, "2 seeds came for 1 pictures"),
+        ({"prompt_embeds": torch.ones(2, 96)}, "either prompt or prompt_embeds"),
+        ({"cfg_scale": float("nan")}, "cfg_scale is nan"),
+        ({"shift": float("nan")}, "shift is nan; expected a number above 0 to 100"),
+        ({"rand_device": "abacus"}, "device abacus can't be used"),
+        ({"inpaint_mask": Image.new("L", (8, 8))}, "inpaint_mask came without an input_image"),
+    ],
+)
 def test_options_that_do_not_fit_are_refused(pipe, arguments, said):
     with pytest.raises(ValueError, match=said):
         pipe(PROMPT, **{**FEW, **arguments})
@@ -144,25 +187,41 @@ def test_options_that_do_not_fit_are_refused(pipe, arguments, said):
 
 @pytest.mark.parametrize("stages", [1, 2])
 def test_a_picture_of_nan_is_refused(write, stages):
-    weights = {name: tensor.clone() for name, tensor in load_model(BUNDLED_MODEL / "transformer.safetensors").state_dict().items()}
+    weights = {
+        name: tensor.clone()
+        for name, tensor in (
+            load_model(BUNDLED_MODEL / "transformer.safetensors").state_dict().items()
+        )
+    }
     weights["local_decoder.out_conv.weight"] *= 1e30
-    pipe = L2PPipeline.from_pretrained(write(weights), text_encoder=BUNDLED_MODEL, torch_dtype=torch.float32)
+    pipe = L2PPipeline.from_pretrained(
+        write(weights), text_encoder=BUNDLED_MODEL, torch_dtype=torch.float32
+    )
     with pytest.raises(ValueError, match="the image came out as NaN"):
         pipe(PROMPT, stages=stages, **FEW)
 
 
 @pytest.mark.parametrize("rounding, dtype", [(False, torch.float32), (True, torch.bfloat16)])
 def test_published_rounding_reaches_the_start_picture(pipe, photo, rounding, dtype):
-    """At strength 1e-6 the picture itself comes back, in float32 or as bfloat16 makes it (up to 0.002 off)."""
+    """At strength 1e-6 the picture itself comes back, in float32 or as bfloat16 makes it (up to
+    0.002 off)."""
     seen = []
-    pipe(PROMPT, seed=1, input_image=photo, denoising_strength=1e-6, num_inference_steps=1, bf16_rounding=rounding,
-         callback=lambda done, steps, picture: seen.append(picture))
+    pipe(
+        PROMPT,
+        seed=1,
+        input_image=photo,
+        denoising_strength=1e-6,
+        num_inference_steps=1,
+        bf16_rounding=rounding,
+        callback=lambda done, steps, picture: seen.append(picture),
+    )
     torch.testing.assert_close(seen[0], to_pixels(photo, dtype).float(), atol=1e-4, rtol=0)
 
 
 def test_a_dropped_pipeline_leaves_memory_at_once():
     import gc
     import weakref
+
     pipe = L2PPipeline.from_pretrained(device="cpu")
     pipe(PROMPT, **FEW)
     model = weakref.ref(pipe.transformer)
@@ -175,14 +234,22 @@ def test_a_dropped_pipeline_leaves_memory_at_once():
 
 
 def test_a_text_encoder_of_another_width_is_refused(tiny_weights, write):
-    pipe = L2PPipeline.from_pretrained(write(tiny_weights), text_encoder=BUNDLED_MODEL, torch_dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"expected \(length, 64\).*text encoder this checkpoint was trained with"):
+    pipe = L2PPipeline.from_pretrained(
+        write(tiny_weights), text_encoder=BUNDLED_MODEL, torch_dtype=torch.float32
+    )
+    with pytest.raises(
+        ValueError, match=r"expected \(length, 64\).*text encoder this checkpoint was trained with"
+    ):
         pipe(PROMPT, **FEW)
 
 
 def test_a_checkpoint_that_can_not_be_used_is_refused_at_once(tiny_weights, write):
     with pytest.raises(CheckpointError, match="it is a trained part"):
-        L2PPipeline.from_pretrained(write({name: tensor for name, tensor in tiny_weights.items() if "layers.1." not in name}))
+        L2PPipeline.from_pretrained(
+            write(
+                {name: tensor for name, tensor in tiny_weights.items() if "layers.1." not in name}
+            )
+        )
 
 
 def test_blocks_that_are_streamed_draw_the_same(pipe):

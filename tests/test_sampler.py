@@ -1,13 +1,20 @@
-"""Schedules and trajectories against recorded numbers of the published pipeline; the solvers against exact solutions."""
+"""Schedules and trajectories against recorded numbers of the published pipeline; the solvers
+against exact solutions."""
+
 import math
 
 import pytest
 import torch
-
+from comfyui_l2p.l2p_core.flow import (
+    SOLVERS,
+    ab2,
+    euler,
+    guided_velocity,
+    inpaint_velocity,
+    schedule,
+)
 from comfyui_l2p.l2p_core.images import to_levels, to_pixels
 from comfyui_l2p.l2p_core.pipeline import draw_noise
-from comfyui_l2p.l2p_core.flow import SOLVERS, ab2, euler, guided_velocity, inpaint_velocity, schedule
-
 from helpers import rms
 
 
@@ -16,7 +23,12 @@ from helpers import rms
 def test_schedule_is_the_published(golden, steps, strength):
     recorded = golden("sampling_fp32")
     sigmas = schedule(steps, strength)
-    torch.testing.assert_close(sigmas[:-1], recorded[f"scheduler.steps{steps}.strength{strength}.sigmas"], atol=5e-7, rtol=0)
+    torch.testing.assert_close(
+        sigmas[:-1],
+        recorded[f"scheduler.steps{steps}.strength{strength}.sigmas"],
+        atol=5e-7,
+        rtol=0,
+    )
     assert sigmas[-1] == 0
 
 
@@ -33,15 +45,23 @@ def test_trajectory_is_the_published(golden, tiny_model, size, scale, time):
     recorded = golden("sampling_fp32")
     key = f"traj.{size}.steps4.cfg{scale}.{time}."
     seen = []
-    velocity = guided_velocity(tiny_model, [recorded["input.prompt.7"]], [recorded["input.negative.3"]], scale,
-                               bf16_rounding=time == "t_bf16")
+    velocity = guided_velocity(
+        tiny_model,
+        [recorded["input.prompt.7"]],
+        [recorded["input.negative.3"]],
+        scale,
+        bf16_rounding=time == "t_bf16",
+    )
 
     def recording(x, sigma):
         seen.append(x)
         return velocity(x, sigma)
+
     seen.append(euler(recording, recorded[f"input.noise.{size}.seed42"], schedule(4)))
     if key + "latents_after_step" in recorded:
-        torch.testing.assert_close(torch.cat(seen[1:]), recorded[key + "latents_after_step"], atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            torch.cat(seen[1:]), recorded[key + "latents_after_step"], atol=1e-4, rtol=0
+        )
     else:
         torch.testing.assert_close(seen[-1], recorded[key + "final_latents"], atol=1e-4, rtol=0)
     assert (to_levels(seen[-1])[0].int() - recorded[key + "image_u8"].int()).abs().max() <= 1
@@ -51,7 +71,9 @@ def test_bf16_trajectory_is_the_published_within_rounding(golden, tiny_weights, 
     recorded, noise = golden("sampling_bf16"), golden("sampling_fp32")["input.noise.64x128.seed42"]
     model = type(tiny_model)(tiny_model.config).to(torch.bfloat16)
     model.load_state_dict(tiny_weights)
-    velocity = guided_velocity(model, [recorded["input.prompt.7"]], [recorded["input.negative.3"]], 2.0, bf16_rounding=True)
+    velocity = guided_velocity(
+        model, [recorded["input.prompt.7"]], [recorded["input.negative.3"]], 2.0, bf16_rounding=True
+    )
     x = euler(velocity, noise, schedule(4))
     key = "traj.64x128.steps4.cfg2.0."
     last = recorded[key + "latents_after_step"][-1:]
@@ -60,19 +82,29 @@ def test_bf16_trajectory_is_the_published_within_rounding(golden, tiny_weights, 
 
 
 @pytest.mark.parametrize("size", ["64x128", "64x48"])
-@pytest.mark.parametrize("rounding, dtype", [("px_fp32_t_fp32", torch.float32), ("px_bf16_t_bf16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    "rounding, dtype", [("px_fp32_t_fp32", torch.float32), ("px_bf16_t_bf16", torch.bfloat16)]
+)
 def test_image_to_image_is_the_published(golden, tiny_model, size, rounding, dtype):
     from PIL import Image
+
     recorded = golden("sampling_fp32")
     key = f"i2i.{size}.steps4.cfg2.0.strength0.6.{rounding}."
     sigmas = schedule(4, 0.6)
     picture = to_pixels(Image.fromarray(recorded[f"input.i2i.image.{size}"].numpy()), dtype).float()
     start = (1 - sigmas[0]) * picture + sigmas[0] * recorded[f"input.noise.{size}.seed42"]
     torch.testing.assert_close(start, recorded[key + "initial_latents"], atol=1e-6, rtol=0)
-    velocity = guided_velocity(tiny_model, [recorded["input.prompt.7"]], [recorded["input.negative.3"]], 2.0,
-                               bf16_rounding=dtype == torch.bfloat16)
+    velocity = guided_velocity(
+        tiny_model,
+        [recorded["input.prompt.7"]],
+        [recorded["input.negative.3"]],
+        2.0,
+        bf16_rounding=dtype == torch.bfloat16,
+    )
     x = euler(velocity, start, sigmas)
-    last = recorded.get(key + "final_latents", recorded.get(key + "latents_after_step", torch.empty(1))[-1:])
+    last = recorded.get(
+        key + "final_latents", recorded.get(key + "latents_after_step", torch.empty(1))[-1:]
+    )
     torch.testing.assert_close(x, last, atol=1e-4, rtol=0)
     assert (to_levels(x)[0].int() - recorded[key + "image_u8"].int()).abs().max() <= 1
 
@@ -85,7 +117,9 @@ def test_noise_of_a_seed_is_the_published(golden, size):
 
 
 def test_noise_of_a_batch_is_comfyuis():
-    torch.manual_seed(5)  # comfy/sample.py, prepare_noise: the global CPU generator, one draw for the batch
+    torch.manual_seed(
+        5
+    )  # comfy/sample.py, prepare_noise: the global CPU generator, one draw for the batch
     assert torch.equal(draw_noise((3, 3, 32, 32), 5), torch.randn(3, 3, 32, 32))
 
 
@@ -112,8 +146,11 @@ def circling(x, sigma):
 @pytest.mark.parametrize("name, order", [("euler", 1), ("ab2", 2)])
 def test_solver_converges_at_its_order(name, order):
     def error(steps):
-        x = SOLVERS[name](circling, torch.zeros(1, 3, 1, 1, dtype=torch.float64), schedule(steps).double())
+        x = SOLVERS[name](
+            circling, torch.zeros(1, 3, 1, 1, dtype=torch.float64), schedule(steps).double()
+        )
         return abs(x[0, 0, 0, 0].item() + math.sin(3))
+
     assert math.log2(error(64) / error(128)) == pytest.approx(order, abs=0.15)
 
 
@@ -124,7 +161,9 @@ def test_kept_pixels_come_back(solver):
     mask = (torch.rand(1, 1, 16, 16) > 0.5).float()
     sigmas = schedule(7, 0.8)
     start = (1 - sigmas[0]) * picture + sigmas[0] * noise
-    end = solver(inpaint_velocity(lambda x, sigma: torch.sin(x), mask, picture, noise), start, sigmas)
+    end = solver(
+        inpaint_velocity(lambda x, sigma: torch.sin(x), mask, picture, noise), start, sigmas
+    )
     kept = (mask == 0).expand_as(picture)
     torch.testing.assert_close(end[kept], picture[kept], atol=1e-5, rtol=0)
     assert (end[~kept] - picture[~kept]).abs().mean() > 0.1
@@ -137,6 +176,7 @@ def test_callback_sees_every_step_and_can_stop():
         seen.append((done, steps, picture.shape))
         if done == 2:
             raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
         euler(circling, torch.zeros(1, 3, 4, 4), schedule(5), stop_at_two)
     assert seen == [(done, 5, (1, 3, 4, 4)) for done in range(3)]

@@ -1,15 +1,21 @@
-"""Options that draw with less work: the same numbers where they promise those, the known shortcut where they take one."""
+"""Options that draw with less work: the same numbers where they promise those, the known shortcut
+where they take one."""
+
 import pytest
 import torch
-
 from comfyui_l2p.l2p_core import L2PPipeline
-from comfyui_l2p.l2p_core.model import Block
 from comfyui_l2p.l2p_core.flow import guided_velocity, schedule
+from comfyui_l2p.l2p_core.model import Block
 from comfyui_l2p.l2p_core.step_cache import StepCache
-
 from helpers import apart
 
-PROMPT, SETTINGS = "a large red circle on a blue background, left", {"num_inference_steps": 4, "seed": 1}
+PROMPT, SETTINGS = (
+    "a large red circle on a blue background, left",
+    {
+        "num_inference_steps": 4,
+        "seed": 1,
+    },
+)
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +28,10 @@ def passes(pipe):
     """How many runs each main layer has had, as a list that grows: of the first, of the second."""
     counts, hooks = [0, 0], []
     for place in (0, 1):
+
         def count(*_, place=place):
             counts[place] += 1
+
         hooks.append(pipe.transformer.layers[place].register_forward_hook(count))
     yield counts
     for hook in hooks:
@@ -31,11 +39,19 @@ def passes(pipe):
 
 
 def test_both_passes_at_once_give_the_same_picture(pipe, passes):
-    wanted = pipe([PROMPT, "a square"], negative_prompt="green, and more words than the others have", **SETTINGS)
+    wanted = pipe(
+        [PROMPT, "a square"],
+        negative_prompt="green, and more words than the others have",
+        **SETTINGS,
+    )
     assert passes[0] == 8
     pipe.batch_guidance = True
     try:
-        found = pipe([PROMPT, "a square"], negative_prompt="green, and more words than the others have", **SETTINGS)
+        found = pipe(
+            [PROMPT, "a square"],
+            negative_prompt="green, and more words than the others have",
+            **SETTINGS,
+        )
     finally:
         pipe.batch_guidance = False
     assert passes[0] == 12
@@ -47,11 +63,16 @@ def test_guidance_ends_where_it_is_cut(pipe, passes, truncation, guided):
     """Against a loop by hand: times of four steps at shift 3 are 0, 0.1, 0.25 and 0.5."""
     captions, sigmas = [pipe.encode_prompt(PROMPT)], schedule(4)
     torch.testing.assert_close(1 - sigmas, torch.tensor([0, 0.1, 0.25, 0.5, 1]))
-    positive, full = (guided_velocity(pipe.transformer, captions, [pipe.encode_prompt("")], scale) for scale in (1.0, 2.0))
+    positive, full = (
+        guided_velocity(pipe.transformer, captions, [pipe.encode_prompt("")], scale)
+        for scale in (1.0, 2.0)
+    )
     x = torch.randn((1, 3, 96, 96), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         for step in range(4):
-            x = x + (full if step < guided else positive)(x, sigmas[step].item()) * (sigmas[step + 1] - sigmas[step])
+            x = x + (full if step < guided else positive)(x, sigmas[step].item()) * (
+                sigmas[step + 1] - sigmas[step]
+            )
     wanted = ((x[0].permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255)
     passes[0] = 0
     assert apart(pipe(PROMPT, cfg_truncation=truncation, **SETTINGS), wanted) <= 1
@@ -76,7 +97,9 @@ def test_a_step_left_out_adds_what_was_added_last():
     cache, x = StepCache(0.1, layers=4), torch.ones(1, 4, 2)
     assert cache.recall(x, x + 1) is None
     cache.note(20 * x)
-    assert torch.equal(cache.recall(2 * x, 2 * x + 1.05), 2 * x + 1.05 + 18), "1.05 is within a tenth of 1"
+    assert torch.equal(cache.recall(2 * x, 2 * x + 1.05), 2 * x + 1.05 + 18), (
+        "1.05 is within a tenth of 1"
+    )
     assert cache.recall(2 * x, 2 * x + 1.2) is None
     cache.note(30 * x)
     torch.testing.assert_close(cache.recall(x, x + 1.2), x + 1.2 + 26.8)
@@ -90,20 +113,30 @@ def test_in_windows_nothing_is_cached(pipe, passes):
 
 
 def test_compiled_blocks_draw_the_same(pipe, monkeypatch):
-    """Traced by torch's compiler, without the machine code, which takes a C++ compiler and minutes."""
+    """Traced by torch's compiler, without the machine code, which takes a C++ compiler and
+    minutes."""
     compiled = []
 
     def trace(block):
         compiled.append(block)
         torch.nn.Module.compile(block, backend="aot_eager")
+
     monkeypatch.setattr(Block, "compile", trace, raising=False)
-    found = L2PPipeline.from_pretrained(device="cpu", torch_dtype=torch.float32, compile_blocks=True)(PROMPT, **SETTINGS)
+    found = L2PPipeline.from_pretrained(
+        device="cpu", torch_dtype=torch.float32, compile_blocks=True
+    )(PROMPT, **SETTINGS)
     assert len(compiled) == 6 and apart(found, pipe(PROMPT, **SETTINGS)) <= 1
 
 
-@pytest.mark.parametrize("settings, expected", [
-    ({"cfg_truncation": 1.1}, "a number from 0 to 1"), ({"cfg_truncation": -0.1}, "a number from 0 to 1"),
-    ({"cache_threshold": -1.0}, "a number from 0$"), ({"cache_threshold": float("nan")}, "a number from 0$")])
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({"cfg_truncation": 1.1}, "a number from 0 to 1"),
+        ({"cfg_truncation": -0.1}, "a number from 0 to 1"),
+        ({"cache_threshold": -1.0}, "a number from 0$"),
+        ({"cache_threshold": float("nan")}, "a number from 0$"),
+    ],
+)
 def test_shares_out_of_bounds_are_rejected(pipe, settings, expected):
     with pytest.raises(ValueError, match=expected):
         pipe(PROMPT, **settings, **SETTINGS)

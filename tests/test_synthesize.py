@@ -1,17 +1,18 @@
-"""The data step against a tiny latent Z-Image with random weights, and against diffusers called by hand."""
+"""The data step against a tiny latent Z-Image with random weights, and against diffusers called by
+hand."""
+
 import csv
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import load_file
-
 from comfyui_l2p.l2p_core.cli import main
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
 from comfyui_l2p.l2p_core.text import TextEncoder
 from comfyui_l2p.l2p_core.train.data import read_examples
+from PIL import Image
+from safetensors.torch import load_file
 
 diffusers = pytest.importorskip("diffusers", minversion="0.36")
 
@@ -21,38 +22,91 @@ def latent(tmp_path_factory) -> Path:
     """A latent Z-Image of a few thousand numbers, with the small model's text encoder."""
     torch.manual_seed(0)
     encoder = TextEncoder.load(BUNDLED_MODEL / "text_encoder")
-    encoder.tokenizer.chat_template = ("{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-                                       "<|im_start|>assistant\n")
-    transformer = diffusers.ZImageTransformer2DModel(dim=64, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=96,
-                                                     axes_dims=[8, 12, 12], axes_lens=[1024, 64, 64])
-    vae = diffusers.AutoencoderKL(block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4, norm_num_groups=4,
-                                  up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=16, use_quant_conv=False, use_post_quant_conv=False,
-                                  scaling_factor=0.3611, shift_factor=0.1159)
+    encoder.tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content"
+        " }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    )
+    transformer = diffusers.ZImageTransformer2DModel(
+        dim=64,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=96,
+        axes_dims=[8, 12, 12],
+        axes_lens=[1024, 64, 64],
+    )
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        norm_num_groups=4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=16,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+    )
     for parameter in transformer.parameters():  # some of them are not drawn at all
         parameter.data = torch.randn_like(parameter) * 0.1
     folder = tmp_path_factory.mktemp("Z-Image-tiny")
-    diffusers.ZImagePipeline(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), vae, encoder.model, encoder.tokenizer,
-                             transformer).save_pretrained(folder)
+    diffusers.ZImagePipeline(
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae,
+        encoder.model,
+        encoder.tokenizer,
+        transformer,
+    ).save_pretrained(folder)
     return folder
 
 
 def synthesize(latent, tmp_path, *more):
     (tmp_path / "prompts.txt").write_text("a red circle\na blue star, small\n")
-    return main(["synthesize", str(tmp_path / "prompts.txt"), "--model", str(latent), "-o", str(tmp_path / "data"), "--height", "64",
-                 "--width", "64", "--steps", "2", "--seed", "7", "--device", "cpu", *more])
+    return main(
+        [
+            "synthesize",
+            str(tmp_path / "prompts.txt"),
+            "--model",
+            str(latent),
+            "-o",
+            str(tmp_path / "data"),
+            "--height",
+            "64",
+            "--width",
+            "64",
+            "--steps",
+            "2",
+            "--seed",
+            "7",
+            "--device",
+            "cpu",
+            *more,
+        ]
+    )
 
 
 def test_a_folder_to_train_on(latent, tmp_path):
     assert synthesize(latent, tmp_path, "--batch", "3") == 0
     examples = read_examples(tmp_path / "data", None, 64 * 64, 16)
     assert [(example.file.name, example.captions[0], example.seed) for example in examples] == [
-        ("000000-0.png", "a red circle", 7), ("000000-1.png", "a red circle", 8),
-        ("000001-0.png", "a blue star, small", 9), ("000001-1.png", "a blue star, small", 10)]
+        ("000000-0.png", "a red circle", 7),
+        ("000000-1.png", "a red circle", 8),
+        ("000001-0.png", "a blue star, small", 9),
+        ("000001-1.png", "a blue star, small", 10),
+    ]
     pipe = diffusers.ZImagePipeline.from_pretrained(latent, torch_dtype=torch.bfloat16)
     for example in examples:
-        wanted = pipe(example.captions[0], height=64, width=64, num_inference_steps=2, guidance_scale=0.0,
-                      generator=torch.Generator().manual_seed(example.seed)).images[0]
-        difference = np.abs(np.asarray(Image.open(example.file), dtype=int) - np.asarray(wanted, dtype=int))
+        wanted = pipe(
+            example.captions[0],
+            height=64,
+            width=64,
+            num_inference_steps=2,
+            guidance_scale=0.0,
+            generator=torch.Generator().manual_seed(example.seed),
+        ).images[0]
+        difference = np.abs(
+            np.asarray(Image.open(example.file), dtype=int) - np.asarray(wanted, dtype=int)
+        )
         assert difference.mean() < 2, "alone and in a batch differ by bfloat16's rounding"
     assert len({Image.open(example.file).tobytes() for example in examples}) == 4
 
@@ -64,15 +118,23 @@ def test_a_stopped_run_goes_on(latent, tmp_path):
     files[2].unlink()
     (tmp_path / "data" / "metadata.csv").unlink()
     assert synthesize(latent, tmp_path) == 0
-    assert Image.open(files[2]).tobytes() == pixels and (tmp_path / "data" / "metadata.csv").exists()
-    assert [file.stat().st_mtime_ns for number, file in enumerate(files) if number != 2] == [*times[:2], times[3]]
+    assert (
+        Image.open(files[2]).tobytes() == pixels and (tmp_path / "data" / "metadata.csv").exists()
+    )
+    assert [file.stat().st_mtime_ns for number, file in enumerate(files) if number != 2] == [
+        *times[:2],
+        times[3],
+    ]
 
 
 def test_processes_share_the_pictures_and_the_last_writes_the_table(latent, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert synthesize(latent, tmp_path) == 0
-    assert [file.name for file in sorted((tmp_path / "data" / "images").iterdir())] == ["000000-1.png", "000001-1.png"]
+    assert [file.name for file in sorted((tmp_path / "data" / "images").iterdir())] == [
+        "000000-1.png",
+        "000001-1.png",
+    ]
     assert not (tmp_path / "data" / "metadata.csv").exists()
     monkeypatch.setenv("RANK", "0")
     assert synthesize(latent, tmp_path) == 0
@@ -80,9 +142,14 @@ def test_processes_share_the_pictures_and_the_last_writes_the_table(latent, tmp_
         assert [row["seed"] for row in csv.DictReader(stream)] == ["7", "8", "9", "10"]
 
 
-@pytest.mark.parametrize("more, words", [
-    (["--steps", "3"], "generated with other settings (num_inference_steps 2, now 3)"), (["--height", "60"], "multiples of 16"),
-    (["--batch", "0"], "--batch is 0")])
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--steps", "3"], "generated with other settings (num_inference_steps 2, now 3)"),
+        (["--height", "60"], "multiples of 16"),
+        (["--batch", "0"], "--batch is 0"),
+    ],
+)
 def test_what_does_not_fit_is_refused(latent, tmp_path, capsys, more, words):
     assert synthesize(latent, tmp_path) == 0
     assert synthesize(latent, tmp_path, *more) == 1
@@ -95,15 +162,59 @@ def test_another_model_is_refused(tmp_path, capsys):
 
 
 def test_the_four_steps_to_a_model(latent, tmp_path):
-    """Prepare, convert, train and merge, as the published program has them, then draw; by the commands of the README."""
-    initial, trained, model, picture = (tmp_path / name for name in ("initial.safetensors", "run/step-2.safetensors", "model.safetensors", "out.png"))
+    """Prepare, convert, train and merge, as the published program has them, then draw; by the
+    commands of the README."""
+    initial, trained, model, picture = (
+        tmp_path / name
+        for name in (
+            "initial.safetensors",
+            "run/step-2.safetensors",
+            "model.safetensors",
+            "out.png",
+        )
+    )
     encoder, small = ("--text-encoder", str(latent)), ("--height", "64", "--width", "64")
     assert synthesize(latent, tmp_path) == 0
     assert main(["convert", str(latent / "transformer"), "-o", str(initial)]) == 0
-    assert main(["train", "--checkpoint", str(initial), *encoder, "--data", str(tmp_path / "data"), "--output", str(trained.parent), "--steps", "2",
-                 "--sample-every", "0", "--device", "cpu"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "--checkpoint",
+                str(initial),
+                *encoder,
+                "--data",
+                str(tmp_path / "data"),
+                "--output",
+                str(trained.parent),
+                "--steps",
+                "2",
+                "--sample-every",
+                "0",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     assert main(["merge", "--trained", str(trained), "--base", str(initial), "-o", str(model)]) == 0
-    assert main(["generate", "a red circle", "--checkpoint", str(model), *encoder, *small, "--steps", "2", "-o", str(picture)]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                "a red circle",
+                "--checkpoint",
+                str(model),
+                *encoder,
+                *small,
+                "--steps",
+                "2",
+                "-o",
+                str(picture),
+            ]
+        )
+        == 0
+    )
     with Image.open(picture) as drawn:
         assert drawn.size == (64, 64) and np.asarray(drawn).std() > 1
     before, after = load_file(initial), load_file(model)

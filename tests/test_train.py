@@ -1,4 +1,6 @@
-"""The trainer against the published run's numbers, against itself stopped and gone on, and against its own one-process run."""
+"""The trainer against the published run's numbers, against itself stopped and gone on, and against
+its own one-process run."""
+
 import csv
 import json
 import os
@@ -13,29 +15,34 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import load_file, save_file
-
 from comfyui_l2p.l2p_core import CheckpointError, L2PConfig, L2PTransformer, load_model
 from comfyui_l2p.l2p_core.cli import main
 from comfyui_l2p.l2p_core.files.atomic import AlreadyRunning
+from comfyui_l2p.l2p_core.flow import flow_matching_loss, schedule, training_sigmas
 from comfyui_l2p.l2p_core.images import to_pixels
 from comfyui_l2p.l2p_core.interrupt import noted
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL, L2PPipeline, draw_noise
-from comfyui_l2p.l2p_core.flow import schedule
 from comfyui_l2p.l2p_core.shapes.pictures import scenes
 from comfyui_l2p.l2p_core.text import TextEncoder
-from comfyui_l2p.l2p_core.train import record
 from comfyui_l2p.l2p_core.train import prepare as preparing
+from comfyui_l2p.l2p_core.train import record
 from comfyui_l2p.l2p_core.train import resume as resuming
 from comfyui_l2p.l2p_core.train import run as training
 from comfyui_l2p.l2p_core.train.config import read_config, to_toml
-from comfyui_l2p.l2p_core.train.data import Batches, Example, crop_and_resize, hold_out, plan_epoch, read_examples, target_size
-from comfyui_l2p.l2p_core.flow import training_sigmas, flow_matching_loss
+from comfyui_l2p.l2p_core.train.data import (
+    Batches,
+    Example,
+    crop_and_resize,
+    hold_out,
+    plan_epoch,
+    read_examples,
+    target_size,
+)
 from comfyui_l2p.quant.merge import merge
-
 from golden import recipe
 from helpers import GOLDEN, rms
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from small_runs import CHECKPOINT, Killed, config, losses, make_data
 
 LOSS = training.Run.loss  # as it is before a test replaces it
@@ -44,6 +51,7 @@ RECORDED = json.loads((GOLDEN / "training.json").read_text())
 
 
 # The objective and the optimiser
+
 
 def test_seven_steps_are_the_published(golden, tiny_weights, tmp_path):
     recorded, run = golden("training_fp32"), RECORDED["adamw_7_steps"]
@@ -55,32 +63,49 @@ def test_seven_steps_are_the_published(golden, tiny_weights, tmp_path):
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
     optimizer = preparing.make_optimizer(trained, settings)
     picture = to_pixels(Image.fromarray(recorded["input.image_u8.64x128"].numpy())).double()
-    caption, noise = recorded["input.caption.7"].double(), recorded["input.noise.64x128.seed77"].double()
+    caption, noise = (
+        recorded["input.caption.7"].double(),
+        recorded["input.noise.64x128.seed77"].double(),
+    )
     for step, wanted in enumerate(run["steps"]):
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * preparing.rate_at(step, settings)
         assert group["lr"] == pytest.approx(wanted["lr"])
-        loss = flow_matching_loss(model, picture, [caption], noise, schedule(500)[wanted["timestep_id"]][None].double())
+        loss = flow_matching_loss(
+            model, picture, [caption], noise, schedule(500)[wanted["timestep_id"]][None].double()
+        )
         assert loss.item() == pytest.approx(wanted["loss"], rel=1e-5)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    after = {name.removeprefix("adamw_7_steps."): tensor for name, tensor in recorded.items() if name.startswith("adamw_7_steps.")}
+    after = {
+        name.removeprefix("adamw_7_steps."): tensor
+        for name, tensor in recorded.items()
+        if name.startswith("adamw_7_steps.")
+    }
     assert len(after) == 3
     for name, tensor in after.items():
         assert rms(trained[name].detach() - tensor, tensor - before[name]) < 1e-3, name
     for name, norm in run["parameter_delta_norms_after"].items():
         # recorded in float32, where a change of 1e-4 to a norm's weight of 1 is known to 1e-3
-        assert (trained[name] - before[name]).norm().item() == pytest.approx(norm, rel=2e-3, abs=1e-7), name
+        assert (trained[name] - before[name]).norm().item() == pytest.approx(
+            norm, rel=2e-3, abs=1e-7
+        ), name
 
 
 @pytest.mark.parametrize("depth, rule", RECORDED["freeze_rule"].items())
 def test_the_layers_that_freeze_are_the_published(depth, rule, tmp_path):
     with torch.device("meta"):
-        model = L2PTransformer(replace(L2PConfig(), dim=64, n_heads=2, ffn_dim=64, n_layers=int(depth)))
+        model = L2PTransformer(
+            replace(L2PConfig(), dim=64, n_heads=2, ffn_dim=64, n_layers=int(depth))
+        )
     trained = preparing.prepare(model, config(tmp_path, freeze="5:-5"))
     assert len(trained) == rule["trainable_tensors"]
-    frozen = {int(name.split(".")[1]) for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    frozen = {
+        int(name.split(".")[1])
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad
+    }
     assert sorted(frozen) == rule["frozen_main_layers"]
 
 
@@ -89,7 +114,10 @@ def test_the_full_models_trained_tensors_are_the_published(tmp_path):
         model = L2PTransformer(L2PConfig())
     trained = preparing.prepare(model, config(tmp_path, freeze="5:-5"))
     assert sorted(trained) == sorted(RECORDED["full_model"]["trainable_names"])
-    assert sum(parameter.numel() for parameter in trained.values()) == RECORDED["full_model"]["trainable_parameters"]
+    assert (
+        sum(parameter.numel() for parameter in trained.values())
+        == RECORDED["full_model"]["trainable_parameters"]
+    )
 
 
 def test_recomputing_gives_the_same_gradients(golden, tiny_weights, tmp_path):
@@ -97,10 +125,17 @@ def test_recomputing_gives_the_same_gradients(golden, tiny_weights, tmp_path):
     for checkpointing in (False, True):
         model = L2PTransformer(L2PConfig.from_shapes(recipe.shapes(recipe.TINY)))
         model.load_state_dict(tiny_weights)
-        trained = preparing.prepare(model, config(tmp_path, freeze="1:-1", checkpointing=checkpointing))
+        trained = preparing.prepare(
+            model, config(tmp_path, freeze="1:-1", checkpointing=checkpointing)
+        )
         picture = to_pixels(Image.fromarray(recorded["input.image_u8.64x48"].numpy()))
-        flow_matching_loss(model, picture, [recorded["input.caption.7"]], recorded["input.noise.64x48.seed77"],
-                           torch.tensor([0.5])).backward()
+        flow_matching_loss(
+            model,
+            picture,
+            [recorded["input.caption.7"]],
+            recorded["input.noise.64x48.seed77"],
+            torch.tensor([0.5]),
+        ).backward()
         gradients.append({name: parameter.grad for name, parameter in trained.items()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-5, msg=name)
@@ -110,13 +145,24 @@ def test_a_lora_is_what_its_file_says(data):
     """The trained model's output is that of the weights with B @ A of the file added."""
     last = training.train(config(data, lora_rank=4, steps=3, learning_rate=1e-2), progress=False)
     lora, weights = load_file(last), load_model(CHECKPOINT, dtype=torch.float32).state_dict()
-    targets = {name.removesuffix(".lora_A.weight") for name in lora if name.endswith(".lora_A.weight")}
-    linears = {name.removesuffix(".weight") for name, tensor in weights.items() if name.startswith("layers.") and tensor.dim() == 2}
+    targets = {
+        name.removesuffix(".lora_A.weight") for name in lora if name.endswith(".lora_A.weight")
+    }
+    linears = {
+        name.removesuffix(".weight")
+        for name, tensor in weights.items()
+        if name.startswith("layers.") and tensor.dim() == 2
+    }
     assert targets == {f"diffusion_model.{name}" for name in linears}
     settings = config(data, lora_rank=4)
     model = load_model(CHECKPOINT, dtype=torch.float32)
     trained = preparing.prepare(model, settings)
-    resuming.load_state(data.parent / "run" / "resume.pt", trained, preparing.make_optimizer(trained, settings), settings.batch)
+    resuming.load_state(
+        data.parent / "run" / "resume.pt",
+        trained,
+        preparing.make_optimizer(trained, settings),
+        settings.batch,
+    )
     changed = load_model(CHECKPOINT, dtype=torch.float32)
     for target in targets:
         weight = changed.get_parameter(target.removeprefix("diffusion_model.") + ".weight")
@@ -125,9 +171,15 @@ def test_a_lora_is_what_its_file_says(data):
     merged = load_model(data.parent / "merged.safetensors", dtype=torch.float32).state_dict()
     for name, weight in changed.state_dict().items():
         torch.testing.assert_close(merged[name], weight, atol=1e-6, rtol=1e-5, msg=name)
-    inputs = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0)), torch.tensor([0.3]), [torch.ones(5, 96)]
+    inputs = (
+        torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([0.3]),
+        [torch.ones(5, 96)],
+    )
     with torch.no_grad():
-        wanted, found, before = (each(*inputs) for each in (changed, model, load_model(CHECKPOINT, dtype=torch.float32)))
+        wanted, found, before = (
+            each(*inputs) for each in (changed, model, load_model(CHECKPOINT, dtype=torch.float32))
+        )
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
     assert (found - before).abs().max() > 0.01
 
@@ -135,9 +187,12 @@ def test_a_lora_is_what_its_file_says(data):
 def test_noise_levels():
     def levels(sampling, patch=16):
         return training_sigmas(20_000, sampling, 3.0, patch, torch.Generator().manual_seed(0))
+
     assert set(levels("grid").tolist()) == set(schedule(500)[:-1].tolist())
     assert set(levels("grid", 64).tolist()) == set(schedule(1000)[:-1].tolist())
-    assert levels("uniform").mean() == pytest.approx(0.5, abs=0.01) and levels("uniform").std() == pytest.approx(12**-0.5, abs=0.01)
+    assert levels("uniform").mean() == pytest.approx(0.5, abs=0.01) and levels(
+        "uniform"
+    ).std() == pytest.approx(12**-0.5, abs=0.01)
     logit = levels("logit-normal").logit()
     assert logit.mean() == pytest.approx(0, abs=0.03) and logit.std() == pytest.approx(1, abs=0.03)
 
@@ -147,7 +202,11 @@ def test_noise_levels():
 CROPS = json.loads((GOLDEN / "crop_resize.json").read_text())["cases"]
 
 
-@pytest.mark.parametrize("case", [case for case in CROPS if not ("height" in case and "width" in case)], ids=lambda case: str(case["input_hw"]))
+@pytest.mark.parametrize(
+    "case",
+    [case for case in CROPS if not ("height" in case and "width" in case)],
+    ids=lambda case: str(case["input_hw"]),
+)
 def test_sizes_are_the_published(case):
     assert list(target_size(*case["input_hw"], case["max_pixels"], 16)) == case["output_hw"]
 
@@ -168,18 +227,27 @@ SMALL = [case for case in CROPS if 0 not in case["output_hw"] and max(case["resi
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: f"{case['input_hw']}-{case['output_hw']}")
 def test_crops_lie_where_the_published_do(case):
     height, width = case["input_hw"]
-    ramp = np.stack(np.broadcast_arrays(np.arange(width)[None] % 256, np.arange(height)[:, None] % 256, 0), -1).astype(np.uint8)
+    ramp = np.stack(
+        np.broadcast_arrays(np.arange(width)[None] % 256, np.arange(height)[:, None] % 256, 0), -1
+    ).astype(np.uint8)
     top, left = case["crop_top_left"]
     resized = Image.fromarray(ramp).resize(case["resized_hw"][::-1], Image.Resampling.BILINEAR)
     wanted = resized.crop((left, top, left + case["output_hw"][1], top + case["output_hw"][0]))
-    assert np.array_equal(np.asarray(crop_and_resize(Image.fromarray(ramp), *case["output_hw"])), np.asarray(wanted))
+    assert np.array_equal(
+        np.asarray(crop_and_resize(Image.fromarray(ramp), *case["output_hw"])), np.asarray(wanted)
+    )
 
 
-@pytest.mark.parametrize("columns", [("file_name", "text", "seed"), ("image", "prompt", "seed"), ("file_name", "text")])
+@pytest.mark.parametrize(
+    "columns", [("file_name", "text", "seed"), ("image", "prompt", "seed"), ("file_name", "text")]
+)
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
 def test_metadata_of_either_naming_is_read(data, columns, name):
     (data / "metadata.csv").unlink()
-    rows = [dict(zip(columns, (f"images/{number}.png", f"caption {number}, with a comma", number))) for number in range(6)]
+    rows = [
+        dict(zip(columns, (f"images/{number}.png", f"caption {number}, with a comma", number)))
+        for number in range(6)
+    ]
     with (data / name).open("w", newline="") as stream:
         if name.endswith("csv"):
             writer = csv.DictWriter(stream, columns)
@@ -188,8 +256,12 @@ def test_metadata_of_either_naming_is_read(data, columns, name):
         else:
             stream.writelines(json.dumps(row) + "\n" for row in rows)
     examples = read_examples(data, None, 96 * 96, 16)
-    assert [example.captions for example in examples] == [(f"caption {number}, with a comma",) for number in range(6)]
-    assert [example.seed for example in examples] == (list(range(6)) if "seed" in columns else [None] * 6)
+    assert [example.captions for example in examples] == [
+        (f"caption {number}, with a comma",) for number in range(6)
+    ]
+    assert [example.seed for example in examples] == (
+        list(range(6)) if "seed" in columns else [None] * 6
+    )
     assert {example.size for example in examples} == {(96, 96), (64, 128)}
 
 
@@ -198,19 +270,31 @@ def test_faults_are_named_before_training(data):
     (data / "images" / "notes.png").write_text("not a picture")
     Image.new("RGB", (8, 200)).save(data / "images" / "thin.png")
     with (data / "metadata.csv").open("a") as stream:
-        stream.write("broken.png,a,1\nnotes.png,b,2\nthin.png,c,3\nabsent.png,d,4\n0.png,again,5\n1.png,,6\n2.png,e,minus\n3.png,f,\n")
+        stream.write(
+            "broken.png,a,1\nnotes.png,b,2\nthin.png,c,3\nabsent.png,d,4\n0.png,again,5\n1.png,,6\n2.png,e,minus\n3.png,f,\n"
+        )
     with pytest.raises(ValueError) as error:
         training.train(config(data), progress=False)
     told = str(error.value)
-    for words in ("broken.png", "notes.png", "thin.png: 8 x 200", "absent.png: no such file", "0.png is named 2 times",
-                  "1.png: no caption", "2.png: seed is 'minus'", "3.png: no seed, but"):
+    for words in (
+        "broken.png",
+        "notes.png",
+        "thin.png: 8 x 200",
+        "absent.png: no such file",
+        "0.png is named 2 times",
+        "1.png: no caption",
+        "2.png: seed is 'minus'",
+        "3.png: no seed, but",
+    ):
         assert words in told
     assert not (data.parent / "run").exists()
 
 
 def test_batches_hold_one_size_and_every_example_once_an_epoch(data):
     examples = read_examples(data, None, 96 * 96, 16)
-    batches = Batches(examples, {example.captions[0]: torch.zeros(1, 1) for example in examples}, config(data), 16)
+    batches = Batches(
+        examples, {example.captions[0]: torch.zeros(1, 1) for example in examples}, config(data), 16
+    )
     assert batches.per_epoch == 3
     shapes = [batches[number].pictures.shape[-2:] for number in range(6)]
     assert sorted(shapes) == sorted([(96, 96), (96, 96), (64, 128)] * 2)
@@ -221,21 +305,34 @@ def test_batches_hold_one_size_and_every_example_once_an_epoch(data):
 
 @pytest.mark.parametrize("batch, processes, rows", [(1, 1, 8), (1, 4, 2), (2, 2, 3), (4, 1, 3)])
 def test_pictures_of_rare_sizes_share_a_step(batch, processes, rows):
-    """Five of one size and three of another: over four processes none is taken twice to fill a row."""
-    examples = [Example(Path(str(number)), ("",), None, (64, 64) if number < 5 else (64, 80)) for number in range(8)]
+    """Five of one size and three of another: over four processes none is taken twice to fill a
+    row."""
+    examples = [
+        Example(Path(str(number)), ("",), None, (64, 64) if number < 5 else (64, 80))
+        for number in range(8)
+    ]
     planned = plan_epoch(examples, batch, processes, seed=0, epoch=0)
     assert len(planned) == rows and set(sum(planned, [])) == set(range(8))
     for row in planned:
         assert len(row) == batch * processes
         for start in range(0, len(row), batch):
-            assert len({examples[index].size for index in row[start:start + batch]}) == 1
+            assert len({examples[index].size for index in row[start : start + batch]}) == 1
 
 
 def test_a_coarser_grid_makes_fewer_sizes(data):
     for number in range(6):
-        Image.new("RGB", (96 + 3 * number, 96)).resize((96 + 16 * (number % 3), 96)).save(data / "images" / f"{number}.png")
-    assert {example.size for example in read_examples(data, None, 128 * 128, 16)} == {(96, 96), (96, 112), (96, 128)}
-    assert {example.size for example in read_examples(data, None, 128 * 128, 32)} == {(96, 96), (96, 128)}
+        Image.new("RGB", (96 + 3 * number, 96)).resize((96 + 16 * (number % 3), 96)).save(
+            data / "images" / f"{number}.png"
+        )
+    assert {example.size for example in read_examples(data, None, 128 * 128, 16)} == {
+        (96, 96),
+        (96, 112),
+        (96, 128),
+    }
+    assert {example.size for example in read_examples(data, None, 128 * 128, 32)} == {
+        (96, 96),
+        (96, 128),
+    }
     with pytest.raises(ValueError, match="size_step is 24.*multiples of 16"):
         training.train(config(data, size_step=24), progress=False)
 
@@ -243,11 +340,17 @@ def test_a_coarser_grid_makes_fewer_sizes(data):
 def test_paired_noise_is_that_of_the_examples_seed(data):
     examples = read_examples(data, (96, 96), 0, 16)
     captions = {example.captions[0]: torch.zeros(1, 1) for example in examples}
-    seeds = [examples[index].seed for index in Batches(examples, captions, config(data), 16)._epoch(0)[0]]
-    assert torch.equal(Batches(examples, captions, config(data), 16)[0].noise, draw_noise((2, 3, 96, 96), seeds))
+    seeds = [
+        examples[index].seed for index in Batches(examples, captions, config(data), 16)._epoch(0)[0]
+    ]
+    assert torch.equal(
+        Batches(examples, captions, config(data), 16)[0].noise, draw_noise((2, 3, 96, 96), seeds)
+    )
     loose = Batches(examples, captions, config(data, noise="random"), 16)
     assert not torch.equal(loose[0].noise, draw_noise((2, 3, 96, 96), seeds))
-    assert torch.equal(loose[0].noise, loose[0].noise) and not torch.equal(loose[0].noise, loose[1].noise)
+    assert torch.equal(loose[0].noise, loose[0].noise) and not torch.equal(
+        loose[0].noise, loose[1].noise
+    )
 
 
 def test_processes_share_a_batch(data):
@@ -260,7 +363,9 @@ def test_processes_share_a_batch(data):
     dropped = 0
     for number in range(8):
         for name in ("pictures", "noise", "sigma"):
-            assert torch.equal(torch.cat([getattr(each[number], name) for each in two]), getattr(one[number], name)), name
+            assert torch.equal(
+                torch.cat([getattr(each[number], name) for each in two]), getattr(one[number], name)
+            ), name
         assert [*two[0][number].captions, *two[1][number].captions] == one[number].captions
         dropped += sum(caption.item() == 0 for caption in one[number].captions)
     assert 2 < dropped < 14
@@ -269,10 +374,16 @@ def test_processes_share_a_batch(data):
 def test_one_of_a_pictures_captions_is_drawn_each_time(data):
     names = [["most", "most", "most", "some"], *(f"caption {number}" for number in range(1, 4))]
     (data / "metadata.csv").unlink()
-    (data / "metadata.json").write_text(json.dumps([{"file_name": f"{number}.png", "text": text} for number, text in enumerate(names)]))
+    (data / "metadata.json").write_text(
+        json.dumps(
+            [{"file_name": f"{number}.png", "text": text} for number, text in enumerate(names)]
+        )
+    )
     examples = read_examples(data, None, 96 * 96, 16)
     assert examples[0].captions == ("most", "most", "most", "some")
-    batches = Batches(examples, {name: name for name in ("most", "some", *names[1:])}, config(data), 16)
+    batches = Batches(
+        examples, {name: name for name in ("most", "some", *names[1:])}, config(data), 16
+    )
     drawn = Counter(caption for number in range(400) for caption in batches[number].captions)
     assert drawn["most"] + drawn["some"] == drawn["caption 1"] == 200
     assert 25 < drawn["some"] < 75
@@ -286,27 +397,49 @@ def test_captions_are_encoded_once(data, monkeypatch):
     assert torch.equal(encodings[caption], pipe.encode_prompt(caption))
     monkeypatch.setattr(TextEncoder, "load", None)
     training.train(config(data, steps=2), progress=False)
-    other = training.Encodings(data / "encodings", L2PPipeline.from_pretrained(None, torch_dtype=torch.bfloat16))
-    assert other.file(caption) != encodings.file(caption), "what another dtype gives is another encoding"
+    other = training.Encodings(
+        data / "encodings", L2PPipeline.from_pretrained(None, torch_dtype=torch.bfloat16)
+    )
+    assert other.file(caption) != encodings.file(caption), (
+        "what another dtype gives is another encoding"
+    )
     shutil.copytree(BUNDLED_MODEL / "tokenizer", data / "tokenizer")
     with (data / "tokenizer" / "tokenizer_config.json").open("a") as stream:
         stream.write(" ")
-    other = training.Encodings(data / "encodings", L2PPipeline.from_pretrained(None, tokenizer=data / "tokenizer", torch_dtype=torch.float32))
+    other = training.Encodings(
+        data / "encodings",
+        L2PPipeline.from_pretrained(None, tokenizer=data / "tokenizer", torch_dtype=torch.float32),
+    )
     assert other.file(caption) != encodings.file(caption), "and another tokenizer"
 
 
 # The run
 
+
 def test_a_run_leaves_what_it_should_and_merges(data):
-    settings = config(data, sample_every=3, sample_steps=2, sample_prompts=("a red circle", "a blue star"), keep=1)
+    settings = config(
+        data, sample_every=3, sample_steps=2, sample_prompts=("a red circle", "a blue star"), keep=1
+    )
     last = training.train(settings, progress=False)
     run = data.parent / "run"
     assert sorted(file.name for file in run.iterdir() if file.name != "tensorboard") == [
-        "config.toml", "log.csv", "loss.png", "resume.pt", "samples", "samples.png", "step-6.safetensors"]
-    assert Image.open(run / "samples.png").size == (192, 3 * 96), "before, after 3 and after 6 steps"
+        "config.toml",
+        "log.csv",
+        "loss.png",
+        "resume.pt",
+        "samples",
+        "samples.png",
+        "step-6.safetensors",
+    ]
+    assert Image.open(run / "samples.png").size == (
+        192,
+        3 * 96,
+    ), "before, after 3 and after 6 steps"
     assert read_config(run / "config.toml", {}) == settings
     part, before = load_file(last), load_file(CHECKPOINT)
-    assert not any(name.startswith("layers.1.") for name in part) and any(name.startswith("layers.0.") for name in part)
+    assert not any(name.startswith("layers.1.") for name in part) and any(
+        name.startswith("layers.0.") for name in part
+    )
     merged = data.parent / "merged.safetensors"
     merge(last, CHECKPOINT, merged)
     after = load_model(merged, dtype=torch.float32).state_dict()
@@ -318,14 +451,22 @@ def test_a_run_leaves_what_it_should_and_merges(data):
 def test_training_learns_its_pictures(data):
     for number in range(6):  # nothing the model has seen
         levels = np.sin(np.arange(96) / (2 + number))[:, None, None] * [100, 60, 20] + 128
-        Image.fromarray(np.broadcast_to(levels, (96, 96, 3)).astype(np.uint8)).save(data / "images" / f"{number}.png")
-    training.train(config(data, steps=60, save_every=60, learning_rate=2e-3, batch=4, height=96, width=96), progress=False)
+        Image.fromarray(np.broadcast_to(levels, (96, 96, 3)).astype(np.uint8)).save(
+            data / "images" / f"{number}.png"
+        )
+    training.train(
+        config(data, steps=60, save_every=60, learning_rate=2e-3, batch=4, height=96, width=96),
+        progress=False,
+    )
     found = [loss for _, loss in losses(data.parent / "run")]
     assert sum(found[-12:]) < 0.7 * sum(found[:12])
 
 
 def test_a_killed_run_goes_on_bit_for_bit(data, monkeypatch):
-    whole = training.train(config(data, output=str(data.parent / "whole"), caption_dropout=0.3, accumulate=2), progress=False)
+    whole = training.train(
+        config(data, output=str(data.parent / "whole"), caption_dropout=0.3, accumulate=2),
+        progress=False,
+    )
     calls = []
 
     def dies(*args):
@@ -333,15 +474,22 @@ def test_a_killed_run_goes_on_bit_for_bit(data, monkeypatch):
         if len(calls) == 10:  # in the middle of step 5
             raise Killed
         return LOSS(*args)
+
     monkeypatch.setattr(training.Run, "loss", dies)
     halves = config(data, caption_dropout=0.3, accumulate=2)
     with pytest.raises(Killed):
         training.train(halves, progress=False)
     monkeypatch.setattr(training.Run, "loss", LOSS)
     again = training.train(halves, progress=False)
-    assert losses(data.parent / "run") == losses(data.parent / "whole") and len(losses(data.parent / "run")) == 6
+    assert (
+        losses(data.parent / "run") == losses(data.parent / "whole")
+        and len(losses(data.parent / "run")) == 6
+    )
     wanted, found = load_file(whole), load_file(again)
-    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items()) and found.keys() == wanted.keys()
+    assert (
+        all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+        and found.keys() == wanted.keys()
+    )
 
 
 def told(run):
@@ -350,28 +498,58 @@ def told(run):
         return {int(row["step"]): float(row["loss"]) for row in csv.DictReader(stream)}
 
 
-def test_what_is_held_out_is_never_trained_on_and_its_loss_is_that_of_the_step_file(data, monkeypatch):
+def test_what_is_held_out_is_never_trained_on_and_its_loss_is_that_of_the_step_file(
+    data, monkeypatch
+):
     seen = []
 
     def watched(run, batch):
         seen.append((torch.is_grad_enabled(), batch.pictures))
         return LOSS(run, batch)
+
     monkeypatch.setattr(training.Run, "loss", watched)
-    settings = config(data, held_out=2, sample_every=2, sample_steps=1, sample_prompts=("a star",), height=96, width=96, batch=1, ema=0.5)
+    settings = config(
+        data,
+        held_out=2,
+        sample_every=2,
+        sample_steps=1,
+        sample_prompts=("a star",),
+        height=96,
+        width=96,
+        batch=1,
+        ema=0.5,
+    )
     training.train(replace(settings, steps=4, save_every=4), progress=False)
-    learned, looked = ({picture.numpy().tobytes() for grad, picture in seen if grad == which} for which in (True, False))
+    learned, looked = (
+        {picture.numpy().tobytes() for grad, picture in seen if grad == which}
+        for which in (True, False)
+    )
     assert len(learned) == 4 and len(looked) == 2 and not learned & looked
     training.train(settings, progress=False)
     run = data.parent / "run"
     found = told(run)
     assert list(found) == [0, 2, 4, 6]
     merge(run / "step-6.safetensors", CHECKPOINT, data.parent / "merged.safetensors", dtype="fp32")
-    pipe, examples = L2PPipeline.from_pretrained(torch_dtype=torch.float32), read_examples(data, (96, 96), 0, 16)
+    pipe, examples = (
+        L2PPipeline.from_pretrained(torch_dtype=torch.float32),
+        read_examples(data, (96, 96), 0, 16),
+    )
     for step, file in ((0, CHECKPOINT), (6, data.parent / "merged.safetensors")):
         model, losses_by_hand = load_model(file, dtype=torch.float32), []
         for number in range(2):
-            batch = Batches(hold_out(examples, 2, 0)[1], training.Encodings(data / "encodings", pipe), settings, 16)[number]
-            example, = (each for each in examples if torch.equal(to_pixels(crop_and_resize(Image.open(each.file), 96, 96)), batch.pictures))
+            batch = Batches(
+                hold_out(examples, 2, 0)[1],
+                training.Encodings(data / "encodings", pipe),
+                settings,
+                16,
+            )[number]
+            (example,) = (
+                each
+                for each in examples
+                if torch.equal(
+                    to_pixels(crop_and_resize(Image.open(each.file), 96, 96)), batch.pictures
+                )
+            )
             noise = draw_noise((1, 3, 96, 96), [example.seed])
             x = (1 - batch.sigma) * batch.pictures + batch.sigma * noise
             with torch.no_grad():
@@ -403,26 +581,40 @@ class Doubled(training.Run):
 
 def test_samples_that_a_stop_left_out_are_drawn_when_it_goes_on(data):
     def go_on(steps):
-        training.train(config(data, steps=steps, sample_every=2, sample_steps=1, sample_prompts=("a star",)), progress=False)
+        training.train(
+            config(data, steps=steps, sample_every=2, sample_steps=1, sample_prompts=("a star",)),
+            progress=False,
+        )
+
     go_on(2)
     samples = data.parent / "run" / "samples"
     begun = (samples / "step-0000000.png").stat().st_mtime_ns
     (samples / "step-0000002.png").unlink()
     go_on(4)
-    assert len(list(samples.iterdir())) == 3 and (samples / "step-0000000.png").stat().st_mtime_ns == begun
+    assert (
+        len(list(samples.iterdir())) == 3
+        and (samples / "step-0000000.png").stat().st_mtime_ns == begun
+    )
     drawn = (samples / "step-0000004.png").stat().st_mtime_ns
     go_on(6)
-    assert (samples / "step-0000004.png").stat().st_mtime_ns == drawn, "what is there is not drawn again"
+    assert (samples / "step-0000004.png").stat().st_mtime_ns == drawn, (
+        "what is there is not drawn again"
+    )
 
 
 def test_a_recipe_replaces_parts_of_the_run(data):
     plain = training.train(config(data, steps=1), progress=False).parent
-    training.train(config(data, steps=1, recipe=f"{__name__}:Doubled", output=str(data.parent / "doubled")), progress=False)
+    training.train(
+        config(data, steps=1, recipe=f"{__name__}:Doubled", output=str(data.parent / "doubled")),
+        progress=False,
+    )
     (_, once), (_, twice) = *losses(plain), *losses(data.parent / "doubled")
     assert twice == pytest.approx(2 * once)
 
 
-@pytest.mark.parametrize("name", ["nothing", "absent.module:Run", "math:Run", "math:pi", "pathlib:Path"])
+@pytest.mark.parametrize(
+    "name", ["nothing", "absent.module:Run", "math:Run", "math:pi", "pathlib:Path"]
+)
 def test_a_recipe_that_is_none_is_refused(data, name):
     with pytest.raises(ValueError, match=f"recipe is '{name}'"):
         training.train(config(data, recipe=name), progress=False)
@@ -434,6 +626,7 @@ def test_an_interrupt_saves_the_step_it_is_in(data, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         calls.append(1)
         return LOSS(*args)
+
     calls = []
     monkeypatch.setattr(training.Run, "loss", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -443,7 +636,9 @@ def test_an_interrupt_saves_the_step_it_is_in(data, monkeypatch):
     assert [step for step, _ in losses(data.parent / "run")] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("factor, words", [(float("nan"), "the loss is nan"), (1e4, "the loss diverges")])
+@pytest.mark.parametrize(
+    "factor, words", [(float("nan"), "the loss is nan"), (1e4, "the loss diverges")]
+)
 def test_a_run_that_goes_wrong_stops_at_the_last_good_state(data, monkeypatch, factor, words):
     monkeypatch.setattr(record, "WINDOW", 2)
     calls = []
@@ -451,10 +646,13 @@ def test_a_run_that_goes_wrong_stops_at_the_last_good_state(data, monkeypatch, f
     def goes_wrong(*args):
         calls.append(1)
         return LOSS(*args) * (factor if len(calls) > 4 else 1)
+
     monkeypatch.setattr(training.Run, "loss", goes_wrong)
     with pytest.raises(ValueError, match=f"{words}.*at step 5.*last good state is step 3"):
         training.train(config(data), progress=False)
-    assert sorted(file.name for file in (data.parent / "run").glob("step-*")) == ["step-3.safetensors"]
+    assert sorted(file.name for file in (data.parent / "run").glob("step-*")) == [
+        "step-3.safetensors"
+    ]
     assert torch.load(data.parent / "run" / "resume.pt")["step"] == 3
 
 
@@ -465,12 +663,24 @@ def test_nothing_is_saved_where_the_loss_has_begun_to_climb(data, monkeypatch):
     def climbs(*args):
         calls.append(1)
         return LOSS(*args) * (800 if len(calls) == 3 else 1)
+
     monkeypatch.setattr(training.Run, "loss", climbs)
     training.train(config(data), progress=False)
-    assert sorted(file.name for file in (data.parent / "run").glob("step-*")) == ["step-4.safetensors", "step-6.safetensors"]
+    assert sorted(file.name for file in (data.parent / "run").glob("step-*")) == [
+        "step-4.safetensors",
+        "step-6.safetensors",
+    ]
 
 
-@pytest.mark.parametrize("losses, stops_at", [([1] + [50] * 120, 100), ([1] + [50] * 9 + [1] * 120, None), ([30] * 150, None), ([0.3] * 150 + [3] * 100, 150 + 23)])
+@pytest.mark.parametrize(
+    "losses, stops_at",
+    [
+        ([1] + [50] * 120, 100),
+        ([1] + [50] * 9 + [1] * 120, None),
+        ([30] * 150, None),
+        ([0.3] * 150 + [3] * 100, 150 + 23),
+    ],
+)
 def test_a_loss_that_diverges_is_told_from_one_that_is_large(tmp_path, losses, stops_at):
     """The last: its mean over 100 steps passes 0.9 with the 23rd of 3."""
     log = record.Log(tmp_path, 0, True)
@@ -497,7 +707,9 @@ def test_a_run_with_other_settings_is_not_gone_on_with(data):
         training.train(config(data, batch=4), progress=False)
     training.train(config(data, steps=2, learning_rate=1e-4), progress=False)
     with (data.parent / "run" / "log.csv").open() as stream:
-        assert [float(row["learning_rate"]) for row in csv.DictReader(stream)] == pytest.approx([1e-3 / 3, 1e-4 / 3])
+        assert [float(row["learning_rate"]) for row in csv.DictReader(stream)] == pytest.approx(
+            [1e-3 / 3, 1e-4 / 3]
+        )
 
 
 def test_what_another_run_left_is_not_taken_away(data):
@@ -505,7 +717,10 @@ def test_what_another_run_left_is_not_taken_away(data):
     run.mkdir()
     (run / "step-9000.safetensors").write_text("of before")
     training.train(config(data, keep=1), progress=False)
-    assert {file.name for file in run.glob("step-*")} == {"step-6.safetensors", "step-9000.safetensors"}
+    assert {file.name for file in run.glob("step-*")} == {
+        "step-6.safetensors",
+        "step-9000.safetensors",
+    }
 
 
 def test_half_a_line_of_the_log_is_forgotten(data):
@@ -525,7 +740,9 @@ def test_a_launchers_stop_after_the_keyboards_does_not_abort_the_save():
             os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("file, words", [("resume.pt", "can't be read"), ("config.toml", "is no TOML")])
+@pytest.mark.parametrize(
+    "file, words", [("resume.pt", "can't be read"), ("config.toml", "is no TOML")]
+)
 def test_a_damaged_run_is_refused_in_words(data, file, words):
     training.train(config(data, steps=1), progress=False)
     (data.parent / "run" / file).write_bytes(b"\x80 damaged")
@@ -537,10 +754,32 @@ def in_two_processes(settings):
     """Train in two processes on the CPU, which meet at a port of their own."""
     toml = Path(settings.output).with_suffix(".toml")
     toml.write_text(to_toml(settings))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "comfyui_l2p.l2p_core.cli", "train", str(toml)]
-    done = subprocess.run(command, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONFAULTHANDLER": "1"})
-    assert done.returncode == 0, done.stderr[-12000:]  # the launcher's own words come last, and are long
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "comfyui_l2p.l2p_core.cli",
+        "train",
+        str(toml),
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "ACCELERATE_USE_CPU": "1",
+            "PYTHONFAULTHANDLER": "1",
+        },
+    )
+    assert done.returncode == 0, done.stderr[
+        -12000:
+    ]  # the launcher's own words come last, and are long
 
 
 def test_two_processes_train_as_one_with_the_doubled_batch(data):
@@ -553,27 +792,55 @@ def test_two_processes_train_as_one_with_the_doubled_batch(data):
 
 @pytest.mark.parametrize("kind", ["state", "all"])
 def test_a_split_model_trains_saves_and_goes_on_as_a_whole_one(data, kind):
-    """Two processes that hold half of everything, stopped after two steps, against one that was not."""
-    common = {"accumulate": 2, "max_grad_norm": 0.5, "ema": 0.5, "save_every": 2, "sample_every": 1, "sample_steps": 1, "held_out": 2,
-              "sample_prompts": ("a star",), "height": 96, "width": 96}
+    """Two processes that hold half of everything, stopped after two steps, against one that was
+    not."""
+    common = {
+        "accumulate": 2,
+        "max_grad_norm": 0.5,
+        "ema": 0.5,
+        "save_every": 2,
+        "sample_every": 1,
+        "sample_steps": 1,
+        "held_out": 2,
+        "sample_prompts": ("a star",),
+        "height": 96,
+        "width": 96,
+    }
     whole = training.train(config(data, batch=4, steps=4, **common), progress=False)
     split = config(data, output=str(data.parent / "split"), shard=kind, **common)
     in_two_processes(replace(split, steps=2))
     in_two_processes(replace(split, steps=4))
     one, two = (losses(data.parent / name) for name in ("run", "split"))
-    assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=1e-4) and len(two) == 4
-    assert told(data.parent / "split") == pytest.approx(told(data.parent / "run"), rel=1e-4) and len(told(data.parent / "run")) == 5
-    wanted, found, before = load_file(whole), load_file(data.parent / "split" / "step-4.safetensors"), load_file(CHECKPOINT)
+    assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=1e-4) and len(
+        two
+    ) == 4
+    assert (
+        told(data.parent / "split") == pytest.approx(told(data.parent / "run"), rel=1e-4)
+        and len(told(data.parent / "run")) == 5
+    )
+    wanted, found, before = (
+        load_file(whole),
+        load_file(data.parent / "split" / "step-4.safetensors"),
+        load_file(CHECKPOINT),
+    )
     assert wanted.keys() == found.keys()
     for name, tensor in wanted.items():
-        if name.endswith(".weight") and tensor.dim() > 1:  # of a bias whose gradient is nothing, AdamW's step is of any size
+        if (
+            name.endswith(".weight") and tensor.dim() > 1
+        ):  # of a bias whose gradient is nothing, AdamW's step is of any size
             assert rms(found[name] - tensor, tensor - before[name].float()) < 0.02, name
     assert Image.open(data.parent / "split" / "samples.png").size == (96, 5 * 96)
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"shard": "all"}, "there is one process"), ({"shard": "all", "lora_rank": 4}, "lora_rank is 4"),
-    ({"shard": "state", "optimizer": "adamw8bit"}, "optimizer is 'adamw8bit'"), ({"shard": "half"}, "expected one of")])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"shard": "all"}, "there is one process"),
+        ({"shard": "all", "lora_rank": 4}, "lora_rank is 4"),
+        ({"shard": "state", "optimizer": "adamw8bit"}, "optimizer is 'adamw8bit'"),
+        ({"shard": "half"}, "expected one of"),
+    ],
+)
 def test_what_cannot_be_split_is_refused(data, changes, words):
     with pytest.raises(ValueError, match=words):
         training.train(config(data, **changes), progress=False)
@@ -581,22 +848,56 @@ def test_what_cannot_be_split_is_refused(data, changes, words):
 
 # Settings
 
+
 def test_settings_come_from_the_file_and_flags_say_otherwise(data, capsys):
     toml = data.parent / "run.toml"
     toml.write_text(to_toml(config(data, steps=5)))
-    assert main(["train", str(toml), "--steps", "1", "--sample-prompts", "a red circle", "a star", "--no-checkpointing"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                str(toml),
+                "--steps",
+                "1",
+                "--sample-prompts",
+                "a red circle",
+                "a star",
+                "--no-checkpointing",
+            ]
+        )
+        == 0
+    )
     assert capsys.readouterr().out.strip().endswith("step-1.safetensors")
     read = read_config(data.parent / "run" / "config.toml", {})
-    assert (read.steps, read.sample_prompts, read.checkpointing, read.batch) == (1, ("a red circle", "a star"), False, 2)
+    assert (read.steps, read.sample_prompts, read.checkpointing, read.batch) == (
+        1,
+        ("a red circle", "a star"),
+        False,
+        2,
+    )
 
 
-@pytest.mark.parametrize("text, words", [
-    ("stepz = 5", "did you mean steps?"), ("steps = 'five'", "expected a whole number"), ("steps = 0", "expected more than 0"),
-    ("steps = true", "expected a whole number"), ("noise = 'loud'", "expected one of auto, paired, random"), ("steps = ", "is no TOML"),
-    ("freeze = 'all'", "expected a slice"), ("height = 96", "give both, or neither"), ("learning_rate = nan", "expected 0 or more"),
-    ("caption_dropout = 2", "a share from 0 to 1"), ("warmup = 5", "schedule published has its own"),
-    ("held_out = 3\nsample_every = 0", "give both, or neither"), ("quantize_frozen = 'int8'\nfreeze = ''", "leaves nothing frozen"),
-    ("device = 'cuda:1'", "expected one of"), ("sample_prompts = 'one'", "expected a list of texts"), ("", "checkpoint is not given")])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("stepz = 5", "did you mean steps?"),
+        ("steps = 'five'", "expected a whole number"),
+        ("steps = 0", "expected more than 0"),
+        ("steps = true", "expected a whole number"),
+        ("noise = 'loud'", "expected one of auto, paired, random"),
+        ("steps = ", "is no TOML"),
+        ("freeze = 'all'", "expected a slice"),
+        ("height = 96", "give both, or neither"),
+        ("learning_rate = nan", "expected 0 or more"),
+        ("caption_dropout = 2", "a share from 0 to 1"),
+        ("warmup = 5", "schedule published has its own"),
+        ("held_out = 3\nsample_every = 0", "give both, or neither"),
+        ("quantize_frozen = 'int8'\nfreeze = ''", "leaves nothing frozen"),
+        ("device = 'cuda:1'", "expected one of"),
+        ("sample_prompts = 'one'", "expected a list of texts"),
+        ("", "checkpoint is not given"),
+    ],
+)
 def test_settings_that_make_no_sense_are_named(tmp_path, capsys, text, words):
     (tmp_path / "run.toml").write_text(text)
     flags = ["--checkpoint", "c", "--data", "d", "--output", str(tmp_path / "run")] if text else []
@@ -613,18 +914,40 @@ def test_paired_noise_needs_seeds(tmp_path):
 
 # What a run keeps when something goes wrong
 
+
 def state_of(run):
     return torch.load(run / "resume.pt")
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), OSError(5, "Input/output error"), ValueError("NaN"), RuntimeError()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        OSError(5, "Input/output error"),
+        ValueError("NaN"),
+        RuntimeError(),
+    ],
+)
 @pytest.mark.parametrize("task", ["draw", "validate"])
 def test_a_failed_sample_is_a_warning(data, monkeypatch, error, task):
     def fails(self):
         raise error
+
     monkeypatch.setattr(training.Run, task, fails)
-    settings = config(data, steps=4, save_every=2, sample_every=2, sample_steps=1, sample_prompts=("a star",), held_out=1, batch=1)
-    with pytest.warns(UserWarning, match=r"(samples|the validation loss) at step [024] failed \(.+\); training goes on"):
+    settings = config(
+        data,
+        steps=4,
+        save_every=2,
+        sample_every=2,
+        sample_steps=1,
+        sample_prompts=("a star",),
+        held_out=1,
+        batch=1,
+    )
+    with pytest.warns(
+        UserWarning,
+        match=r"(samples|the validation loss) at step [024] failed \(.+\); training goes on",
+    ):
         last = training.train(settings, progress=False)
     assert last.exists() and [step for step, _ in losses(data.parent / "run")] == [1, 2, 3, 4]
 
@@ -635,15 +958,36 @@ def test_the_state_is_saved_before_samples_are_generated(data, monkeypatch):
 
     def draw(self):
         if self.step:
-            seen.append((self.step, state_of(self.output)["step"], sorted(file.name for file in self.output.glob("step-*"))))
+            seen.append(
+                (
+                    self.step,
+                    state_of(self.output)["step"],
+                    sorted(file.name for file in self.output.glob("step-*")),
+                )
+            )
+
     monkeypatch.setattr(training.Run, "draw", draw)
     training.train(config(data, sample_every=2, save_every=3), progress=False)
-    assert seen == [(2, 2, []), (4, 4, ["step-3.safetensors"]), (6, 6, ["step-3.safetensors", "step-6.safetensors"])]
+    assert seen == [
+        (2, 2, []),
+        (4, 4, ["step-3.safetensors"]),
+        (6, 6, ["step-3.safetensors", "step-6.safetensors"]),
+    ]
 
 
-@pytest.mark.parametrize("error", [OSError(116, "Stale file handle"), torch.OutOfMemoryError("CUDA out of memory"), ValueError("no image"), MemoryError()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(116, "Stale file handle"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        ValueError("no image"),
+        MemoryError(),
+    ],
+)
 @pytest.mark.parametrize("place", ["batch", "loss"])
-def test_an_error_in_a_step_saves_the_steps_before_it_and_resumes_bit_for_bit(data, monkeypatch, error, place):
+def test_an_error_in_a_step_saves_the_steps_before_it_and_resumes_bit_for_bit(
+    data, monkeypatch, error, place
+):
     real, calls = getattr(training.Run, place), []
 
     def fails(self, *args):
@@ -651,21 +995,35 @@ def test_an_error_in_a_step_saves_the_steps_before_it_and_resumes_bit_for_bit(da
         if len(calls) == 5:
             raise error
         return real(self, *args)
+
     settings = config(data, save_every=100, ema=0.5)
     with monkeypatch.context() as patch:
         patch.setattr(training.Run, place, fails)
-        with pytest.raises(type(error)), pytest.warns(UserWarning, match="the state of step 4 is saved"):
+        with (
+            pytest.raises(type(error)),
+            pytest.warns(UserWarning, match="the state of step 4 is saved"),
+        ):
             training.train(settings, progress=False)
     assert state_of(data.parent / "run")["step"] == 4
     found = training.train(settings, progress=False)
     wanted = training.train(replace(settings, output=str(data.parent / "whole")), progress=False)
     one, other = load_file(found), load_file(wanted)
-    assert all(torch.equal(one[name], tensor) for name, tensor in other.items()) and losses(found.parent) == losses(wanted.parent)
+    assert all(torch.equal(one[name], tensor) for name, tensor in other.items()) and losses(
+        found.parent
+    ) == losses(wanted.parent)
 
 
-@pytest.mark.parametrize("changes", [{}, {"ema": 0.5}, {"step_in_backward": True, "stochastic_rounding": True, "mixed_precision": "bf16"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"ema": 0.5},
+        {"step_in_backward": True, "stochastic_rounding": True, "mixed_precision": "bf16"},
+    ],
+)
 def test_weights_of_half_a_step_are_not_saved(data, monkeypatch, changes):
-    """An error in the optimizer, in the mean of the weights, or in a backward pass that updates as it goes."""
+    """An error in the optimizer, in the mean of the weights, or in a backward pass that updates as
+    it goes."""
     calls = []
 
     def counts(real):
@@ -675,7 +1033,9 @@ def test_weights_of_half_a_step_are_not_saved(data, monkeypatch, changes):
             if len(calls) == 4:
                 raise RuntimeError("half a step")
             return result
+
         return fails
+
     if "ema" in changes:
         monkeypatch.setattr(torch.Tensor, "lerp_", counts(torch.Tensor.lerp_))
     elif changes:
@@ -694,7 +1054,11 @@ def test_a_full_disk_is_a_sentence_and_keeps_the_last_state(data, monkeypatch, c
 
     def full(state, stream):
         stream.raw.failed = OSError(28, "No space left on device")
-        raise RuntimeError("[enforce fail at inline_container.cc:862] . PytorchStreamWriter failed writing file data/0")
+        raise RuntimeError(
+            "[enforce fail at inline_container.cc:862] . PytorchStreamWriter failed writing file"
+            " data/0"
+        )
+
     monkeypatch.setattr(torch, "save", full)
     toml = data.parent / "run.toml"
     toml.write_text(to_toml(config(data, steps=4)))
@@ -712,9 +1076,19 @@ SPOILED = {
     "a list": lambda file: torch.save([1], file),
     "no keys": lambda file: torch.save({}, file),
     "steps in words": lambda file: torch.save({**torch.load(file), "step": "two"}, file),
-    "other shapes": lambda file: torch.save({**torch.load(file), "tensors": {name: torch.zeros(1) for name in torch.load(file)["tensors"]}}, file),
-    "no tensors": lambda file: torch.save({**torch.load(file), "tensors": dict.fromkeys(torch.load(file)["tensors"], 3)}, file),
-    "another optimizer": lambda file: torch.save({**torch.load(file), "optimizer": {"state": {}, "param_groups": [1, 2]}}, file),
+    "other shapes": lambda file: torch.save(
+        {
+            **torch.load(file),
+            "tensors": {name: torch.zeros(1) for name in torch.load(file)["tensors"]},
+        },
+        file,
+    ),
+    "no tensors": lambda file: torch.save(
+        {**torch.load(file), "tensors": dict.fromkeys(torch.load(file)["tensors"], 3)}, file
+    ),
+    "another optimizer": lambda file: torch.save(
+        {**torch.load(file), "optimizer": {"state": {}, "param_groups": [1, 2]}}, file
+    ),
     "no optimizer": lambda file: torch.save({**torch.load(file), "optimizer": {}}, file),
     "a folder": lambda file: (file.unlink(), file.mkdir()),
 }
@@ -728,22 +1102,37 @@ def test_a_spoiled_state_is_one_sentence(data, capsys, how):
     toml.write_text(to_toml(config(data, steps=2)))
     assert main(["train", str(toml)]) == 1
     said = capsys.readouterr().err
-    assert "resume.pt" in said.splitlines()[-1] and ("can't be read" in said or "is no file" in said) and "Traceback" not in said
+    assert (
+        "resume.pt" in said.splitlines()[-1]
+        and ("can't be read" in said or "is no file" in said)
+        and "Traceback" not in said
+    )
 
 
 # Resuming compares contents
 
+
 def test_a_run_resumes_where_data_and_checkpoint_were_moved_to(data, monkeypatch):
-    settings = config(data, held_out=2, sample_every=2, sample_steps=1, batch=1, sample_prompts=("a star",))
+    settings = config(
+        data, held_out=2, sample_every=2, sample_steps=1, batch=1, sample_prompts=("a star",)
+    )
     training.train(replace(settings, steps=2, save_every=2), progress=False)
     elsewhere = data.parent / "elsewhere"
     shutil.move(data, elsewhere)
     shutil.copy(CHECKPOINT, data.parent / "model.safetensors")
     monkeypatch.chdir(data.parent)
-    moved = replace(settings, data="elsewhere", checkpoint="model.safetensors", text_encoder=str(BUNDLED_MODEL / "text_encoder"),
-                    output="run", steps=4)
+    moved = replace(
+        settings,
+        data="elsewhere",
+        checkpoint="model.safetensors",
+        text_encoder=str(BUNDLED_MODEL / "text_encoder"),
+        output="run",
+        steps=4,
+    )
     split = []
-    monkeypatch.setattr(training, "hold_out", lambda *args: split.append(hold_out(*args)) or split[-1])
+    monkeypatch.setattr(
+        training, "hold_out", lambda *args: split.append(hold_out(*args)) or split[-1]
+    )
     training.train(moved, progress=False)
     assert [step for step, _ in losses(data.parent / "run")] == [1, 2, 3, 4]
     before = hold_out(read_examples(elsewhere, None, 96 * 96, 16), 2, 0)[1]
@@ -773,8 +1162,14 @@ def swap_rows(data):
 
 CHANGES = {
     "an image": (change_image, "6 images then and 6 now; 1 are new .*first: 0.png.*1 are gone"),
-    "a caption": (lambda data: change_text(data, "small", "tiny"), "1 are new or have another image, caption or seed"),
-    "a seed": (lambda data: change_text(data, "1000", "2000"), "1 are new or have another image, caption or seed"),
+    "a caption": (
+        lambda data: change_text(data, "small", "tiny"),
+        "1 are new or have another image, caption or seed",
+    ),
+    "a seed": (
+        lambda data: change_text(data, "1000", "2000"),
+        "1 are new or have another image, caption or seed",
+    ),
     "one more": (add_image, "6 images then and 7 now.*first: 9.png.*0 are gone"),
     "the order": (swap_rows, "in another order"),
 }
@@ -787,7 +1182,9 @@ def test_changed_data_is_reported_and_nothing_is_trained_on_it(data, what):
     change(data)
     with pytest.raises(ValueError, match=f"run holds a run on other data: .*{said}"):
         training.train(config(data, steps=4), progress=False)
-    assert [step for step, _ in losses(data.parent / "run")] == [1, 2] and state_of(data.parent / "run")["step"] == 2
+    assert [step for step, _ in losses(data.parent / "run")] == [1, 2] and state_of(
+        data.parent / "run"
+    )["step"] == 2
 
 
 def test_renamed_images_are_the_same_data(data):
@@ -803,8 +1200,12 @@ def test_another_checkpoint_or_text_encoder_is_reported(data, write):
     tensors = load_file(CHECKPOINT)
     other = write({**tensors, "x_pad_token": tensors["x_pad_token"] + 1}, "model.safetensors")
     encoder = str(BUNDLED_MODEL / "text_encoder")
-    with pytest.raises(ValueError, match="run holds a run with another checkpoint: its contents have changed"):
-        training.train(config(data, steps=2, checkpoint=str(other), text_encoder=encoder), progress=False)
+    with pytest.raises(
+        ValueError, match="run holds a run with another checkpoint: its contents have changed"
+    ):
+        training.train(
+            config(data, steps=2, checkpoint=str(other), text_encoder=encoder), progress=False
+        )
     shutil.copytree(BUNDLED_MODEL / "tokenizer", data / "tokenizer")
     with (data / "tokenizer" / "tokenizer_config.json").open("a") as stream:
         stream.write(" ")
@@ -823,12 +1224,18 @@ def test_a_state_of_before_there_were_hashes_resumes_with_a_note(data):
 
 # Two runs at once
 
+
 def test_a_second_run_in_the_folder_is_refused_while_the_first_trains(data, monkeypatch):
     monkeypatch.setattr(training, "WAIT", 0)
+
     def loss(*args):
-        with pytest.raises(AlreadyRunning, match="another run is training in .*run. Wait for it to finish, or give another output"):
+        with pytest.raises(
+            AlreadyRunning,
+            match="another run is training in .*run. Wait for it to finish, or give another output",
+        ):
             training.train(config(data), progress=False)
         return LOSS(*args)
+
     monkeypatch.setattr(training.Run, "loss", loss)
     training.train(config(data, steps=2), progress=False)
     assert [step for step, _ in losses(data.parent / "run")] == [1, 2]
@@ -838,21 +1245,46 @@ def test_two_identical_commands_train_one_run(data):
     toml = data.parent / "run.toml"
     toml.write_text(to_toml(config(data, save_every=1)))
     command = [sys.executable, "-m", "comfyui_l2p.l2p_core.cli", "train", str(toml)]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-            for _ in range(2)]
+    both = [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for _ in range(2)
+    ]
     said = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert [step for step, _ in losses(data.parent / "run")] == [1, 2, 3, 4, 5, 6]
-    assert "another run is training in" in "".join(said) and not list((data.parent / "run").glob(".*"))
+    assert "another run is training in" in "".join(said) and not list(
+        (data.parent / "run").glob(".*")
+    )
 
 
-@pytest.mark.parametrize("features", [torch.zeros(96), torch.zeros(5, 97), torch.zeros(0, 96), torch.zeros(513, 96), torch.zeros(1, 5, 96), None])
+@pytest.mark.parametrize(
+    "features",
+    [
+        torch.zeros(96),
+        torch.zeros(5, 97),
+        torch.zeros(0, 96),
+        torch.zeros(513, 96),
+        torch.zeros(1, 5, 96),
+        None,
+    ],
+)
 def test_prompt_embeddings_of_another_shape_are_refused(data, features):
     """The folder may come with the images, from anyone."""
-    encodings = training.Encodings(data / "encodings", L2PPipeline.from_pretrained(None, torch_dtype=torch.float32))
+    encodings = training.Encodings(
+        data / "encodings", L2PPipeline.from_pretrained(None, torch_dtype=torch.float32)
+    )
     encodings.add(["a star"])
     assert encodings["a star"].shape[1] == 96
-    save_file({"other": torch.zeros(1)} if features is None else {"features": features}, encodings.file("a star"))
+    save_file(
+        {"other": torch.zeros(1)} if features is None else {"features": features},
+        encodings.file("a star"),
+    )
     with pytest.raises(CheckpointError, match="can't be read .*Delete it"):
         encodings["a star"]
 
@@ -861,15 +1293,33 @@ def test_what_a_killed_run_left_of_its_prompt_embeddings_is_removed(data):
     (data / "encodings").mkdir()
     (data / "encodings" / ".0123.l2p-part").write_bytes(b"half")
     training.train(config(data, steps=1), progress=False)
-    assert not list((data / "encodings").glob(".*")) and len(list((data / "encodings").iterdir())) == 7
-    modes = {file.stat().st_mode & 0o777 for folder in (data / "encodings", data.parent / "run") for file in folder.iterdir() if file.is_file()}
+    assert (
+        not list((data / "encodings").glob(".*")) and len(list((data / "encodings").iterdir())) == 7
+    )
+    modes = {
+        file.stat().st_mode & 0o777
+        for folder in (data / "encodings", data.parent / "run")
+        for file in folder.iterdir()
+        if file.is_file()
+    }
     mask = os.umask(0)
     os.umask(mask)
     assert modes == {0o666 & ~mask}
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs links and FIFOs")
-@pytest.mark.parametrize("name", ["log.csv", "config.toml", "resume.pt", "loss.png", "samples.png", "step-1.safetensors", ".resume.pt.part"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "log.csv",
+        "config.toml",
+        "resume.pt",
+        "loss.png",
+        "samples.png",
+        "step-1.safetensors",
+        ".resume.pt.part",
+    ],
+)
 def test_links_and_fifos_in_a_runs_folder_do_no_harm(data, name):
     secret, run = data.parent / "secret", data.parent / "run"
     for kind in ("link", "FIFO"):
@@ -890,10 +1340,15 @@ def test_links_and_fifos_in_a_runs_folder_do_no_harm(data, name):
         shutil.rmtree(run)
 
 
-@pytest.mark.parametrize("content", ["", "step,loss,learning_rate,grad_norm,seconds\n", b"\xff\xfe", "a\n1,x,y,z,w\n", "a\n\0\n"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "step,loss,learning_rate,grad_norm,seconds\n", b"\xff\xfe", "a\n1,x,y,z,w\n", "a\n\0\n"],
+)
 def test_a_damaged_log_is_a_sentence_or_forgotten(data, content):
     training.train(config(data, steps=1), progress=False)
-    (data.parent / "run" / "log.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+    (data.parent / "run" / "log.csv").write_bytes(
+        content if isinstance(content, bytes) else content.encode()
+    )
     try:
         training.train(config(data, steps=2), progress=False)
     except ValueError as error:

@@ -1,17 +1,34 @@
-"""The shipped workflows: whole on paper, run by a real ComfyUI with the small model, and opened in its page."""
+"""The shipped workflows: whole on paper, run by a real ComfyUI with the small model, and opened in
+its page."""
+
 import io
 import re
 
+import comfyui_browser
 import pytest
 from PIL import Image
-
-import comfyui_browser
-from workflow_variants import BUNDLED, NAMES, PICTURE, WORKFLOWS, api, canvas, input_picture, notes, small, write_models
+from workflow_variants import (
+    BUNDLED,
+    NAMES,
+    PICTURE,
+    WORKFLOWS,
+    api,
+    canvas,
+    input_picture,
+    notes,
+    small,
+    write_models,
+)
 
 THUMBNAIL_BYTES = 60_000
 CANVAS_ONLY = {"MarkdownNote"}
 MODEL_FILE = re.compile(r"[\w.-]+\.(safetensors|png)")
-FRONTEND_VALUES = {"fixed", "increment", "decrement", "randomize"}  # of the widget below a seed, which the server doesn't know
+FRONTEND_VALUES = {
+    "fixed",
+    "increment",
+    "decrement",
+    "randomize",
+}  # of the widget below a seed, which the server doesn't know
 
 
 def links_of(graph: dict) -> dict[tuple[str, str], tuple[str, int]]:
@@ -22,26 +39,50 @@ def links_of(graph: dict) -> dict[tuple[str, str], tuple[str, int]]:
         assert link in nodes[source]["outputs"][output]["links"]
         assert nodes[target]["inputs"][place]["link"] == link
         found[str(target), nodes[target]["inputs"][place]["name"]] = str(source), output
-    ends = [slot["link"] for node in graph["nodes"] for slot in node["inputs"] if slot["link"] is not None]
+    ends = [
+        slot["link"]
+        for node in graph["nodes"]
+        for slot in node["inputs"]
+        if slot["link"] is not None
+    ]
     assert sorted(ends) == sorted(link[0] for link in graph["links"])
     return found
 
 
 def test_every_task_has_a_workflow():
-    assert {"demo", "text_to_image", "int8", "image_to_image", "inpaint", "lora", "4k_checkpoint", "upscale_to_4k",
-            "batch_of_prompts", "core_nodes"} == set(NAMES)
-    assert {path.stem for path in WORKFLOWS.glob("*.json")} == set(NAMES)  # ComfyUI lists all of these as templates
+    assert {
+        "demo",
+        "text_to_image",
+        "int8",
+        "image_to_image",
+        "inpaint",
+        "lora",
+        "4k_checkpoint",
+        "upscale_to_4k",
+        "batch_of_prompts",
+        "core_nodes",
+    } == set(NAMES)
+    assert {path.stem for path in WORKFLOWS.glob("*.json")} == set(
+        NAMES
+    )  # ComfyUI lists all of these as templates
     assert set(notes()) == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_canvas_form_is_the_api_form(name):
-    """If this fails after a change of workflows/api or workflows/README.md: python .ci/workflows.py canvas"""
+    """If this fails after a change of workflows/api or workflows/README.md: python .ci/workflows.py
+    canvas"""
     graph, page = api(name), canvas(name)
     nodes = {str(node["id"]): node for node in page["nodes"] if node["type"] not in CANVAS_ONLY}
-    assert {key: node["type"] for key, node in nodes.items()} == {key: node["class_type"] for key, node in graph.items()}
-    expected = {(key, name): tuple(value) for key, node in graph.items()
-                for name, value in node["inputs"].items() if isinstance(value, list)}
+    assert {key: node["type"] for key, node in nodes.items()} == {
+        key: node["class_type"] for key, node in graph.items()
+    }
+    expected = {
+        (key, name): tuple(value)
+        for key, node in graph.items()
+        for name, value in node["inputs"].items()
+        if isinstance(value, list)
+    }
     assert links_of(page) == expected
     for key, node in graph.items():
         values = [value for value in node["inputs"].values() if not isinstance(value, list)]
@@ -53,11 +94,21 @@ def test_the_canvas_form_is_the_api_form(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nodes_do_not_overlap(name):
-    boxes = [(node["pos"][0], node["pos"][1] - 30, node["pos"][0] + node["size"][0], node["pos"][1] + node["size"][1])
-             for node in canvas(name)["nodes"]]
+    boxes = [
+        (
+            node["pos"][0],
+            node["pos"][1] - 30,
+            node["pos"][0] + node["size"][0],
+            node["pos"][1] + node["size"][1],
+        )
+        for node in canvas(name)["nodes"]
+    ]
     for index, (left, top, right, bottom) in enumerate(boxes):
         for other in boxes[:index]:
-            assert right <= other[0] or other[2] <= left or bottom <= other[1] or other[3] <= top, (boxes[index], other)
+            assert right <= other[0] or other[2] <= left or bottom <= other[1] or other[3] <= top, (
+                boxes[index],
+                other,
+            )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -84,7 +135,9 @@ def test_thumbnails(name):
 def server(comfyui_server):
     """With the files that `workflow_variants.small` names."""
     write_models(comfyui_server.models)
-    comfyui_server.upload(PICTURE, input_picture(Image.effect_mandelbrot((96, 96), (-2, -1, 1, 1), 50)))
+    comfyui_server.upload(
+        PICTURE, input_picture(Image.effect_mandelbrot((96, 96), (-2, -1, 1, 1), 50))
+    )
     return comfyui_server
 
 
@@ -98,7 +151,9 @@ def options(info: dict, name: str) -> list | None:
     for inputs in info["input"].values():
         if name in inputs:
             kind, *more = inputs[name]
-            return kind if isinstance(kind, list) else more[0]["options"] if kind == "COMBO" else None
+            return (
+                kind if isinstance(kind, list) else more[0]["options"] if kind == "COMBO" else None
+            )
     raise AssertionError(f"{info['name']} has no input {name}")
 
 
@@ -109,11 +164,17 @@ def test_every_node_and_choice_is_known_to_comfyui(object_info, name):
             continue
         info = object_info[node["type"]]
         widgets = [slot["name"] for slot in node["inputs"] if "widget" in slot]
-        combos = {each: known for each in widgets if each != "upload" and (known := options(info, each)) is not None}
+        combos = {
+            each: known
+            for each in widgets
+            if each != "upload" and (known := options(info, each)) is not None
+        }
         offered = {choice for known in combos.values() for choice in known}
         for value in node["widgets_values"] if combos and "widgets_values" in node else ():
             if isinstance(value, str) and value not in FRONTEND_VALUES and value != "image":
-                assert value in offered or MODEL_FILE.fullmatch(value) or node["type"] == "SaveImage", (node["type"], value)
+                assert (
+                    value in offered or MODEL_FILE.fullmatch(value) or node["type"] == "SaveImage"
+                ), (node["type"], value)
     for key, node in api(name).items():
         info = object_info[node["class_type"]]
         known = {each for inputs in info["input"].values() for each in inputs}
@@ -123,7 +184,11 @@ def test_every_node_and_choice_is_known_to_comfyui(object_info, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_workflow_runs_with_the_small_model(server, name):
-    prompt = "a red circle on a blue background\na green star on a white background" if name == "batch_of_prompts" else "a red circle"
+    prompt = (
+        "a red circle on a blue background\na green star on a white background"
+        if name == "batch_of_prompts"
+        else "a red circle"
+    )
     files = server.run(small(name, prompt=prompt))
     pictures = [Image.open(io.BytesIO(file)) for file in files]
     side = {"demo": 384, "upscale_to_4k": 384, "4k_checkpoint": 128}.get(name, 96)
@@ -134,9 +199,14 @@ def test_every_workflow_runs_with_the_small_model(server, name):
 
 def test_inpainting_keeps_what_is_not_masked(server):
     (file,) = server.run(small("inpaint"))
-    before = Image.open(io.BytesIO(server.get("/view", filename=PICTURE, type="input"))).convert("RGB")
+    before = Image.open(io.BytesIO(server.get("/view", filename=PICTURE, type="input"))).convert(
+        "RGB"
+    )
     kept = (0, 0, 46, 96)  # the mask begins at 48; it is resized, and so may be soft at its edge
-    assert Image.open(io.BytesIO(file)).convert("RGB").crop(kept).tobytes() == before.crop(kept).tobytes()
+    assert (
+        Image.open(io.BytesIO(file)).convert("RGB").crop(kept).tobytes()
+        == before.crop(kept).tobytes()
+    )
 
 
 def test_the_lora_changes_the_picture(server):
@@ -144,7 +214,7 @@ def test_the_lora_changes_the_picture(server):
 
 
 def test_templates_are_listed_with_pictures(server):
-    (pack, names), = server.get("/workflow_templates").items()
+    ((pack, names),) = server.get("/workflow_templates").items()
     assert sorted(names) == NAMES
     for name in names:
         assert server.get(f"/api/workflow_templates/{pack}/{name}.json")["nodes"]
@@ -166,7 +236,8 @@ def browser(server):
 ON_PAGE = """() => {
   const nodes = app.graph.nodes, ids = new Set(nodes.map(node => String(node.id)))
   return {nodes: nodes.length,
-          missing: nodes.filter(node => !LiteGraph.registered_node_types[node.type]).map(node => node.type),
+          missing: nodes.map(node => node.type)
+            .filter(type => !LiteGraph.registered_node_types[type]),
           links: [...app.graph.links.values()].length,
           broken: [...app.graph.links.values()].filter(
             link => !ids.has(String(link.origin_id)) || !ids.has(String(link.target_id))).length}
@@ -177,19 +248,38 @@ ON_PAGE = """() => {
 def test_opens_in_the_page(browser, name):
     graph = canvas(name)
     browser.open(graph, name)
-    assert browser.call(ON_PAGE) == {"nodes": len(graph["nodes"]), "missing": [], "links": len(graph["links"]), "broken": 0}
+    assert browser.call(ON_PAGE) == {
+        "nodes": len(graph["nodes"]),
+        "missing": [],
+        "links": len(graph["links"]),
+        "broken": 0,
+    }
     again = browser.call("async () => (await app.graphToPrompt()).output")
     expected = {key: (node["class_type"], node["inputs"]) for key, node in api(name).items()}
-    assert {key: (node["class_type"], {each: node["inputs"].get(each) for each in expected[key][1]})
-            for key, node in again.items()} == expected
+    assert {
+        key: (node["class_type"], {each: node["inputs"].get(each) for each in expected[key][1]})
+        for key, node in again.items()
+    } == expected
     assert not browser.errors
 
 
 def test_the_demo_runs_from_the_template_browser(browser):
     browser.clear()
     browser.open_template("ComfyUI-L2P", "demo")
-    assert browser.call("() => app.graph.nodes.filter(node => node.has_errors).map(node => node.type)") == []
-    assert browser.call("() => app.graph.nodes.find(node => node.type === 'L2PCheckpointLoader').widgets[0].value") == BUNDLED
+    assert (
+        browser.call("() => app.graph.nodes.filter(node => node.has_errors).map(node => node.type)")
+        == []
+    )
+    assert (
+        browser.call(
+            "() => app.graph.nodes.find(node => node.type ==="
+            " 'L2PCheckpointLoader').widgets[0].value"
+        )
+        == BUNDLED
+    )
     browser.run()
-    assert browser.call(f"() => {{ const picture = {comfyui_browser.SAVED}; return [picture.naturalWidth, picture.naturalHeight] }}") == [384, 384]
+    assert browser.call(
+        f"() => {{ const picture = {comfyui_browser.SAVED}; return [picture.naturalWidth,"
+        " picture.naturalHeight] }"
+    ) == [384, 384]
     assert not browser.errors

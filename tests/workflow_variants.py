@@ -1,4 +1,5 @@
 """The shipped workflows, and variants of them that the bundled small model draws in seconds."""
+
 import copy
 import io
 import json
@@ -6,17 +7,21 @@ import re
 from pathlib import Path
 
 import torch
-from PIL import Image
-from safetensors.torch import load_file, save_file
-
 from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS, L2PConfig
 from comfyui_l2p.l2p_core.model import L2PTransformer
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 WORKFLOWS = Path(__file__).parents[1] / "workflows"
 NAMES = sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
 BUNDLED = "L2P shapes (bundled small model)"
-SMALL, TINY_4K, LORA, PICTURE = "l2p_shapes.safetensors", "tiny_4k.safetensors", "shapes_lora.safetensors", "shapes_input.png"
+SMALL, TINY_4K, LORA, PICTURE = (
+    "l2p_shapes.safetensors",
+    "tiny_4k.safetensors",
+    "shapes_lora.safetensors",
+    "shapes_input.png",
+)
 SIDES = {1024: 96, 4096: 384}
 PROMPT = "a large red circle on a blue background, left"
 
@@ -36,12 +41,17 @@ def notes() -> dict[str, str]:
 
 
 def write_models(models: Path, patch_64: bool = True) -> None:
-    """Put what `small` names where a server looks for it. A model of patch 64 has random weights: none is bundled."""
+    """Put what `small` names where a server looks for it. A model of patch 64 has random weights:
+    none is bundled."""
     small = load_file(BUNDLED_MODEL / "transformer.safetensors")
     save_file(small, models / "diffusion_models" / SMALL)
     generator = torch.Generator().manual_seed(0)
     lora = {}
-    for name in [name for name in small if name.startswith("layers.") and name.endswith((".to_q.weight", ".w1.weight"))]:
+    for name in [
+        name
+        for name in small
+        if name.startswith("layers.") and name.endswith((".to_q.weight", ".w1.weight"))
+    ]:
         rows, columns = small[name].shape
         layer = f"diffusion_model.{name.removesuffix('.weight')}"
         lora[f"{layer}.lora_A.weight"] = torch.randn(4, columns, generator=generator) / columns**0.5
@@ -50,9 +60,20 @@ def write_models(models: Path, patch_64: bool = True) -> None:
     if patch_64:
         torch.manual_seed(0)
         width = small["cap_embedder.0.weight"].shape[0]
-        narrow = tuple(stage._replace(enc=min(stage.enc, 8), up=8, dec=8) for stage in PUBLISHED_DECODERS[64])
-        config = L2PConfig(patch_size=64, dim=96, n_heads=3, n_layers=2, n_refiner_layers=1, ffn_dim=128, cap_feat_dim=width,
-                           decoder=narrow, bottleneck_dim=16)
+        narrow = tuple(
+            stage._replace(enc=min(stage.enc, 8), up=8, dec=8) for stage in PUBLISHED_DECODERS[64]
+        )
+        config = L2PConfig(
+            patch_size=64,
+            dim=96,
+            n_heads=3,
+            n_layers=2,
+            n_refiner_layers=1,
+            ffn_dim=128,
+            cap_feat_dim=width,
+            decoder=narrow,
+            bottleneck_dim=16,
+        )
         save_file(L2PTransformer(config).state_dict(), models / "checkpoints" / TINY_4K)
 
 
@@ -67,8 +88,11 @@ def input_picture(picture: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def small(name: str, steps: int = 2, prompt: str = PROMPT, model_4k: str = TINY_4K, **inputs) -> dict:
-    """That workflow with the small model, its sizes, so many steps and that prompt. inputs: more of the samplers' inputs."""
+def small(
+    name: str, steps: int = 2, prompt: str = PROMPT, model_4k: str = TINY_4K, **inputs
+) -> dict:
+    """That workflow with the small model, its sizes, so many steps and that prompt. inputs: more of
+    the samplers' inputs."""
     graph = copy.deepcopy(api(name))
     for node in graph.values():
         values = node["inputs"]
@@ -88,14 +112,26 @@ def small(name: str, steps: int = 2, prompt: str = PROMPT, model_4k: str = TINY_
                     values[key] = "custom"
                 case "L2PPromptList", "prompts":
                     values[key] = prompt
-                case ("L2PTextEncode", "prompt") | ("CLIPTextEncode", "text") if value and isinstance(value, str):
+                case ("L2PTextEncode", "prompt") | (
+                    "CLIPTextEncode",
+                    "text",
+                ) if value and isinstance(value, str):
                     values[key] = prompt
                 case _, "width" | "height":
-                    values[key] = SIDES.get(value, value) if name != "4k_checkpoint" else 128 if model_4k == TINY_4K else 96
+                    values[key] = (
+                        SIDES.get(value, value)
+                        if name != "4k_checkpoint"
+                        else 128
+                        if model_4k == TINY_4K
+                        else 96
+                    )
                 case _, "steps":
                     values[key] = steps
         if node["class_type"] == "CLIPLoader":  # builds Qwen3-4B and no smaller one
-            node.update(class_type="L2PTextEncoderLoader", inputs={"text_encoder": BUNDLED, "device": "default"})
+            node.update(
+                class_type="L2PTextEncoderLoader",
+                inputs={"text_encoder": BUNDLED, "device": "default"},
+            )
         if node["class_type"] == "L2PKSampler":
             values.update(inputs)
     return graph

@@ -68,11 +68,11 @@ class AlreadyRunning(WriteError):
 def atomic_write(path: str | Path, size: int = 0, clean: bool = True) -> Iterator[BinaryIO]:
     """Open a binary file that becomes `path` when the block ends.
 
-    If the block raises, the file is removed and `path` stays as it was. The file gets the permissions that a new file gets (umask). A link at `path` is replaced, not
-    followed. Several processes may write the same path: the last one to finish wins. size: bytes
-    it will take, if known; checked against the free space first. clean: remove what killed runs
-    left in the folder first. Raises WriteError if the folder can't be written to or the disk is
-    full."""
+    If the block raises, the file is removed and `path` stays as it was. The file gets the
+    permissions that a new file gets (umask). A link at `path` is replaced, not followed. Several
+    processes may write the same path: the last one to finish wins. size: bytes it will take, if
+    known; checked against the free space first. clean: remove what killed runs left in the folder
+    first. Raises WriteError if the folder can't be written to or the disk is full."""
     path = Path(path)
     folder = path.parent
     try:

@@ -1,37 +1,64 @@
 """What a checkpoint is and what to do with it: `l2p inspect`."""
+
 import dataclasses
 from collections import Counter
 from pathlib import Path
 
-from .load import check
 from ..config import L2PConfig
 from .header import CheckpointError
 from .layout import read_layout
+from .load import check
 
-KINDS = {"model": "L2P model", "part": "trained part of an L2P model", "latent": "latent Z-Image", "lora": "LoRA",
-         "text encoder": "text encoder", "unknown": "not an L2P model"}
+KINDS = {
+    "model": "L2P model",
+    "part": "trained part of an L2P model",
+    "latent": "latent Z-Image",
+    "lora": "LoRA",
+    "text encoder": "text encoder",
+    "unknown": "not an L2P model",
+}
 
 
 def describe(path: Path) -> dict:
-    """Facts about a checkpoint, ready for JSON. Raises CheckpointError where the file is no whole safetensors file."""
+    """Facts about a checkpoint, ready for JSON. Raises CheckpointError where the file is no whole
+    safetensors file."""
     layout = read_layout(path)
     dtypes: Counter[str] = Counter()
     for entry in layout.entries.values():
         dtypes[entry.dtype] += entry.count
     facts = {
-        "path": str(path), "kind": KINDS[layout.kind], "files": len(layout.files),
-        "bytes": sum(file.stat().st_size for file in layout.files), "tensors": len(layout.entries),
-        "parameters": layout.parameters or sum(dtypes.values()), "dtypes": dict(dtypes.most_common()),
-        "naming": layout.naming, "prefix": layout.prefix, "quantization": layout.quantization,
-        "other_tensors": len(layout.outside), "metadata": layout.metadata,
+        "path": str(path),
+        "kind": KINDS[layout.kind],
+        "files": len(layout.files),
+        "bytes": sum(file.stat().st_size for file in layout.files),
+        "tensors": len(layout.entries),
+        "parameters": layout.parameters or sum(dtypes.values()),
+        "dtypes": dict(dtypes.most_common()),
+        "naming": layout.naming,
+        "prefix": layout.prefix,
+        "quantization": layout.quantization,
+        "other_tensors": len(layout.outside),
+        "metadata": layout.metadata,
     }
     try:
         check(layout)
         config = layout.config
-        facts |= {"patch": config.patch_size, "height": layout.trained_size[0], "width": layout.trained_size[1], "size_multiple": config.size_multiple,
-                  "config": dataclasses.asdict(config), "usable": True,
-                  "advice": f"Draw with it: l2p generate \"a prompt\" --checkpoint {path} --text-encoder "
-                            + ("Z-Image-Turbo" if config.cap_feat_dim == L2PConfig.cap_feat_dim else "FOLDER, the one it was trained with")}
+        facts |= {
+            "patch": config.patch_size,
+            "height": layout.trained_size[0],
+            "width": layout.trained_size[1],
+            "size_multiple": config.size_multiple,
+            "config": dataclasses.asdict(config),
+            "usable": True,
+            "advice": (
+                f'Draw with it: l2p generate "a prompt" --checkpoint {path} --text-encoder '
+                + (
+                    "Z-Image-Turbo"
+                    if config.cap_feat_dim == L2PConfig.cap_feat_dim
+                    else "FOLDER, the one it was trained with"
+                )
+            ),
+        }
     except CheckpointError as error:
         facts |= {"usable": False, "advice": str(error)}
     return facts
@@ -41,18 +68,35 @@ def report(facts: dict) -> str:
     """The facts as lines for people."""
     numbers = sum(facts["dtypes"].values()) or 1
     dtypes = ", ".join(f"{dtype} {count / numbers:.0%}" for dtype, count in facts["dtypes"].items())
-    size = f"{facts['bytes'] / 1e9:.2f} GB" if facts["bytes"] >= 1e8 else f"{facts['bytes'] / 1e6:.2f} MB"
-    lines = [f"{facts['path']}: {facts['kind']}",
-             f"  {size} in {facts['files']} file{'s' * (facts['files'] > 1)}, "
-             f"{facts['tensors']} tensors, {facts['parameters']:,} parameters ({dtypes})"]
+    size = (
+        f"{facts['bytes'] / 1e9:.2f} GB"
+        if facts["bytes"] >= 1e8
+        else f"{facts['bytes'] / 1e6:.2f} MB"
+    )
+    lines = [
+        f"{facts['path']}: {facts['kind']}",
+        (
+            f"  {size} in {facts['files']} file{'s' * (facts['files'] > 1)}, "
+            f"{facts['tensors']} tensors, {facts['parameters']:,} parameters ({dtypes})"
+        ),
+    ]
     if "config" in facts:
         config = facts["config"]
-        lines += [f"  patch {facts['patch']}: trained for about {facts['width']} x {facts['height']} pixels, "
-                  f"draws multiples of {facts['size_multiple']}",
-                  f"  width {config['dim']}, {config['n_heads']} heads, {config['n_layers']} + "
-                  f"{config['n_refiner_layers']} + {config['n_refiner_layers']} layers, captions of {config['cap_feat_dim']}"]
-        lines += [f"  {facts['naming']} naming, prefix {facts['prefix'] or 'none'}, "
-                  f"{'quantized: ' + facts['quantization'] if facts['quantization'] else 'not quantized'}"]
+        lines += [
+            (
+                f"  patch {facts['patch']}: trained for about {facts['width']} x {facts['height']}"
+                f" pixels, draws multiples of {facts['size_multiple']}"
+            ),
+            (
+                f"  width {config['dim']}, {config['n_heads']} heads, {config['n_layers']} +"
+                f" {config['n_refiner_layers']} + {config['n_refiner_layers']} layers, captions of"
+                f" {config['cap_feat_dim']}"
+            ),
+        ]
+        lines += [
+            f"  {facts['naming']} naming, prefix {facts['prefix'] or 'none'}, "
+            f"{'quantized: ' + facts['quantization'] if facts['quantization'] else 'not quantized'}"
+        ]
     if facts["other_tensors"]:
         lines += [f"  {facts['other_tensors']} tensors of other models beside it"]
     return "\n".join([*lines, f"  {facts['advice']}"])

@@ -1,7 +1,9 @@
-"""Checkpoint files as files: which belong together, whether they are whole, and the table of tensors in their header.
+"""Checkpoint files as files: which belong together, whether they are whole, and the table of
+tensors in their header.
 
-safetensors: 8 bytes of length, a JSON table, the tensors (github.com/huggingface/safetensors, README, "Format").
-"""
+safetensors: 8 bytes of length, a JSON table, the tensors (github.com/huggingface/safetensors,
+README, "Format")."""
+
 import hashlib
 import json
 import math
@@ -16,12 +18,31 @@ from threading import Event
 from typing import BinaryIO, NamedTuple
 
 # Bytes per number, by safetensors' dtype names.
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1,
-               "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8}
-# Far above any real model's: the header of the 1K checkpoint takes 60 kB. Parsed, a header takes 30 times its bytes.
+DTYPE_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "U64": 8,
+    "I32": 4,
+    "U32": 4,
+    "I16": 2,
+    "U16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "C64": 8,
+}
+# Far above any real model's: the header of the 1K checkpoint takes 60 kB. Parsed, a header takes 30
+# times its bytes.
 MAX_HEADER_BYTES = 10_000_000
 MAX_TENSORS = 20_000  # the 1K checkpoint has 453, in INT8 three times as many
-MAX_BRACKETS = 100_000  # of a header: each costs time and memory as it is parsed, whatever it turns out to be
+# of a header: each costs time and memory as it is parsed, whatever it turns out to be
+MAX_BRACKETS = 100_000
 MAX_DIMENSIONS, MAX_NUMBER = 8, 2**48  # of a shape; of its numbers, and of byte offsets
 SHARD_NAME = re.compile(r"-\d{5}-of-(\d{5})\.safetensors$")
 
@@ -31,11 +52,14 @@ class CheckpointError(ValueError):
 
     def __init__(self, message: str):
         """Names may come from a broken file: of a very long message the middle is left out."""
-        super().__init__(message if len(message) < 2000 else f"{message[:1000]} ... {message[-800:]}")
+        super().__init__(
+            message if len(message) < 2000 else f"{message[:1000]} ... {message[-800:]}"
+        )
 
 
 class Entry(NamedTuple):
     """One tensor in a file."""
+
     file: Path
     key: str
     dtype: str  # safetensors' name: F32, BF16, I8, ...
@@ -45,11 +69,13 @@ class Entry(NamedTuple):
 
     @property
     def count(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
 
 def find_files(path: Path) -> tuple[list[Path], set[str]]:
-    """The .safetensors files of a checkpoint given as a file, an index or a folder, and the keys that an index promises.
+    """The .safetensors files of a checkpoint given as a file, an index or a folder, and the keys
+    that an index promises.
 
     Raises CheckpointError where there is none, or not every shard."""
     if path.is_dir():
@@ -60,13 +86,18 @@ def find_files(path: Path) -> tuple[list[Path], set[str]]:
             path = indexes[0]
         elif shards and all(shards):
             if len(files) < (count := int(shards[0][1])):
-                raise CheckpointError(f"{path} holds {len(files)} of the model's {count} shards. Download the rest into it")
+                raise CheckpointError(
+                    f"{path} holds {len(files)} of the model's {count} shards. Download the rest"
+                    " into it"
+                )
             return files, set()
         elif len(files) == 1:
             return files, set()
         else:
-            raise CheckpointError(f"{path} holds {len(files)} .safetensors files and {len(indexes)} shard indexes; "
-                                  "expected one file, or the shards of one model. Name the file itself")
+            raise CheckpointError(
+                f"{path} holds {len(files)} .safetensors files and {len(indexes)} shard indexes; "
+                "expected one file, or the shards of one model. Name the file itself"
+            )
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist")
     if path.suffix != ".json":
@@ -78,10 +109,14 @@ def find_files(path: Path) -> tuple[list[Path], set[str]]:
     except CheckpointError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise CheckpointError(f"{path.name} is no shard index: it has no weight_map of tensor names to files") from None
+        raise CheckpointError(
+            f"{path.name} is no shard index: it has no weight_map of tensor names to files"
+        ) from None
     if absent := [file.name for file in files if not file.is_file()]:
-        raise CheckpointError(f"{path.name} names {len(files)} shards, of which {len(absent)} are missing "
-                              f"(first: {absent[0]}). Download the rest into {path.parent}")
+        raise CheckpointError(
+            f"{path.name} names {len(files)} shards, of which {len(absent)} are missing "
+            f"(first: {absent[0]}). Download the rest into {path.parent}"
+        )
     return files, set(weight_map)
 
 
@@ -100,12 +135,17 @@ def reading(file: Path) -> Iterator[BinaryIO]:
         with file.open("rb") as stream:
             yield stream
     except OSError as error:
-        raise CheckpointError(f"{file} can't be read ({error.strerror}). Check the disk it is on, or get the file again") from None
+        raise CheckpointError(
+            f"{file} can't be read ({error.strerror}). Check the disk it is on, or get the file"
+            " again"
+        ) from None
 
 
-def hash_files(files: list[Path], stop: Event | None = None, between: Callable[[BinaryIO], None] | None = None) -> str:
-    """SHA-256 of a file, or of its shards one after the other. stop: ends it early, with a hash of no use. between: called
-    with the file after every block."""
+def hash_files(
+    files: list[Path], stop: Event | None = None, between: Callable[[BinaryIO], None] | None = None
+) -> str:
+    """SHA-256 of a file, or of its shards one after the other. stop: ends it early, with a hash of
+    no use. between: called with the file after every block."""
     digest = hashlib.sha256()
     for file in files:
         with reading(file) as stream:
@@ -117,13 +157,19 @@ def hash_files(files: list[Path], stop: Event | None = None, between: Callable[[
 
 
 def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Entries by key and metadata of one .safetensors file. Raises CheckpointError where anything is inconsistent."""
+    """Entries by key and metadata of one .safetensors file. Raises CheckpointError where anything
+    is inconsistent."""
+
     def refuse(why: str) -> CheckpointError:
-        return CheckpointError(f"{file.name} is not a whole .safetensors file: {why}. Get the file again")
+        return CheckpointError(
+            f"{file.name} is not a whole .safetensors file: {why}. Get the file again"
+        )
 
     def without_duplicates(pairs: list[tuple[str, object]]) -> dict:
         if len(found := dict(pairs)) < len(pairs):
-            raise refuse(f"its header names {Counter(key for key, _ in pairs).most_common(1)[0][0]!r} twice")
+            raise refuse(
+                f"its header names {Counter(key for key, _ in pairs).most_common(1)[0][0]!r} twice"
+            )
         return found
 
     with reading(file) as stream:
@@ -136,8 +182,10 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             if length <= size - 8:
                 raise refuse(f"its header takes {length} bytes, more than any model's")
             if length_bytes.startswith((b"PK\x03\x04", b"\x80\x02")):
-                raise CheckpointError(f"{file.name} is a PyTorch pickle, which can run any code when loaded. "
-                                      "Use the .safetensors version of the model")
+                raise CheckpointError(
+                    f"{file.name} is a PyTorch pickle, which can run any code when loaded. "
+                    "Use the .safetensors version of the model"
+                )
             raise refuse(f"its header should take {length} bytes, the file has {size}")
         encoded = stream.read(length)
         if encoded.count(b"{") + encoded.count(b"[") > MAX_BRACKETS:
@@ -151,22 +199,30 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     if not isinstance(header, dict):
         raise refuse("its header is not a table of tensors")
     if len(header) > MAX_TENSORS:
-        raise refuse(f"its header names {len(header):,} tensors, and models have at most {MAX_TENSORS:,}")
+        raise refuse(
+            f"its header names {len(header):,} tensors, and models have at most {MAX_TENSORS:,}"
+        )
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
         raise refuse("its metadata is not a table of strings")
     entries = {}
     for key, info in header.items():
         match info:
-            case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [begin, end]} if (
-                    len(shape) <= MAX_DIMENSIONS
-                    and all(type(number) is int and 0 <= number <= MAX_NUMBER for number in [*shape, begin, end])):
+            case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [begin, end]} if len(
+                shape
+            ) <= MAX_DIMENSIONS and all(
+                type(number) is int and 0 <= number <= MAX_NUMBER for number in [*shape, begin, end]
+            ):
                 pass
             case _:
                 raise refuse(f"the header's entry for {key!r} is malformed")
         if dtype not in DTYPE_BYTES:
-            raise CheckpointError(f"{file.name}: {key} is {dtype}, which this program does not read. Use the BF16 or INT8 "
-                                  "version of the model")
+            raise CheckpointError(
+                f"{file.name}: {key} is {dtype}, which this program does not read. Use the BF16 or"
+                " INT8 version of the model"
+            )
         if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
             raise refuse(f"{key} is {dtype} of shape {shape} but has {end - begin} bytes")
         entries[key] = Entry(file, key, dtype, tuple(shape), 8 + length + begin, 8 + length + end)
@@ -176,6 +232,8 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             raise refuse(f"{entry.key} starts at byte {entry.begin}, expected {expected}")
         expected = entry.end
     if expected != size:
-        raise refuse(f"its tensors end at byte {expected}, the file at {size}"
-                     + (": the download was cut short" if expected > size else ""))
+        raise refuse(
+            f"its tensors end at byte {expected}, the file at {size}"
+            + (": the download was cut short" if expected > size else "")
+        )
     return entries, metadata

@@ -1,4 +1,5 @@
 """Tensor names: the published ones, ComfyUI's, and those of LoRA files."""
+
 import re
 from collections.abc import Mapping
 
@@ -11,14 +12,19 @@ COMFYUI_NAMES = {
     ".attention.q_norm.": ".attention.norm_q.",
     ".attention.k_norm.": ".attention.norm_k.",
 }
-PACKED = (".attention.qkv.weight", (".attention.to_q.weight", ".attention.to_k.weight", ".attention.to_v.weight"))
+PACKED = (
+    ".attention.qkv.weight",
+    (".attention.to_q.weight", ".attention.to_k.weight", ".attention.to_v.weight"),
+)
 STACKS = ("layers", "noise_refiner", "context_refiner")
 PARTS = (*STACKS, "t_embedder", "cap_embedder", "x_embedder", "all_x_embedder", "local_decoder")
 LAYER = re.compile(rf"(?:^|\.)((?:{'|'.join(PARTS)})\..+)")
 
 # A LoRA file's layer that changes q, k and v at once, in names with dots or underscores.
 PACKED_LORA = re.compile(r"(.*attention[._])qkv\.(.+)")
-LORA_ROWS = re.compile(r"lora_(?:B|up)(?:\.default)?(?:\.weight)?|hada_w[12]_a|diff|set_weight")  # rows are the layer's
+LORA_ROWS = re.compile(
+    r"lora_(?:B|up)(?:\.default)?(?:\.weight)?|hada_w[12]_a|diff|set_weight"
+)  # rows are the layer's
 
 
 def layer_name(key: str) -> str:
@@ -28,7 +34,8 @@ def layer_name(key: str) -> str:
 
 
 def name_in(naming: str, name: str) -> tuple[str, int]:
-    """A published name as that naming has it, and its place among the tensors that are packed under it."""
+    """A published name as that naming has it, and its place among the tensors that are packed under
+    it."""
     if naming == "published":
         return name, 0
     packed, parts = PACKED
@@ -43,19 +50,23 @@ def name_in(naming: str, name: str) -> tuple[str, int]:
 def lora_names(layer: str) -> list[str]:
     """How LoRA files name a layer of the model.
 
-    With dots behind nothing (DiffSynth), `diffusion_model.` (ai-toolkit), `transformer.` (diffusers), `pipe.dit.`
-    (T2I-L2P's trainer) and `base_model.model.` (peft); with underscores behind `lora_unet_` (kohya), `lycoris_` and
-    `lora_transformer_`."""
+    With dots behind nothing (DiffSynth), `diffusion_model.` (ai-toolkit), `transformer.`
+    (diffusers), `pipe.dit.` (T2I-L2P's trainer) and `base_model.model.` (peft); with underscores
+    behind `lora_unet_` (kohya), `lycoris_` and `lora_transformer_`."""
     dotted = ("", "diffusion_model.", "transformer.", "pipe.dit.", "base_model.model.")
     underscored = ("lora_unet_", "lycoris_", "lora_transformer_")
-    return [*(prefix + layer for prefix in dotted), *(prefix + layer.replace(".", "_") for prefix in underscored)]
+    return [
+        *(prefix + layer for prefix in dotted),
+        *(prefix + layer.replace(".", "_") for prefix in underscored),
+    ]
 
 
 def split_packed_lora(lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Split the changes of packed q, k and v into one change for each, named in the file's own dialect.
+    """Split the changes of packed q, k and v into one change for each, named in the file's own
+    dialect.
 
-    Takes LoRA, LoHa, LoKr (with DoRA scales) and full differences; what acts on all rows at once, such as OFT, stays
-    as it is."""
+    Takes LoRA, LoHa, LoKr (with DoRA scales) and full differences; what acts on all rows at once,
+    such as OFT, stays as it is."""
     out: dict[str, Tensor] = {}
     packed: dict[str, dict[str, Tensor]] = {}
     for key, tensor in lora.items():
@@ -74,19 +85,28 @@ def split_packed_lora(lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _thirds(parts: Mapping[str, Tensor]) -> list[dict[str, Tensor]] | None:
-    """The parts of a change of three times N rows, for each N rows. None where it can't be split."""
+    """The parts of a change of three times N rows, for each N rows. None where it can't be
+    split."""
     if any(part.startswith("lokr_") for part in parts):
         rows = next((parts[part].shape[0] for part in ("lokr_w1", "lokr_w1_a") if part in parts), 0)
         if not rows:
             return None
         if rows % 3:
-            return None if "dora_scale" in parts else [{"diff": change} for change in _lokr_change(parts).chunk(3)]
+            return (
+                None
+                if "dora_scale" in parts
+                else [{"diff": change} for change in _lokr_change(parts).chunk(3)]
+            )
     elif not any(LORA_ROWS.fullmatch(part) for part in parts):
         return None
     thirds: list[dict[str, Tensor]] = [{}, {}, {}]
     for part, tensor in parts.items():
-        of_rows = (LORA_ROWS.fullmatch(part) or part in ("lokr_w1", "lokr_w1_a")
-                   or part == "dora_scale" and tensor.shape[0] > 1)
+        of_rows = (
+            LORA_ROWS.fullmatch(part)
+            or part in ("lokr_w1", "lokr_w1_a")
+            or part == "dora_scale"
+            and tensor.shape[0] > 1
+        )
         pieces = tensor.chunk(3) if of_rows else [tensor] * 3
         if len(pieces) != 3 or pieces[0].shape != pieces[2].shape:
             return None
@@ -96,8 +116,8 @@ def _thirds(parts: Mapping[str, Tensor]) -> list[dict[str, Tensor]] | None:
 
 
 def _lokr_change(parts: Mapping[str, Tensor]) -> Tensor:
-    """The difference that a LoKr makes, (rows, inputs), float32: alpha / rank * kron(w1, w2) (LyCORIS,
-    arXiv 2309.14859, section 3)."""
+    """The difference that a LoKr makes, (rows, inputs), float32: alpha / rank * kron(w1, w2)
+    (LyCORIS, arXiv 2309.14859, section 3)."""
     rank = None
     factors = []
     for name in ("lokr_w1", "lokr_w2"):

@@ -1,9 +1,12 @@
-"""Quantized weights as ComfyUI stores them: the formats, what their numbers stand for, and the INT8 linear layer.
+"""Quantized weights as ComfyUI stores them: the formats, what their numbers stand for, and the INT8
+linear layer.
 
-INT8 weights stay 8 bits in memory and are multiplied as such by comfy-kitchen; the other formats are multiplied out.
-"""
+INT8 weights stay 8 bits in memory and are multiplied as such by comfy-kitchen; the other formats
+are multiplied out."""
+
+from collections.abc import Callable
 from functools import cache
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +14,20 @@ from torch import Tensor, nn
 
 class Format(NamedTuple):
     """How one of ComfyUI's formats stores a weight (N, K)."""
+
     dtype: str  # safetensors' name of what is stored
-    granularities: tuple[str, ...]  # what shares a scale, the default first; convrot: a row, rotated first
+    granularities: tuple[
+        str, ...
+    ]  # what shares a scale, the default first; convrot: a row, rotated first
     packed: int = 1  # numbers in each one stored
-    scale_dtypes: tuple[str, ...] = ("F32", "F64", "F16", "BF16")  # what `weight_scale` may be; the first is written
-    block: int = 0  # numbers of a row that share a scale, in cuBLAS's order, and multiple that N and K must be
+    scale_dtypes: tuple[str, ...] = (
+        "F32",
+        "F64",
+        "F16",
+        "BF16",
+    )  # what `weight_scale` may be; the first is written
+    # numbers of a row that share a scale, in cuBLAS's order, and multiple that N and K must be
+    block: int = 0
 
     def scale_shapes(self, rows: int, inputs: int) -> tuple[tuple[int, ...], ...]:
         """What `weight_scale` may be."""
@@ -35,10 +47,13 @@ FORMATS = {
 
 
 class Int8Linear(nn.Module):
-    """y = x W^T + b, the inputs rounded per row as they come and, with convrot, turned as the weights were by a matrix that
-    spreads outliers. weight: (N, K) int8. weight_scale: (1,) or (N, 1) float32. convrot_groupsize: 0 for none."""
+    """y = x W^T + b, the inputs rounded per row as they come and, with convrot, turned as the
+    weights were by a matrix that spreads outliers. weight: (N, K) int8. weight_scale: (1,) or (N,
+    1) float32. convrot_groupsize: 0 for none."""
 
-    def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, convrot_groupsize: int = 0):
+    def __init__(
+        self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, convrot_groupsize: int = 0
+    ):
         super().__init__()
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", weight_scale)
@@ -46,9 +61,16 @@ class Int8Linear(nn.Module):
         self.convrot_groupsize = convrot_groupsize
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., K) → (..., N), in the input's dtype."""
         return kernel("int8_linear")(
-            x, self.weight, self.weight_scale, self.bias, out_dtype=x.dtype,
-            convrot=self.convrot_groupsize > 0, convrot_groupsize=self.convrot_groupsize or 256)
+            x,
+            self.weight,
+            self.weight_scale,
+            self.bias,
+            out_dtype=x.dtype,
+            convrot=self.convrot_groupsize > 0,
+            convrot_groupsize=self.convrot_groupsize or 256,
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Int8Linear":
         scale = self.weight_scale
@@ -57,9 +79,16 @@ class Int8Linear(nn.Module):
         return self
 
 
-def dequantize(kind: str, weight: Tensor, scale: Tensor, scale_2: Tensor | None, convrot_groupsize: int,
-               dtype: torch.dtype) -> Tensor:
-    """The weights (N, K) that a tensor stored in that format stands for. scale, scale_2: as they are stored."""
+def dequantize(
+    kind: str,
+    weight: Tensor,
+    scale: Tensor,
+    scale_2: Tensor | None,
+    convrot_groupsize: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weights (N, K) that a tensor stored in that format stands for. scale, scale_2: as they
+    are stored."""
     if kind == "mxfp8":
         if not hasattr(torch, "float8_e8m0fnu"):
             raise ImportError(f"mxfp8 needs torch 2.7 or newer, and this is {torch.__version__}")
@@ -68,42 +97,52 @@ def dequantize(kind: str, weight: Tensor, scale: Tensor, scale_2: Tensor | None,
         return kernel("dequantize_nvfp4")(weight, scale_2, scale.view(torch.float8_e4m3fn), dtype)
     scale = scale.float().flatten()
     if kind == "convrot_w4a4":
-        return kernel("dequantize_convrot_w4a4_weight")(weight, scale, convrot_groupsize, output_dtype=dtype)
+        return kernel("dequantize_convrot_w4a4_weight")(
+            weight, scale, convrot_groupsize, output_dtype=dtype
+        )
     weight = weight.float() * scale.reshape(-1, *[1] * (weight.dim() - 1))
     return (rotate(weight, convrot_groupsize) if convrot_groupsize else weight).to(dtype)
 
 
 def rotate(rows: Tensor, groupsize: int) -> Tensor:
-    """Rows (N, K) as convrot turns them before rounding: each group of a row times the Hadamard matrix, its own inverse."""
+    """Rows (N, K) as convrot turns them before rounding: each group of a row times the Hadamard
+    matrix, its own inverse."""
     return (rows.unflatten(1, (-1, groupsize)) @ hadamard(groupsize)).flatten(1)
 
 
 @cache
 def hadamard(size: int) -> Tensor:
-    """Kronecker powers of the 4 x 4 regular Hadamard matrix, scaled to be orthogonal (ConvRot, arXiv 2512.03673).
-    size: a power of 4."""
+    """Kronecker powers of the 4 x 4 regular Hadamard matrix, scaled to be orthogonal (ConvRot,
+    arXiv 2512.03673). size: a power of 4."""
     four = 1 - 2 * torch.eye(4).flip(1)
     return four / 2 if size == 4 else torch.kron(hadamard(size // 4), four) / 2
 
 
 def kernel(name: str) -> Callable:
-    """comfy-kitchen's function of that name. Raises ImportError, with the command that installs it, without one."""
+    """comfy-kitchen's function of that name. Raises ImportError, with the command that installs it,
+    without one."""
     try:
         import comfy_kitchen
     except ImportError:
-        raise ImportError("quantized checkpoints run on comfy-kitchen, which is not installed: "
-                          "pip install comfy-kitchen") from None
+        raise ImportError(
+            "quantized checkpoints run on comfy-kitchen, which is not installed: "
+            "pip install comfy-kitchen"
+        ) from None
     if not hasattr(comfy_kitchen, name):
-        raise ImportError(f"the installed comfy-kitchen is too old for this checkpoint: it lacks {name}. Update it, "
-                          "in ComfyUI by updating ComfyUI, or use the BF16 version of the model")
+        raise ImportError(
+            f"the installed comfy-kitchen is too old for this checkpoint: it lacks {name}. Update"
+            " it, in ComfyUI by updating ComfyUI, or use the BF16 version of the model"
+        )
     return getattr(comfy_kitchen, name)
 
 
 def split_block_scales(scales: Tensor, rows: int, parts: int) -> list[Tensor]:
-    """Split the block scales of a weight of `rows` rows into those of `parts` weights, one below another.
+    """Split the block scales of a weight of `rows` rows into those of `parts` weights, one below
+    another.
 
-    scales: 8-bit numbers in cuBLAS's order, tiles of 128 x 4 that interleave their rows, (rows padded to 128, columns
-    padded to 4). Source of the order: NVIDIA cuBLAS documentation, "1D Block Scaling Factors Layout"."""
+    scales: 8-bit numbers in cuBLAS's order, tiles of 128 x 4 that interleave their rows, (rows
+    padded to 128, columns padded to 4). Source of the order: NVIDIA cuBLAS documentation, "1D Block
+    Scaling Factors Layout"."""
     columns = scales.shape[1]
     tiles = scales.view(torch.uint8).reshape(-1, columns // 4, 32, 4, 4)
     by_rows = tiles.permute(0, 3, 2, 1, 4).reshape(-1, columns)[:rows]

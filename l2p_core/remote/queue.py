@@ -1,4 +1,6 @@
-"""A workflow and prompts to ComfyUI servers, their pictures to files: `l2p queue`. Knows ComfyUI's HTTP API, not ComfyUI."""
+"""A workflow and prompts to ComfyUI servers, their pictures to files: `l2p queue`. Knows ComfyUI's
+HTTP API, not ComfyUI."""
+
 import json
 import sys
 import time
@@ -19,8 +21,8 @@ from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
-from ..files.atomic import atomic_write
 from ..batch import PNG_KEY, is_drawn, lock_outputs, open_picture, output_files, read_rows
+from ..files.atomic import atomic_write
 from ..files.header import hash_files
 from .workflow import fill, places, read_workflow, title
 
@@ -41,60 +43,110 @@ class Refused(ValueError):
 @dataclass(frozen=True)
 class Job:
     """One picture to have drawn. uploads: the name that the graph has for a file → the file."""
+
     output: Path
     graph: dict
     uploads: dict[str, Path]
-    id: str  # the same in every run of the same command, so that a server that knows the job is not asked again
+    # the same in every run of the same command, so that a server that knows the job is not asked
+    # again
+    id: str
 
     @property
     def record(self) -> dict:
         """The graph with one entry an input, as it is kept in the picture and compared."""
-        return {f"{node}.{name}": value for node, settings in self.graph.items()
-                for name, value in {"class_type": settings["class_type"], **settings["inputs"]}.items()}
+        return {
+            f"{node}.{name}": value
+            for node, settings in self.graph.items()
+            for name, value in {"class_type": settings["class_type"], **settings["inputs"]}.items()
+        }
 
 
-def queue(workflow: Path, output: Path, servers: list[str], prompts: Path | None, settings: dict, assignments: list[str],
-          count: int = 1, timeout: float = 600, overwrite: bool = False, progress: bool = True) -> None:
+def queue(
+    workflow: Path,
+    output: Path,
+    servers: list[str],
+    prompts: Path | None,
+    settings: dict,
+    assignments: list[str],
+    count: int = 1,
+    timeout: float = 600,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> None:
     """Have every row of the prompt file drawn by whichever server is free, and write the pictures.
 
-    settings: see `PLACES`, None for the workflow's own; assignments: NODE.INPUT=VALUE. A row's value comes before both.
-    count: pictures for each row, with seeds one apart. timeout: seconds to wait for a server that went away.
-    Raises ValueError, before anything is sent, where a value finds no place, and at the end where pictures are missing."""
+    settings: see `PLACES`, None for the workflow's own; assignments: NODE.INPUT=VALUE. A row's
+    value comes before both. count: pictures for each row, with seeds one apart. timeout: seconds to
+    wait for a server that went away. Raises ValueError, before anything is sent, where a value
+    finds no place, and at the end where pictures are missing."""
     try:
         import websocket  # noqa: F401
     except ImportError:
-        raise ImportError("l2p queue needs websocket-client: pip install 'websocket-client>=1.6'") from None
+        raise ImportError(
+            "l2p queue needs websocket-client: pip install 'websocket-client>=1.6'"
+        ) from None
     values = [(name, value) for name, value in settings.items() if value is not None]
     for assignment in assignments:
         name, found, value = assignment.partition("=")
         if not found:
             raise ValueError(f"--set {assignment}: expected NODE.INPUT=VALUE, such as 3.steps=20")
         values.append((name, value))
-    jobs = plan(read_workflow(workflow), read_rows(prompts, any_column=True) if prompts else [{}], values, count, output, overwrite)
+    jobs = plan(
+        read_workflow(workflow),
+        read_rows(prompts, any_column=True) if prompts else [{}],
+        values,
+        count,
+        output,
+        overwrite,
+    )
     with lock_outputs([job.output for job in jobs]):
-        missing = [job for job in jobs if overwrite or not job.output.exists() or not is_drawn(job.output, job.record)]
+        missing = [
+            job
+            for job in jobs
+            if overwrite or not job.output.exists() or not is_drawn(job.output, job.record)
+        ]
         if len(missing) < len(jobs):
             print(f"{len(jobs) - len(missing)} of {len(jobs)} images exist already")
         if missing:
-            draw(missing, [Server(url, len(servers) > 1) for url in dict.fromkeys(servers)], timeout, progress)
+            draw(
+                missing,
+                [Server(url, len(servers) > 1) for url in dict.fromkeys(servers)],
+                timeout,
+                progress,
+            )
 
 
-def plan(graph: dict, rows: list[dict], values: list[tuple[str, object]], count: int, output: Path,
-         overwrite: bool = False) -> list[Job]:
-    """Every picture to have drawn, files named as by `l2p generate`. values: (name, value), for what a row leaves out.
-    Raises ValueError where a value finds no place or the output makes no sense."""
+def plan(
+    graph: dict,
+    rows: list[dict],
+    values: list[tuple[str, object]],
+    count: int,
+    output: Path,
+    overwrite: bool = False,
+) -> list[Job]:
+    """Every picture to have drawn, files named as by `l2p generate`. values: (name, value), for
+    what a row leaves out. Raises ValueError where a value finds no place or the output makes no
+    sense."""
     seeds = places(graph, "seed")
     if count > 1 and not seeds:
-        raise ValueError(f"--count is {count}, but the workflow has no seed that would tell the pictures apart")
+        raise ValueError(
+            f"--count is {count}, but the workflow has no seed that would tell the pictures apart"
+        )
     jobs = []
 
     @cache
-    def name_on_server(file: Path) -> str:  # by content: the graph is the same on every server, and no file there is lost
+    def name_on_server(
+        file: Path,
+    ) -> str:  # by content: the graph is the same on every server, and no file there is lost
         open_picture(file)
         return f"l2p-{hash_files([file])[:16]}{file.suffix.lower()}"
+
     for number, (row, files) in enumerate(zip(rows, output_files(rows, count, output))):
-        row = {"prompt" if name == "text" else name: value for name, value in row.items()
-               if value is not None and name != "file_name"}
+        row = {
+            "prompt" if name == "text" else name: value
+            for name, value in row.items()
+            if value is not None and name != "file_name"
+        }
         try:
             filled, uploads = deepcopy(graph), {}
             for name, value in [*values, *row.items()]:
@@ -104,30 +156,42 @@ def plan(graph: dict, rows: list[dict], values: list[tuple[str, object]], count:
                     uploads[value] = file
                 fill(filled, graph, name, value)
         except ValueError as error:
-            raise ValueError(f"prompt {number + 1}: {error}" if len(rows) > 1 else str(error)) from None
+            raise ValueError(
+                f"prompt {number + 1}: {error}" if len(rows) > 1 else str(error)
+            ) from None
         for copy, target in enumerate(files):
             drawn = deepcopy(filled)
             for node, name in seeds:
                 drawn[node]["inputs"][name] += copy
-            key = uuid.uuid4() if overwrite else uuid.uuid5(uuid.NAMESPACE_URL, json.dumps([str(target.resolve()), drawn]))
+            key = (
+                uuid.uuid4()
+                if overwrite
+                else uuid.uuid5(uuid.NAMESPACE_URL, json.dumps([str(target.resolve()), drawn]))
+            )
             jobs.append(Job(target, drawn, uploads, str(key)))
     return jobs
 
 
 class Server:
-    """One ComfyUI server, one of several or alone. Its methods raise Away where it does not answer."""
+    """One ComfyUI server, one of several or alone. Its methods raise Away where it does not
+    answer."""
 
     def __init__(self, url: str, several: bool = False):
         self.url = (url if "://" in url else f"http://{url}").rstrip("/")
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
-            raise ValueError(f"--server is {url}; expected an address such as http://127.0.0.1:8188")
+            raise ValueError(
+                f"--server is {url}; expected an address such as http://127.0.0.1:8188"
+            )
         self.mark = f"_{parts.netloc.replace(':', '-')}" if several else ""
         self.client, self.socket = str(uuid.uuid4()), None
 
-    def draw(self, job: Job, stop: Event, timeout: float, say: Callable[[str], None]) -> list[bytes]:
-        """The job's pictures as PNG files; none where stop was set. Stays with the job while the server restarts.
-        say takes news of the progress. Raises Away after timeout seconds of silence, ValueError where the job fails."""
+    def draw(
+        self, job: Job, stop: Event, timeout: float, say: Callable[[str], None]
+    ) -> list[bytes]:
+        """The job's pictures as PNG files; none where stop was set. Stays with the job while the
+        server restarts. say takes news of the progress. Raises Away after timeout seconds of
+        silence, ValueError where the job fails."""
         entry, sent, lost, silent_since = None, False, 0, None
         while not stop.is_set():
             try:
@@ -138,7 +202,10 @@ class Server:
                 if known is not True:
                     lost += sent
                     if lost == TRIES:
-                        raise ValueError(f"{self.url} lost the job {TRIES} times; if it runs out of memory, its log says so")
+                        raise ValueError(
+                            f"{self.url} lost the job {TRIES} times; if it runs out of memory, its"
+                            " log says so"
+                        )
                     if sent:
                         note(f"{self.url} lost {job.output.name}, which is queued again")
                     sent = False
@@ -161,9 +228,16 @@ class Server:
         return []
 
     def find(self, job: Job) -> dict | bool | None:
-        """What the server's history says of the job; True while it is queued or running, None where it is not known."""
-        queued = self.ask_json("/queue")  # first, as a job that ends in between goes from here to there
-        if any(item[1] == job.id for items in (queued.get("queue_running", []), queued.get("queue_pending", [])) for item in items):
+        """What the server's history says of the job; True while it is queued or running, None where
+        it is not known."""
+        queued = self.ask_json(
+            "/queue"
+        )  # first, as a job that ends in between goes from here to there
+        if any(
+            item[1] == job.id
+            for items in (queued.get("queue_running", []), queued.get("queue_pending", []))
+            for item in items
+        ):
             return True
         return self.ask_json(f"/history/{job.id}").get(job.id)
 
@@ -171,15 +245,20 @@ class Server:
         """Queue the job. Raises Refused with the reason."""
         for name, file in job.uploads.items():
             border = uuid.uuid4().hex
-            head = f'--{border}\r\nContent-Disposition: form-data; name='
-            self.ask("/upload/image", f'{head}"overwrite"\r\n\r\ntrue\r\n{head}"image"; filename="{name}"\r\n\r\n'.encode()
-                     + file.read_bytes() + f"\r\n--{border}--\r\n".encode(), f"multipart/form-data; boundary={border}")
+            head = f"--{border}\r\nContent-Disposition: form-data; name="
+            start = f'{head}"overwrite"\r\n\r\ntrue\r\n{head}"image"; filename="{name}"\r\n\r\n'
+            body = start.encode() + file.read_bytes() + f"\r\n--{border}--\r\n".encode()
+            self.ask("/upload/image", body, f"multipart/form-data; boundary={border}")
         graph = deepcopy(job.graph)
-        for settings in graph.values():  # servers with one folder between them would write over each other's files
+        for settings in (
+            graph.values()
+        ):  # servers with one folder between them would write over each other's files
             if isinstance(settings["inputs"].get("filename_prefix"), str):
                 settings["inputs"]["filename_prefix"] += self.mark
         try:
-            reply = self.ask_json("/prompt", {"prompt": graph, "client_id": self.client, "prompt_id": job.id})
+            reply = self.ask_json(
+                "/prompt", {"prompt": graph, "client_id": self.client, "prompt_id": job.id}
+            )
             if not reply.get("node_errors"):
                 return
             self.cancel(job)  # it was taken, but for some of the workflow's outputs only
@@ -188,13 +267,16 @@ class Server:
         raise Refused(f"{self.url} refuses the workflow: {explain(reply, job.graph)}")
 
     def listen(self, job: Job, say: Callable[[str], None]) -> None:
-        """Pass on the job's progress until it ends, `SECONDS` at most. Only a courtesy: what counts is `find`."""
+        """Pass on the job's progress until it ends, `SECONDS` at most. Only a courtesy: what counts
+        is `find`."""
         import websocket
+
         until = time.monotonic() + SECONDS
         node = ""
         try:
             self.socket = self.socket or websocket.create_connection(
-                f"ws{self.url[4:]}/ws?clientId={self.client}", timeout=SECONDS, suppress_origin=True)
+                f"ws{self.url[4:]}/ws?clientId={self.client}", timeout=SECONDS, suppress_origin=True
+            )
             while (rest := until - time.monotonic()) > 0:
                 self.socket.settimeout(rest)
                 message = self.socket.recv()
@@ -208,7 +290,9 @@ class Server:
                     node = facts.get("node")
                     if node is None:
                         return
-                    steps = f" {facts['value']}/{facts['max']}" if message["type"] == "progress" else ""
+                    steps = (
+                        f" {facts['value']}/{facts['max']}" if message["type"] == "progress" else ""
+                    )
                     say((title(job.graph, node) if node in job.graph else str(node)) + steps)
                 elif message["type"] in ("execution_error", "execution_interrupted"):
                     return
@@ -219,22 +303,39 @@ class Server:
             time.sleep(max(0.0, until - time.monotonic()))
 
     def fetch(self, entry: dict, job: Job) -> list[bytes]:
-        """The pictures of a job that ended: those it saved, or else its previews. Raises ValueError where there are none."""
+        """The pictures of a job that ended: those it saved, or else its previews. Raises ValueError
+        where there are none."""
         if reason := failure(entry, job.graph):
             raise ValueError(f"{self.url}: {reason}")
-        images = [image for output in entry["outputs"].values() for image in output.get("images", [])]
+        images = [
+            image for output in entry["outputs"].values() for image in output.get("images", [])
+        ]
         images = [image for image in images if image.get("type") == "output"] or images
         if not images:
-            raise ValueError(f"{self.url}: the workflow ran and made no picture; give it a Save Image node")
+            raise ValueError(
+                f"{self.url}: the workflow ran and made no picture; give it a Save Image node"
+            )
         pictures = []
         for image in images:
             try:
-                pictures.append(self.ask("/view?" + urlencode({key: image.get(key, "") for key in ("filename", "subfolder", "type")})))
+                pictures.append(
+                    self.ask(
+                        "/view?"
+                        + urlencode(
+                            {key: image.get(key, "") for key in ("filename", "subfolder", "type")}
+                        )
+                    )
+                )
             except HTTPError:
-                raise ValueError(f"{self.url} made {image['filename']} and no longer has it. It would not draw the same again: "
-                                 "restart it, or give another --seed") from None
+                raise ValueError(
+                    f"{self.url} made {image['filename']} and no longer has it. It would not draw"
+                    " the same again: restart it, or give another --seed"
+                ) from None
             if not pictures[-1].startswith(b"\x89PNG\r\n\x1a\n"):
-                raise ValueError(f"{self.url} made {image['filename']}, which is not PNG; save with a Save Image node")
+                raise ValueError(
+                    f"{self.url} made {image['filename']}, which is not PNG; save with a Save Image"
+                    " node"
+                )
         return pictures
 
     def cancel(self, job: Job) -> None:
@@ -243,11 +344,16 @@ class Server:
         if self.find(job) is True:
             self.ask("/interrupt", {"prompt_id": job.id})
 
-    def ask(self, path: str, body: dict | bytes | None = None, content_type: str = "application/json") -> bytes:
-        """GET, or POST where there is a body. Raises HTTPError for /prompt and /view, Refused where else it says no."""
+    def ask(
+        self, path: str, body: dict | bytes | None = None, content_type: str = "application/json"
+    ) -> bytes:
+        """GET, or POST where there is a body. Raises HTTPError for /prompt and /view, Refused where
+        else it says no."""
         data = json.dumps(body).encode() if isinstance(body, dict) else body
         try:
-            with urlopen(Request(self.url + path, data, {"Content-Type": content_type}), timeout=30) as reply:
+            with urlopen(
+                Request(self.url + path, data, {"Content-Type": content_type}), timeout=30
+            ) as reply:
                 return reply.read()
         except HTTPError as error:
             if error.code in (502, 503, 504):  # a proxy, before a server that restarts
@@ -256,29 +362,40 @@ class Server:
                 raise
             raise Refused(f"{self.url}{path} answers {error}; is it a ComfyUI server?") from None
         except (OSError, HTTPException) as error:
-            raise Away(f"{self.url} does not answer ({getattr(error, 'reason', None) or error})") from None
+            raise Away(
+                f"{self.url} does not answer ({getattr(error, 'reason', None) or error})"
+            ) from None
 
     def ask_json(self, path: str, body: dict | None = None) -> dict:
+        """Ask the server, and parse its answer. Raises Refused."""
         return read_json(self.ask(path, body), self.url)
 
 
 def draw(jobs: list[Job], servers: list[Server], timeout: float, progress: bool = True) -> None:
-    """Let every server draw the next job whenever it is free, and write the pictures, each file whole or not at all.
+    """Let every server draw the next job whenever it is free, and write the pictures, each file
+    whole or not at all.
 
-    A server that is away for timeout seconds, or has drawn nothing and fails two jobs, gets no more. A job goes to another server where
-    one is away or refuses it, and where one fails it that has drawn nothing.
-    Raises ValueError, once nothing more can be done, where pictures are missing."""
+    A server that is away for timeout seconds, or has drawn nothing and fails two jobs, gets no
+    more. A job goes to another server where one is away or refuses it, and where one fails it that
+    has drawn nothing. Raises ValueError, once nothing more can be done, where pictures are
+    missing."""
     todo = [(job, set()) for job in jobs]  # with the servers that can't draw it
     done, reasons, stop, states, picking, busy = [], [], Event(), {}, Lock(), set()
 
     def work(server: Server) -> None:
         def say(text: str) -> None:
-            states[server.url] = text if len(servers) == 1 else f"{urlsplit(server.url).netloc} {text}"
+            states[server.url] = (
+                text if len(servers) == 1 else f"{urlsplit(server.url).netloc} {text}"
+            )
             bar.set_postfix_str(", ".join(states.values()))
+
         has_drawn, fails = False, 0
         while not stop.is_set() and fails < PATIENCE:
             with picking:
-                place = next((place for place, (_, without) in enumerate(todo) if server not in without), None)
+                place = next(
+                    (place for place, (_, without) in enumerate(todo) if server not in without),
+                    None,
+                )
                 if place is not None:
                     job, without = todo.pop(place)
                     busy.add(server)
@@ -307,8 +424,11 @@ def draw(jobs: list[Job], servers: list[Server], timeout: float, progress: bool 
                     busy.discard(server)
         say("left")
 
-    with (tqdm(total=len(jobs), unit="picture", disable=not progress) as bar, ThreadPoolExecutor(len(servers)) as threads,
-          ExitStack() as at_end):
+    with (
+        tqdm(total=len(jobs), unit="picture", disable=not progress) as bar,
+        ThreadPoolExecutor(len(servers)) as threads,
+        ExitStack() as at_end,
+    ):
         at_end.callback(stop.set)
         running = {threads.submit(work, server) for server in servers}
         while running:  # by bits, as Windows takes no Ctrl-C inside a long wait
@@ -316,19 +436,28 @@ def draw(jobs: list[Job], servers: list[Server], timeout: float, progress: bool 
             for thread in ended:
                 thread.result()
     if len(done) < len(jobs):
-        raise ValueError(f"{len(done)} of {len(jobs)} pictures were drawn. The same command goes on with the rest. What went "
-                         "wrong:\n  " + "\n  ".join(dict.fromkeys(reasons)))
+        raise ValueError(
+            f"{len(done)} of {len(jobs)} pictures were drawn. The same command goes on with the"
+            " rest. What went wrong:\n  " + "\n  ".join(dict.fromkeys(reasons))
+        )
 
 
 def write(pictures: list[bytes], job: Job) -> None:
-    """Write the job's pictures, the second as NAME_2.png, and the first last: where it is, all are."""
+    """Write the job's pictures, the second as NAME_2.png, and the first last: where it is, all
+    are."""
     job.output.parent.mkdir(parents=True, exist_ok=True)
-    settings = b"iTXt" + PNG_KEY.encode() + bytes(5) + json.dumps(job.record).encode()  # neither compressed nor translated
-    chunk = (len(settings) - 4).to_bytes(4, "big") + settings + zlib.crc32(settings).to_bytes(4, "big")
+    settings = (
+        b"iTXt" + PNG_KEY.encode() + bytes(5) + json.dumps(job.record).encode()
+    )  # neither compressed nor translated
+    chunk = (
+        (len(settings) - 4).to_bytes(4, "big") + settings + zlib.crc32(settings).to_bytes(4, "big")
+    )
     for number, picture in reversed(list(enumerate(pictures, 1))):
         output = job.output if number == 1 else job.output.with_stem(f"{job.output.stem}_{number}")
         with atomic_write(output) as stream:
-            stream.write(picture[:33] + chunk + picture[33:])  # behind the header, which is 33 bytes
+            stream.write(
+                picture[:33] + chunk + picture[33:]
+            )  # behind the header, which is 33 bytes
 
 
 def failure(entry: dict, graph: dict) -> str | None:
@@ -338,8 +467,10 @@ def failure(entry: dict, graph: dict) -> str | None:
         return None
     for kind, facts in status.get("messages", []):
         if kind == "execution_error":
-            return (f"{title(graph, facts['node_id']) if facts['node_id'] in graph else facts.get('node_type')} (node "
-                    f"{facts['node_id']}) failed: {facts['exception_type']}: {facts['exception_message'].strip()}")
+            node = facts["node_id"]
+            name = title(graph, node) if node in graph else facts.get("node_type")
+            message = facts["exception_message"].strip()
+            return f"{name} (node {node}) failed: {facts['exception_type']}: {message}"
         if kind == "execution_interrupted":
             return "the job was interrupted there"
     return "the job failed; the server's log says why"
@@ -350,19 +481,35 @@ def explain(reply: dict, graph: dict) -> str:
     said = []
     for node, facts in dict(reply.get("node_errors") or {}).items():
         name = title(graph, node) if node in graph else facts.get("class_type")
-        name = f"{name} (node {node}" + (f", {facts['class_type']})" if name != facts["class_type"] else ")")
+        name = f"{name} (node {node}" + (
+            f", {facts['class_type']})" if name != facts["class_type"] else ")"
+        )
         for error in facts["errors"]:
             extra = error.get("extra_info") or {}
             key, kind, limits = extra.get("input_name"), *(extra.get("input_config") or ["", {}])
             match error["type"]:
                 case "value_not_in_list":
                     options = kind if isinstance(kind, list) else limits.get("options")
-                    said.append(f"{name}: {key} is {extra['received_value']!r}, which the server does not have. "
-                                + (f"It has {', '.join(map(str, options))}" if options else
-                                   "It has none" if options == [] else "Its list is long; ComfyUI shows it in the node"))
+                    said.append(
+                        f"{name}: {key} is {extra['received_value']!r}, which the server does not"
+                        " have. "
+                        + (
+                            f"It has {', '.join(map(str, options))}"
+                            if options
+                            else (
+                                "It has none"
+                                if options == []
+                                else "Its list is long; ComfyUI shows it in the node"
+                            )
+                        )
+                    )
                 case "value_smaller_than_min" | "value_bigger_than_max":
-                    said.append(f"{name}: {key} is {extra['received_value']!r}; expected {limits['min']} to {limits['max']}"
-                                if {"min", "max"} <= limits.keys() else f"{name}: {key}: {error['message']}")
+                    said.append(
+                        f"{name}: {key} is {extra['received_value']!r}; expected {limits['min']} to"
+                        f" {limits['max']}"
+                        if {"min", "max"} <= limits.keys()
+                        else f"{name}: {key}: {error['message']}"
+                    )
                 case "required_input_missing":
                     said.append(f"{name} lacks its input {key}")
                 case _:
@@ -370,15 +517,22 @@ def explain(reply: dict, graph: dict) -> str:
     error = reply.get("error") or {}
     if not said and error.get("type") == "missing_node_type":
         kind = str(error["extra_info"]["class_type"])
-        said = [f"it does not know the node {kind} (node {error['extra_info']['node_id']}): install "
-                + ("ComfyUI-L2P" if kind.startswith("L2P") or kind.startswith("EmptyL2P") else "the pack it comes from")
-                + " into custom_nodes and restart the server"]
+        said = [
+            f"it does not know the node {kind} (node {error['extra_info']['node_id']}): install "
+            + (
+                "ComfyUI-L2P"
+                if kind.startswith("L2P") or kind.startswith("EmptyL2P")
+                else "the pack it comes from"
+            )
+            + " into custom_nodes and restart the server"
+        ]
     elif not said and error.get("type") == "prompt_no_outputs":
         said = ["it saves nothing; give it a Save Image node"]
     return "; ".join(said) or f"{error.get('message')}: {error.get('details')}"
 
 
 def read_json(text: bytes, url: str) -> dict:
+    """Parse a server's answer. Raises Refused where it is no JSON object."""
     try:
         return dict(json.loads(text))
     except (ValueError, TypeError, RecursionError):
@@ -386,4 +540,5 @@ def read_json(text: bytes, url: str) -> dict:
 
 
 def note(text: str) -> None:
+    """Print a line above the progress bar."""
     tqdm.write(f"l2p: note: {text}", file=sys.stderr)

@@ -1,4 +1,6 @@
-"""A ComfyUI workflow in API form, {node id: {class_type, inputs}}, and where in it a prompt, a seed or a size goes."""
+"""A ComfyUI workflow in API form, {node id: {class_type, inputs}}, and where in it a prompt, a seed
+or a size goes."""
+
 import json
 import math
 from pathlib import Path
@@ -14,57 +16,107 @@ PLACES = {  # what a flag or a column is called → the inputs that it fills, IN
 
 
 def read_workflow(file: Path) -> dict:
-    """The graph {node id: {class_type, inputs}}. Raises ValueError where the file holds something else."""
+    """The graph {node id: {class_type, inputs}}. Raises ValueError where the file holds something
+    else."""
     try:
         graph = json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file.name} is not JSON: {error}") from None
     if isinstance(graph, dict) and isinstance(graph.get("nodes"), list):
-        raise ValueError(f"{file.name} is a workflow for ComfyUI's canvas, which the server does not take. Use the file of "
-                         "that name in workflows/api/, or in ComfyUI: Workflow > Export (API)")
-    if not isinstance(graph, dict) or not graph or not all(
-            isinstance(node, dict) and isinstance(node.get("inputs"), dict) and "class_type" in node for node in graph.values()):
-        raise ValueError(f"{file.name} is no workflow in API format, {{id: {{class_type, inputs}}}}; in ComfyUI: Workflow > "
-                         "Export (API)")
+        raise ValueError(
+            f"{file.name} is a workflow for ComfyUI's canvas, which the server does not take. Use"
+            " the file of that name in workflows/api/, or in ComfyUI: Workflow > Export (API)"
+        )
+    if (
+        not isinstance(graph, dict)
+        or not graph
+        or not all(
+            isinstance(node, dict) and isinstance(node.get("inputs"), dict) and "class_type" in node
+            for node in graph.values()
+        )
+    ):
+        raise ValueError(
+            f"{file.name} is no workflow in API format, {{id: {{class_type, inputs}}}}; in ComfyUI:"
+            " Workflow > Export (API)"
+        )
     return graph
 
 
 def fill(filled: dict, graph: dict, name: str, value: object) -> None:
-    """Write the value into the places of `filled` that its name stands for in `graph`: one, or several that say the same
-    there, such as a latent's width and a sampler's. Raises ValueError where there is none, or which one is not clear."""
+    """Write the value into the places of `filled` that its name stands for in `graph`: one, or
+    several that say the same there, such as a latent's width and a sampler's. Raises ValueError
+    where there is none, or which one is not clear."""
     found = places(graph, name)
     if len({json.dumps(graph[node]["inputs"][key]) for node, key in found}) != 1:
-        inputs = found or [(node, key) for node in graph for key, old in graph[node]["inputs"].items() if not is_link(old)]
+        inputs = found or [
+            (node, key)
+            for node in graph
+            for key, old in graph[node]["inputs"].items()
+            if not is_link(old)
+        ]
         listed = ", ".join(f"{node}.{key} ({title(graph, node)})" for node, key in inputs)
-        raise ValueError(f"{name} could go to several inputs: {listed}. Say which: --set NODE.INPUT=VALUE" if found else
-                         f"the workflow has no input for {name}. It has: {listed}. Inputs that are wired are not filled")
+        raise ValueError(
+            f"{name} could go to several inputs: {listed}. Say which: --set NODE.INPUT=VALUE"
+            if found
+            else (
+                f"the workflow has no input for {name}. It has: {listed}. Inputs that are wired are"
+                " not filled"
+            )
+        )
     for node, key in found:
         old = graph[node]["inputs"][key]
         if name in FIELDS and kind(name) is not str:
             value = checked(name, value)
         filled[node]["inputs"][key] = like(old, value, f"{name} ({node}.{key})")
-        if key in ("width", "height") and graph[node]["class_type"] == "EmptyL2PLatentImage" and "size" in graph[node]["inputs"]:
+        if (
+            key in ("width", "height")
+            and graph[node]["class_type"] == "EmptyL2PLatentImage"
+            and "size" in graph[node]["inputs"]
+        ):
             filled[node]["inputs"]["size"] = "custom"  # else a usual size takes their place
 
 
 def places(graph: dict, name: str) -> list[tuple[str, str]]:
-    """(node, input) of all literal inputs that a name of `PLACES` stands for, or INPUT, or NODE.INPUT with the node's id,
-    title or class."""
+    """(node, input) of all literal inputs that a name of `PLACES` stands for, or INPUT, or
+    NODE.INPUT with the node's id, title or class."""
+
     def literal(*names: str) -> list[tuple[str, str]]:
-        return [(node, key) for node, settings in graph.items() for key, value in settings["inputs"].items()
-                if not is_link(value) and {key, f"{node}.{key}", f"{settings['class_type']}.{key}",
-                                           f"{title(graph, node)}.{key}"} & set(names)]
-    if name in ("prompt", "negative_prompt"):  # the same input on two nodes, told apart by where they are wired to
-        positive, negative = upstream(graph, "positive", "negative"), upstream(graph, "negative", "positive")
+        return [
+            (node, key)
+            for node, settings in graph.items()
+            for key, value in settings["inputs"].items()
+            if not is_link(value)
+            and {
+                key,
+                f"{node}.{key}",
+                f"{settings['class_type']}.{key}",
+                f"{title(graph, node)}.{key}",
+            }
+            & set(names)
+        ]
+
+    if name in (
+        "prompt",
+        "negative_prompt",
+    ):  # the same input on two nodes, told apart by where they are wired to
+        positive, negative = (
+            upstream(graph, "positive", "negative"),
+            upstream(graph, "negative", "positive"),
+        )
         texts = literal(*TEXTS)
         if name == "prompt":
-            return [place for place in texts if place[0] in positive] or [place for place in texts if place[0] not in negative]
-        return literal(*PLACES[name]) or [place for place in texts if place[0] in negative - positive]
+            return [place for place in texts if place[0] in positive] or [
+                place for place in texts if place[0] not in negative
+            ]
+        return literal(*PLACES[name]) or [
+            place for place in texts if place[0] in negative - positive
+        ]
     return literal(*PLACES.get(name, [name]))
 
 
 def upstream(graph: dict, side: str, other: str) -> set[str]:
-    """Ids of the nodes that feed any input called `side`, but for what goes through one called `other`."""
+    """Ids of the nodes that feed any input called `side`, but for what goes through one called
+    `other`."""
     todo = [settings["inputs"][side] for settings in graph.values() if side in settings["inputs"]]
     found = set()
     while todo:
@@ -76,15 +128,18 @@ def upstream(graph: dict, side: str, other: str) -> set[str]:
 
 
 def is_link(value: object) -> bool:
+    """Whether an input is wired to another node."""
     return isinstance(value, list)
 
 
 def title(graph: dict, node: str) -> str:
+    """A node's title, or its class."""
     return graph[node].get("_meta", {}).get("title") or graph[node]["class_type"]
 
 
 def like(old: object, value: object, name: str) -> object:
-    """Return the value in the type that the input has; ComfyUI saves 2.0 as 2, so a whole number may stand for a fraction.
+    """Return the value in the type that the input has; ComfyUI saves 2.0 as 2, so a whole number
+    may stand for a fraction.
 
     Raises ValueError where it is no such thing."""
     if isinstance(old, str):

@@ -1,1 +1,2 @@
-"""Training: settings (`config`), data, what is trained (`prepare`), the loop (`run`), and its files (`resume`, `record`)."""
+"""Training: settings (`config`), data, what is trained (`prepare`), the loop (`run`), and its files
+(`resume`, `record`)."""

@@ -1,4 +1,6 @@
-"""Every knob of a training run, its default and what it changes. A TOML file gives them, flags override it."""
+"""Every knob of a training run, its default and what it changes. A TOML file gives them, flags
+override it."""
+
 import difflib
 import json
 import math
@@ -6,88 +8,176 @@ import sys
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 
-
 # Recipes of this program itself, which a settings file may name: they are no code of others.
-OWN_RECIPES = ("comfyui_l2p.l2p_core.shapes.train:ShapesRun", "comfyui_l2p.l2p_core.shapes.train:ScoredRun")
+OWN_RECIPES = (
+    "comfyui_l2p.l2p_core.shapes.train:ShapesRun",
+    "comfyui_l2p.l2p_core.shapes.train:ScoredRun",
+)
 
 
 def knob(default: object, says: str, **choices: object) -> object:
+    """A field with its default, its help and, where it has them, its choices."""
     return field(default=default, metadata={"help": says, **choices})
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """What `train` takes. Paths are as given, from the folder the program runs in."""
-    checkpoint: str = knob("", "the pixel initialisation (l2p convert), or any whole L2P model, to train from")
+
+    checkpoint: str = knob(
+        "", "the pixel initialisation (l2p convert), or any whole L2P model, to train from"
+    )
     data: str = knob("", "folder with metadata.csv or metadata.jsonl and the pictures it names")
-    output: str = knob("", "the run's folder: configuration, log, samples, step-N.safetensors, resume.pt")
-    text_encoder: str = knob("", "as for l2p generate; encodes captions that are not in the cache yet, and is out of memory then")
+    output: str = knob(
+        "", "the run's folder: configuration, log, samples, step-N.safetensors, resume.pt"
+    )
+    text_encoder: str = knob(
+        "",
+        "as for l2p generate; encodes captions that are not in the cache yet, and is out of memory"
+        " then",
+    )
     tokenizer: str = knob("", "as for l2p generate")
     cache: str = knob("", "folder for encoded captions (default: encodings/ in the data folder)")
 
     steps: int = knob(10_000, "optimiser steps in all")
     batch: int = knob(1, "pictures a process takes through the model at once")
     accumulate: int = knob(1, "batches to a step: their gradients are averaged")
-    height: int = knob(0, "pixels; with width, pictures are resized and cropped to this size. 0: each keeps its shape")
+    height: int = knob(
+        0,
+        "pixels; with width, pictures are resized and cropped to this size. 0: each keeps its"
+        " shape",
+    )
     width: int = knob(0, "pixels")
-    max_pixels: int = knob(0, "pictures above are shrunk to this (default: the checkpoint's trained size)")
-    size_step: int = knob(0, "sides of pictures that keep their shape are multiples of this; 64 makes few sizes of many, so that "
-                          "batches fill (default: the patch, as published)")
+    max_pixels: int = knob(
+        0, "pictures above are shrunk to this (default: the checkpoint's trained size)"
+    )
+    size_step: int = knob(
+        0,
+        "sides of pictures that keep their shape are multiples of this; 64 makes few sizes of many,"
+        " so that batches fill (default: the patch, as published)",
+    )
     seed: int = knob(0, "of the data's order, the noise levels and the noise that is not paired")
 
-    freeze: str = knob("5:-5", "main layers that stay as they are, as a Python slice; '' trains everything")
-    recipe: str = knob("", "another way to train: module:Class, of a subclass of train.run.Run, in an installed package or the current "
-                       "folder. It is code, so only this flag names it, and a TOML file names none but the small model's own")
-    lora_rank: int = knob(0, "train a LoRA of this rank on the main layers' attention, feed-forward and adaLN; all weights stay frozen. 0: "
-                         "train the weights")
-    noise: str = knob("auto", "paired: each picture meets the noise of its own seed each time, as published at 1K; random; "
-                      "auto: paired at patch 16 where the data has seeds", choices=("auto", "paired", "random"))
+    freeze: str = knob(
+        "5:-5", "main layers that stay as they are, as a Python slice; '' trains everything"
+    )
+    recipe: str = knob(
+        "",
+        "another way to train: module:Class, of a subclass of train.run.Run, in an installed"
+        " package or the current folder. It is code, so only this flag names it, and a TOML file"
+        " names none but the small model's own",
+    )
+    lora_rank: int = knob(
+        0,
+        "train a LoRA of this rank on the main layers' attention, feed-forward and adaLN; all"
+        " weights stay frozen. 0: train the weights",
+    )
+    noise: str = knob(
+        "auto",
+        "paired: each picture meets the noise of its own seed each time, as published at 1K;"
+        " random; auto: paired at patch 16 where the data has seeds",
+        choices=("auto", "paired", "random"),
+    )
     timestep_sampling: str = knob(
-        "grid", "noise levels: grid, even over the published schedule (500 of it at patch 16, 1000 above); uniform, even from 0 "
-        "to 1, more of the details; logit-normal, more of the middle (Stable Diffusion 3)",
-        choices=("grid", "uniform", "logit-normal"))
+        "grid",
+        "noise levels: grid, even over the published schedule (500 of it at patch 16, 1000 above);"
+        " uniform, even from 0 to 1, more of the details; logit-normal, more of the middle (Stable"
+        " Diffusion 3)",
+        choices=("grid", "uniform", "logit-normal"),
+    )
     shift: float = knob(3.0, "of the grid: more trains more of the outline")
-    caption_dropout: float = knob(0.0, "share of captions replaced by the empty one, which guidance steers away from; none as published")
+    caption_dropout: float = knob(
+        0.0,
+        "share of captions replaced by the empty one, which guidance steers away from; none as"
+        " published",
+    )
 
     learning_rate: float = knob(5e-5, "of AdamW (betas 0.9 and 0.999, epsilon 1e-8)")
     weight_decay: float = knob(0.01, "on every parameter, as published")
-    schedule: str = knob("published", "learning rate: published, a third of it for five steps; constant; linear and cosine fall to 0 at "
-                         "the end", choices=("published", "constant", "linear", "cosine"))
+    schedule: str = knob(
+        "published",
+        "learning rate: published, a third of it for five steps; constant; linear and cosine fall"
+        " to 0 at the end",
+        choices=("published", "constant", "linear", "cosine"),
+    )
     warmup: int = knob(0, "steps over which the rate rises from 0; not with schedule published")
-    max_grad_norm: float = knob(0.0, "gradients longer than this are shortened to it; 0: never, as published")
-    ema: float = knob(0.0, "samples and step files hold a running mean of the trained weights; of it so much is kept at each step (0.999 is "
-                      "usual, less at first). 0: the weights themselves, as published")
-    mixed_precision: str = knob("bf16", "bf16: trained weights in float32, computing and frozen layers in bfloat16; no: all in float32",
-                                choices=("bf16", "no"))
-    checkpointing: bool = knob(True, "keep only each block's input and the decoder's, and compute the rest again on the way back: a "
-                               "third slower, a fraction of the memory")
-    offload_activations: bool = knob(False, "what is kept for the way back waits in the CPU's memory")
-    quantize_frozen: str = knob("", "keep the linears of frozen layers in int8, or in nf4, half as large and coarser; '' leaves them as they "
-                                "are", choices=("", "int8", "nf4"))
-    optimizer: str = knob("adamw", "adamw8bit keeps the optimizer's state in 8 bits (bitsandbytes)", choices=("adamw", "adamw8bit"))
+    max_grad_norm: float = knob(
+        0.0, "gradients longer than this are shortened to it; 0: never, as published"
+    )
+    ema: float = knob(
+        0.0,
+        "samples and step files hold a running mean of the trained weights; of it so much is kept"
+        " at each step (0.999 is usual, less at first). 0: the weights themselves, as published",
+    )
+    mixed_precision: str = knob(
+        "bf16",
+        "bf16: trained weights in float32, computing and frozen layers in bfloat16; no: all in"
+        " float32",
+        choices=("bf16", "no"),
+    )
+    checkpointing: bool = knob(
+        True,
+        "keep only each block's input and the decoder's, and compute the rest again on the way"
+        " back: a third slower, a fraction of the memory",
+    )
+    offload_activations: bool = knob(
+        False, "what is kept for the way back waits in the CPU's memory"
+    )
+    quantize_frozen: str = knob(
+        "",
+        "keep the linears of frozen layers in int8, or in nf4, half as large and coarser; '' leaves"
+        " them as they are",
+        choices=("", "int8", "nf4"),
+    )
+    optimizer: str = knob(
+        "adamw",
+        "adamw8bit keeps the optimizer's state in 8 bits (bitsandbytes)",
+        choices=("adamw", "adamw8bit"),
+    )
     offload_state: bool = knob(False, "the optimizer's state, and its arithmetic, on the CPU")
-    stochastic_rounding: bool = knob(False, "trained weights in bfloat16 too, each step rounded up or down at random, the nearer the "
-                                     "likelier")
-    step_in_backward: bool = knob(False, "update each tensor as soon as its gradient is there, and forget the gradient; one process, "
-                                  "accumulate 1, no max_grad_norm")
-    shard: str = knob("", "over several processes: state splits gradients and the optimizer's state between them (ZeRO-2), all the weights "
-                      "as well (ZeRO-3); '': each holds everything", choices=("", "state", "all"))
-    device: str = knob("", "default: the GPU where there is one, of several that of CUDA_VISIBLE_DEVICES; cpu: not that",
-                       choices=("", "cpu"))
+    stochastic_rounding: bool = knob(
+        False,
+        "trained weights in bfloat16 too, each step rounded up or down at random, the nearer the "
+        "likelier",
+    )
+    step_in_backward: bool = knob(
+        False,
+        "update each tensor as soon as its gradient is there, and forget the gradient; one process,"
+        " accumulate 1, no max_grad_norm",
+    )
+    shard: str = knob(
+        "",
+        "over several processes: state splits gradients and the optimizer's state between them"
+        " (ZeRO-2), all the weights as well (ZeRO-3); '': each holds everything",
+        choices=("", "state", "all"),
+    )
+    device: str = knob(
+        "",
+        "default: the GPU where there is one, of several that of CUDA_VISIBLE_DEVICES; cpu: not"
+        " that",
+        choices=("", "cpu"),
+    )
 
     save_every: int = knob(500, "steps between two step-N.safetensors")
     keep: int = knob(3, "newest step files to keep; 0 for all")
     sample_every: int = knob(500, "steps between two rows of samples; 0 for none")
-    sample_prompts: tuple[str, ...] = knob((), "drawn each time with the same noise (default: the first four captions)")
+    sample_prompts: tuple[str, ...] = knob(
+        (), "drawn each time with the same noise (default: the first four captions)"
+    )
     sample_steps: int = knob(0, "default: the checkpoint's")
-    held_out: int = knob(0, "pictures, drawn by the seed, that are never trained on; every sample_every steps their loss, at the same noise "
-                         "and levels each time, goes to held_out.csv and loss.png")
+    held_out: int = knob(
+        0,
+        "pictures, drawn by the seed, that are never trained on; every sample_every steps their"
+        " loss, at the same noise and levels each time, goes to held_out.csv and loss.png",
+    )
 
     def __post_init__(self) -> None:
         """Raises ValueError, naming the knob, for values that make no sense together or alone."""
         for name in ("checkpoint", "data", "output"):
             if not getattr(self, name):
-                raise ValueError(f"{name} is not given: {self.__dataclass_fields__[name].metadata['help']}")
+                raise ValueError(
+                    f"{name} is not given: {self.__dataclass_fields__[name].metadata['help']}"
+                )
         for each in fields(self):
             value, choices = getattr(self, each.name), each.metadata.get("choices")
             if choices and value not in choices:
@@ -98,35 +188,67 @@ class TrainConfig:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
         if (self.height == 0) != (self.width == 0):
-            raise ValueError(f"height is {self.height} and width {self.width}; give both, or neither")
+            raise ValueError(
+                f"height is {self.height} and width {self.width}; give both, or neither"
+            )
         if self.height and self.size_step:
-            raise ValueError(f"size_step is {self.size_step}, and all pictures become {self.width} x {self.height}; give one or the other")
+            raise ValueError(
+                f"size_step is {self.size_step}, and all pictures become {self.width} x"
+                f" {self.height}; give one or the other"
+            )
         if self.warmup and self.schedule == "published":
-            raise ValueError(f"warmup is {self.warmup}, and schedule published has its own; take constant, linear or cosine, or leave it off")
+            raise ValueError(
+                f"warmup is {self.warmup}, and schedule published has its own; take constant,"
+                " linear or cosine, or leave it off"
+            )
         if self.quantize_frozen and not (self.freeze or self.lora_rank):
-            raise ValueError(f"quantize_frozen is {self.quantize_frozen}, and freeze '' leaves nothing frozen; leave it off")
+            raise ValueError(
+                f"quantize_frozen is {self.quantize_frozen}, and freeze '' leaves nothing frozen;"
+                " leave it off"
+            )
         for name in ("caption_dropout", "ema"):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a share from 0 to 1")
         if self.step_in_backward and (self.accumulate > 1 or self.max_grad_norm):
-            raise ValueError(f"step_in_backward never has all gradients at once, so it goes neither with accumulate {self.accumulate} nor "
-                             f"with max_grad_norm {self.max_grad_norm:g}; take 1 and 0, or leave it off")
+            raise ValueError(
+                "step_in_backward never has all gradients at once, so it goes neither with"
+                f" accumulate {self.accumulate} nor with max_grad_norm {self.max_grad_norm:g}; take"
+                " 1 and 0, or leave it off"
+            )
         if self.stochastic_rounding and self.mixed_precision != "bf16":
-            raise ValueError("stochastic_rounding keeps weights in bfloat16, mixed_precision 'no' all in float32; choose one")
+            raise ValueError(
+                "stochastic_rounding keeps weights in bfloat16, mixed_precision 'no' all in"
+                " float32; choose one"
+            )
         if self.held_out and not self.sample_every:
-            raise ValueError(f"held_out is {self.held_out}, and its loss is taken every sample_every steps, which is 0; give both, or neither")
+            raise ValueError(
+                f"held_out is {self.held_out}, and its loss is taken every sample_every steps,"
+                " which is 0; give both, or neither"
+            )
         if self.shard:
-            for name in ("lora_rank", "quantize_frozen", "offload_state", "stochastic_rounding", "step_in_backward"):
+            for name in (
+                "lora_rank",
+                "quantize_frozen",
+                "offload_state",
+                "stochastic_rounding",
+                "step_in_backward",
+            ):
                 if getattr(self, name):
-                    raise ValueError(f"shard goes with plain AdamW on the model's own weights, and {name} is {getattr(self, name)!r}; choose one")
+                    raise ValueError(
+                        f"shard goes with plain AdamW on the model's own weights, and {name} is"
+                        f" {getattr(self, name)!r}; choose one"
+                    )
             if self.optimizer != "adamw":
-                raise ValueError(f"shard goes with plain AdamW, and optimizer is {self.optimizer!r}; choose one")
+                raise ValueError(
+                    f"shard goes with plain AdamW, and optimizer is {self.optimizer!r}; choose one"
+                )
         layers_of(self.freeze)
 
 
 @dataclass(frozen=True)
 class Draws:
     """How `synthesize` draws; Z-Image-Turbo's own settings."""
+
     count: int = knob(2, "pictures for each prompt")
     seed: int = knob(0, "of the first picture, the next has the next")
     height: int = knob(1024, "pixels")
@@ -135,58 +257,97 @@ class Draws:
     guidance: float = knob(0.0, "of the latent model, 0 for none")
 
     def __post_init__(self) -> None:
-        if min(self.count, self.steps, self.height, self.width) < 1 or self.height % 16 or self.width % 16 or self.seed < 0:
-            raise ValueError(f"count {self.count}, steps {self.steps}, height {self.height}, width {self.width}, seed {self.seed}: "
-                             "expected 1 or more, sizes in multiples of 16, and a seed of 0 or more")
+        if (
+            min(self.count, self.steps, self.height, self.width) < 1
+            or self.height % 16
+            or self.width % 16
+            or self.seed < 0
+        ):
+            raise ValueError(
+                f"count {self.count}, steps {self.steps}, height {self.height}, width {self.width},"
+                f" seed {self.seed}: expected 1 or more, sizes in multiples of 16, and a seed of 0"
+                " or more"
+            )
 
 
 def layers_of(text: str) -> slice:
-    """"5:-5" → slice(5, -5), and "" → slice(0, 0), none. Raises ValueError."""
+    """ "5:-5" → slice(5, -5), and "" → slice(0, 0), none. Raises ValueError."""
     try:
         start, stop = (int(part) if part.strip() else None for part in (text or "0:0").split(":"))
     except ValueError:
-        raise ValueError(f"freeze is {text!r}; expected a slice of the main layers such as '5:-5', or '' for none") from None
+        raise ValueError(
+            f"freeze is {text!r}; expected a slice of the main layers such as '5:-5', or '' for"
+            " none"
+        ) from None
     return slice(start, stop)
 
 
-def read_config(file: Path | None, overrides: dict[str, object], of_run: bool = False) -> TrainConfig:
-    """The file's values with the overrides over them. Raises ValueError for what is no TOML, no knob or of another type.
+def read_config(
+    file: Path | None, overrides: dict[str, object], of_run: bool = False
+) -> TrainConfig:
+    """The file's values with the overrides over them. Raises ValueError for what is no TOML, no
+    knob or of another type.
 
-    A recipe is code, and a TOML file may come from anyone. So one in the file is rejected unless the overrides name a recipe
-    too, or it is the program's own. of_run: the file is a run's record, of which nothing is run."""
+    A recipe is code, and a TOML file may come from anyone. So one in the file is rejected unless
+    the overrides name a recipe too, or it is the program's own. of_run: the file is a run's record,
+    of which nothing is run."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
         import tomli as tomllib
     try:
         values = {} if file is None else tomllib.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # of tomllib, of UTF-8, of numbers with thousands of digits
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # of tomllib, of UTF-8, of numbers with thousands of digits
         raise ValueError(f"{file} is no TOML: {error}") from None
     known = {each.name: each for each in fields(TrainConfig)}
     for name in values:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
-            raise ValueError(f"{file}: there is no setting {name}" + (f"; did you mean {near[0]}?" if near else
-                             f"; there are {', '.join(known)}"))
+            raise ValueError(
+                f"{file}: there is no setting {name}"
+                + (f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}")
+            )
     recipe = values.get("recipe")
     if recipe and recipe not in OWN_RECIPES and "recipe" not in overrides and not of_run:
-        raise ValueError(f"{file} names the recipe {recipe!r}, which is Python code, and a settings file must not run code. Read that "
-                         f"code first; if you trust it, name it yourself: --recipe {recipe}")
-    return TrainConfig(**{name: cast(known[name], value) for name, value in {**values, **overrides}.items()})
+        raise ValueError(
+            f"{file} names the recipe {recipe!r}, which is Python code, and a settings file must"
+            " not run code. Read that code first; if you trust it, name it yourself: --recipe"
+            f" {recipe}"
+        )
+    return TrainConfig(
+        **{name: cast(known[name], value) for name, value in {**values, **overrides}.items()}
+    )
 
 
 def cast(setting: Field, value: object) -> object:
     """A value from TOML as the setting's type. Raises ValueError where it is of another."""
-    if setting.type == tuple[str, ...] and isinstance(value, (list, tuple)) and all(isinstance(each, str) for each in value):
+    if (
+        setting.type == tuple[str, ...]
+        and isinstance(value, (list, tuple))
+        and all(isinstance(each, str) for each in value)
+    ):
         return tuple(value)
     if setting.type is float and type(value) is int:
         return float(value)
     if type(value) is not setting.type:
-        expected = {str: "text in quotes", int: "a whole number", float: "a number", bool: "true or false"}
-        raise ValueError(f"{setting.name} is {value!r}; expected {expected.get(setting.type, 'a list of texts')}")
+        expected = {
+            str: "text in quotes",
+            int: "a whole number",
+            float: "a number",
+            bool: "true or false",
+        }
+        raise ValueError(
+            f"{setting.name} is {value!r}; expected {expected.get(setting.type, 'a list of texts')}"
+        )
     return value
 
 
 def to_toml(config: TrainConfig) -> str:
     """The configuration as a file that `read_config` reads back to the same one."""
-    return "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in asdict(config).items())
+    return "".join(
+        f"{name} = {json.dumps(value, ensure_ascii=False)}\n"
+        for name, value in asdict(config).items()
+    )

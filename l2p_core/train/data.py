@@ -1,7 +1,9 @@
-"""A folder of pictures with captions → batches: what is wrong is found, by name, before training starts.
+"""A folder of pictures with captions → batches: what is wrong is found, by name, before training
+starts.
 
-Which examples make batch number n, and every draw in it, follow from the seed and n alone, so a run goes on anywhere.
-"""
+Which examples make batch number n, and every draw in it, follow from the seed and n alone, so a run
+goes on anywhere."""
+
 import hashlib
 import json
 import math
@@ -20,15 +22,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ..files.atomic import atomic_write, remove_leftovers
-from ..files.save import save_tensors
 from ..batch import open_picture, read_rows
+from ..files.atomic import atomic_write, remove_leftovers
 from ..files.header import CheckpointError, hash_files
+from ..files.save import save_tensors
+from ..flow import training_sigmas
 from ..images import to_pixels
 from ..pipeline import L2PPipeline, draw_noise
 from ..text import LAYER, MAX_TOKENS, TEMPLATE, encoder_files, find_tokenizer
 from .config import TrainConfig
-from ..flow import training_sigmas
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.json")
 NAMED = 10  # faults that are listed one by one
@@ -37,6 +39,7 @@ NAMED = 10  # faults that are listed one by one
 @dataclass(frozen=True)
 class Example:
     """One picture, its captions, and the height and width it is trained at."""
+
     file: Path
     captions: tuple[str, ...]  # one of them is drawn each time
     seed: int | None  # of its paired noise
@@ -48,32 +51,47 @@ class Example:
 @dataclass(frozen=True)
 class Batch:
     """What one pass takes: B pictures of one size."""
+
     pictures: Tensor  # (B, 3, H, W) in [-1, 1]
     captions: list[Tensor]  # B of (L, cap_feat_dim)
     noise: Tensor  # (B, 3, H, W)
     sigma: Tensor  # (B,)
 
 
-def read_examples(folder: Path, fixed: tuple[int, int] | None, max_pixels: int, multiple: int, progress: bool = False) -> list[Example]:
+def read_examples(
+    folder: Path,
+    fixed: tuple[int, int] | None,
+    max_pixels: int,
+    multiple: int,
+    progress: bool = False,
+) -> list[Example]:
     """Every row of the folder's metadata as an example, each picture read once to its end.
 
-    Columns: file_name or image; text or prompt, in JSON also a list of captions; seed may be left out. A name is looked for in
-    the folder, then in images/.
-    fixed: height and width for all. max_pixels, multiple: see `target_size`. Raises ValueError, which names what is wrong."""
+    Columns: file_name or image; text or prompt, in JSON also a list of captions; seed may be left
+    out. A name is looked for in the folder, then in images/. fixed: height and width for all.
+    max_pixels, multiple: see `target_size`. Raises ValueError, which names what is wrong."""
     metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
     if metadata is None:
-        raise ValueError(f"{folder} has no {METADATA[0]} or {METADATA[1]}. Make one with the columns file_name, text and, for paired "
-                         "noise, seed")
+        raise ValueError(
+            f"{folder} has no {METADATA[0]} or {METADATA[1]}. Make one with the columns file_name,"
+            " text and, for paired noise, seed"
+        )
     rows = read_rows(metadata, any_column=True)
 
     def check(row: dict) -> Example | str:
-        name, caption, seed = row.get("file_name", row.get("image")), row.get("text", row.get("prompt")), row.get("seed")
+        name, caption, seed = (
+            row.get("file_name", row.get("image")),
+            row.get("text", row.get("prompt")),
+            row.get("seed"),
+        )
         if not isinstance(name, str) or not name:
             return "no file_name"
         captions = tuple(caption) if isinstance(caption, list) else (caption,)
         if not captions or not all(isinstance(each, str) and each.strip() for each in captions):
             return f"{name}: no caption"
-        file = next((place for place in (folder / name, folder / "images" / name) if place.is_file()), None)
+        file = next(
+            (place for place in (folder / name, folder / "images" / name) if place.is_file()), None
+        )
         if file is None:
             return f"{name}: no such file"
         try:
@@ -87,27 +105,49 @@ def read_examples(folder: Path, fixed: tuple[int, int] | None, max_pixels: int, 
             return f"{name}: {error}"
         size = fixed or target_size(picture.height, picture.width, max_pixels, multiple)
         if not all(size):
-            return f"{name}: {picture.width} x {picture.height} pixels, and sides are multiples of {multiple}"
+            return (
+                f"{name}: {picture.width} x {picture.height} pixels, and sides are multiples of"
+                f" {multiple}"
+            )
         digest = hashlib.sha256(file.read_bytes())
         digest.update(json.dumps([captions, seed]).encode())
         return Example(file, captions, seed, size, name, digest.hexdigest())
 
     with ThreadPoolExecutor() as readers:
-        checked = list(tqdm(readers.map(check, rows), "checking pictures", len(rows), disable=not progress))
-    faults = [f"row {number}: {fault}" for number, fault in enumerate(checked, 1) if isinstance(fault, str)]
+        checked = list(
+            tqdm(readers.map(check, rows), "checking pictures", len(rows), disable=not progress)
+        )
+    faults = [
+        f"row {number}: {fault}"
+        for number, fault in enumerate(checked, 1)
+        if isinstance(fault, str)
+    ]
     examples = [example for example in checked if isinstance(example, Example)]
-    faults += [f"{file.name} is named {count} times" for file, count in Counter(example.file for example in examples).items() if count > 1]
+    faults += [
+        f"{file.name} is named {count} times"
+        for file, count in Counter(example.file for example in examples).items()
+        if count > 1
+    ]
     if seeds := sum(example.seed is not None for example in examples):
-        faults += [f"{example.file.name}: no seed, but {seeds} others have one" for example in examples if example.seed is None]
+        faults += [
+            f"{example.file.name}: no seed, but {seeds} others have one"
+            for example in examples
+            if example.seed is None
+        ]
     if faults:
         more = f"\n... and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
-        raise ValueError(f"{metadata} has {len(faults)} faults; mend them or take the rows out:\n" + "\n".join(faults[:NAMED]) + more)
+        raise ValueError(
+            f"{metadata} has {len(faults)} faults; mend them or take the rows out:\n"
+            + "\n".join(faults[:NAMED])
+            + more
+        )
     return examples
 
 
 def target_size(height: int, width: int, max_pixels: int, multiple: int) -> tuple[int, int]:
-    """Height and width a picture is trained at, as the published program has it: shrunk to `max_pixels` where it has more,
-    then down to multiples of `multiple`. Never enlarged; 0 where a side is too small."""
+    """Height and width a picture is trained at, as the published program has it: shrunk to
+    `max_pixels` where it has more, then down to multiples of `multiple`. Never enlarged; 0 where a
+    side is too small."""
     if height * width > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
         height, width = int(height / shrink), int(width / shrink)
@@ -115,7 +155,8 @@ def target_size(height: int, width: int, max_pixels: int, multiple: int) -> tupl
 
 
 def crop_and_resize(picture: Image.Image, height: int, width: int) -> Image.Image:
-    """The middle of the picture at that size: resized to cover it (bilinear, antialiased), the rest cut off."""
+    """The middle of the picture at that size: resized to cover it (bilinear, antialiased), the rest
+    cut off."""
     scale = max(width / picture.width, height / picture.height)
     size = round(picture.width * scale), round(picture.height * scale)
     if size != picture.size:
@@ -125,30 +166,48 @@ def crop_and_resize(picture: Image.Image, height: int, width: int) -> Image.Imag
 
 
 def hold_out(examples: list[Example], count: int, seed: int) -> tuple[list[Example], list[Example]]:
-    """(the rest, in their order; so many, drawn by the seed). Raises ValueError where nothing is left."""
+    """(the rest, in their order; so many, drawn by the seed). Raises ValueError where nothing is
+    left."""
     if count >= len(examples):
-        raise ValueError(f"held_out is {count}, and there are {len(examples)} pictures in all; expected fewer")
+        raise ValueError(
+            f"held_out is {count}, and there are {len(examples)} pictures in all; expected fewer"
+        )
     chosen = set(random.Random(seed).sample(range(len(examples)), count))
-    return ([example for number, example in enumerate(examples) if number not in chosen],
-            [example for number, example in enumerate(examples) if number in chosen])
+    return (
+        [example for number, example in enumerate(examples) if number not in chosen],
+        [example for number, example in enumerate(examples) if number in chosen],
+    )
 
 
 class Encodings:
     """Captions as the text encoder gives them, one file each, in a folder that outlives the run.
 
-    A file's name follows from the caption and from what encoded it, so another encoder never meets them."""
+    A file's name follows from the caption and from what encoded it, so another encoder never meets
+    them."""
 
     def __init__(self, folder: Path, pipe: L2PPipeline):
         self.folder, self.pipe = folder, pipe
         path = pipe.text_encoder_path
-        described = [file for folder in (path, find_tokenizer(path, pipe.tokenizer_path)) for pattern in ("*.json", "merges.txt")
-                     for file in sorted(folder.glob(pattern))]
-        self.maker = {"text_encoder_sha256": hash_files(encoder_files(path)), "tokenizer_and_config_sha256": hash_files(described),
-                      "dtype": str(pipe.dtype), "template": TEMPLATE, "layer": str(LAYER), "max_tokens": str(MAX_TOKENS)}
+        described = [
+            file
+            for folder in (path, find_tokenizer(path, pipe.tokenizer_path))
+            for pattern in ("*.json", "merges.txt")
+            for file in sorted(folder.glob(pattern))
+        ]
+        self.maker = {
+            "text_encoder_sha256": hash_files(encoder_files(path)),
+            "tokenizer_and_config_sha256": hash_files(described),
+            "dtype": str(pipe.dtype),
+            "template": TEMPLATE,
+            "layer": str(LAYER),
+            "max_tokens": str(MAX_TOKENS),
+        }
 
     def add(self, captions: list[str], progress: bool = False) -> None:
         """Encode and store those that are not there, then take the encoder out of memory."""
-        missing = [caption for caption in dict.fromkeys(captions) if not self.file(caption).exists()]
+        missing = [
+            caption for caption in dict.fromkeys(captions) if not self.file(caption).exists()
+        ]
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.folder)
         for caption in tqdm(missing, "encoding captions", disable=not progress or not missing):
@@ -162,48 +221,101 @@ class Encodings:
         file, width = self.file(caption), self.pipe.layout.config.cap_feat_dim
         try:
             features = load_file(file)["features"]
-            if features.dim() != 2 or features.shape[1] != width or not 1 <= len(features) <= MAX_TOKENS:
-                raise ValueError(f"it is {tuple(features.shape)}, expected (1 to {MAX_TOKENS}, {width})")
+            if (
+                features.dim() != 2
+                or features.shape[1] != width
+                or not 1 <= len(features) <= MAX_TOKENS
+            ):
+                raise ValueError(
+                    f"it is {tuple(features.shape)}, expected (1 to {MAX_TOKENS}, {width})"
+                )
             return features
         except (SafetensorError, KeyError, OSError, ValueError) as error:
-            raise CheckpointError(f"{file} can't be read ({error}). Delete it, and it is made again") from None
+            raise CheckpointError(
+                f"{file} can't be read ({error}). Delete it, and it is made again"
+            ) from None
 
     def file(self, caption: str) -> Path:
-        return self.folder / f"{hashlib.sha256(json.dumps([caption, self.maker]).encode()).hexdigest()[:40]}.safetensors"
+        """Where a prompt's embeddings are kept."""
+        digest = hashlib.sha256(json.dumps([caption, self.maker]).encode()).hexdigest()
+        return self.folder / f"{digest[:40]}.safetensors"
 
 
 class Batches:
     """The endless row of batches of a run; batch n is the same whenever it is asked for.
 
-    processes, rank: a batch of `config.batch` for each process, cut from one of `size`, as large as all together."""
+    processes, rank: a batch of `config.batch` for each process, cut from one of `size`, as large as
+    all together."""
 
-    def __init__(self, examples: list[Example], encodings: Encodings, config: TrainConfig, patch_size: int, processes: int = 1,
-                 rank: int = 0):
-        paired = config.noise == "paired" or config.noise == "auto" and patch_size == 16 and examples[0].seed is not None
+    def __init__(
+        self,
+        examples: list[Example],
+        encodings: Encodings,
+        config: TrainConfig,
+        patch_size: int,
+        processes: int = 1,
+        rank: int = 0,
+    ):
+        paired = (
+            config.noise == "paired"
+            or config.noise == "auto"
+            and patch_size == 16
+            and examples[0].seed is not None
+        )
         if paired and examples[0].seed is None:
-            raise ValueError(f"noise is paired, but the pictures in {config.data} have no seeds. Add a column seed, or take random noise")
-        self.examples, self.encodings, self.config, self.patch_size, self.paired = examples, encodings, config, patch_size, paired
-        self.size, self.own = processes * config.batch, slice(rank * config.batch, (rank + 1) * config.batch)
-        self._epoch = lru_cache(maxsize=2)(partial(plan_epoch, examples, config.batch, processes, config.seed))
+            raise ValueError(
+                f"noise is paired, but the pictures in {config.data} have no seeds. Add a column"
+                " seed, or take random noise"
+            )
+        self.examples, self.encodings, self.config, self.patch_size, self.paired = (
+            examples,
+            encodings,
+            config,
+            patch_size,
+            paired,
+        )
+        self.size, self.own = (
+            processes * config.batch,
+            slice(rank * config.batch, (rank + 1) * config.batch),
+        )
+        self._epoch = lru_cache(maxsize=2)(
+            partial(plan_epoch, examples, config.batch, processes, config.seed)
+        )
         self.per_epoch = len(self._epoch(0))
 
     def __getitem__(self, number: int) -> Batch:
         config = self.config
         order = self._epoch(number // self.per_epoch)[number % self.per_epoch]
         generator = self.generator(number)
-        sigma = training_sigmas(self.size, config.timestep_sampling, config.shift, self.patch_size, generator)
+        sigma = training_sigmas(
+            self.size, config.timestep_sampling, config.shift, self.patch_size, generator
+        )
         dropped = torch.rand(self.size, generator=generator) < config.caption_dropout
         picks = torch.rand(self.size, generator=generator)
         examples = [self.examples[index] for index in order[self.own]]
         height, width = examples[0].size
         return Batch(
-            torch.cat([to_pixels(crop_and_resize(open_picture(example.file).convert("RGB"), height, width)) for example in examples]),
-            [self.encodings["" if drop else example.captions[int(pick * len(example.captions))]]
-             for example, drop, pick in zip(examples, dropped[self.own], picks[self.own])],
-            draw_noise((len(examples), 3, height, width), [
-                example.seed if self.paired else self.generator(number, place).initial_seed()
-                for place, example in enumerate(examples, self.own.start)]),
-            sigma[self.own])
+            torch.cat(
+                [
+                    to_pixels(
+                        crop_and_resize(open_picture(example.file).convert("RGB"), height, width)
+                    )
+                    for example in examples
+                ]
+            ),
+            [
+                self.encodings["" if drop else example.captions[int(pick * len(example.captions))]]
+                for example, drop, pick in zip(examples, dropped[self.own], picks[self.own])
+            ],
+            draw_noise(
+                (len(examples), 3, height, width),
+                [
+                    example.seed if self.paired else self.generator(number, place).initial_seed()
+                    for place, example in enumerate(examples, self.own.start)
+                ],
+            ),
+            sigma[self.own],
+        )
 
     def generator(self, *number: int) -> torch.Generator:
         """For the draws of one batch, or of one place in it."""
@@ -211,11 +323,13 @@ class Batches:
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def plan_epoch(examples: list[Example], batch: int, processes: int, seed: int, epoch: int) -> list[list[int]]:
+def plan_epoch(
+    examples: list[Example], batch: int, processes: int, seed: int, epoch: int
+) -> list[list[int]]:
     """Every example once, in rows of a batch for each process, and each batch of one picture size.
 
-    What is left of a size after whole rows is cut into batches, the last filled up from the size's first; and such batches, of any
-    sizes, make rows, the last filled up from theirs."""
+    What is left of a size after whole rows is cut into batches, the last filled up from the size's
+    first; and such batches, of any sizes, make rows, the last filled up from theirs."""
     rng = random.Random(f"{seed} {epoch}")
     buckets: dict[tuple[int, int], list[int]] = {}
     for index, example in enumerate(examples):
@@ -232,9 +346,11 @@ def plan_epoch(examples: list[Example], batch: int, processes: int, seed: int, e
 
 
 def cut(items: list, size: int) -> list[list]:
-    return [items[start:start + size] for start in range(0, len(items), size)]
+    """Cut a list into parts of at most `size`."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def filled(items: list, size: int, more: list) -> list:
-    """The items, and as many of `more`, from its first on and around, as make a multiple of `size`."""
+    """The items, and as many of `more`, from its first on and around, as make a multiple of
+    `size`."""
     return items + list(islice(cycle(more), -len(items) % size))

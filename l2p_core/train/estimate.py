@@ -1,4 +1,6 @@
-"""What a training step will hold in memory, without a byte of weights: the step runs on tensors that have only a shape."""
+"""What a training step will hold in memory, without a byte of weights: the step runs on tensors
+that have only a shape."""
+
 import math
 from contextlib import nullcontext
 from dataclasses import replace
@@ -8,48 +10,69 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
-from ..files.load import check
 from ..files.layout import read_layout
+from ..files.load import check
+from ..flow import flow_matching_loss
 from ..meter import Meter, bytes_of, shapes_only
 from ..model import L2PTransformer
 from ..text import MAX_TOKENS
 from .config import TrainConfig
 from .data import target_size
-from ..flow import flow_matching_loss
 from .run import compute_dtype, make_optimizer, prepare, refuse_quantized, trained_of
 
 HOST = "meta"  # stands for the memory beside the device's
 
 
 def estimate(config: TrainConfig) -> dict[str, int]:
-    """Bytes that one process holds at the peak of a step, by what they are for, and their sum as "in all"; then what it keeps
-    in the CPU's memory, where a GPU's is meant by the rest.
+    """Bytes that one process holds at the peak of a step, by what they are for, and their sum as
+    "in all"; then what it keeps in the CPU's memory, where a GPU's is meant by the rest.
 
-    Reads the checkpoint's header alone, and neither the data nor the text encoder: pictures are of `height` x `width`, or of the
-    checkpoint's trained size shrunk to `max_pixels`; captions of 512 tokens. Raises CheckpointError, and ValueError where `shard` is set."""
+    Reads the checkpoint's header alone, and neither the data nor the text encoder: pictures are of
+    `height` x `width`, or of the checkpoint's trained size shrunk to `max_pixels`; captions of 512
+    tokens. Raises CheckpointError, and ValueError where `shard` is set."""
     if config.shard:
-        raise ValueError(f"shard is {config.shard}, and what is counted is a process that holds everything; leave shard out")
+        raise ValueError(
+            f"shard is {config.shard}, and what is counted is a process that holds everything;"
+            " leave shard out"
+        )
     layout = read_layout(Path(config.checkpoint))
     check(layout)
     refuse_quantized(layout)
-    height, width = (config.height, config.width) if config.height else target_size(
-        *layout.trained_size, config.max_pixels or math.prod(layout.trained_size), layout.config.size_multiple)
+    height, width = (
+        (config.height, config.width)
+        if config.height
+        else target_size(
+            *layout.trained_size,
+            config.max_pixels or math.prod(layout.trained_size),
+            layout.config.size_multiple,
+        )
+    )
     dtype = compute_dtype(config)
     with torch.device("meta"):
         model = L2PTransformer(layout.config).to(dtype)
     prepare(model, config)
     with shapes_only(model), Meter(elsewhere=HOST) as meter:
         trained = trained_of(model)
-        optimizer = make_optimizer(trained, replace(config, optimizer="adamw"), HOST)  # bitsandbytes' looks at numbers
+        optimizer = make_optimizer(
+            trained, replace(config, optimizer="adamw"), HOST
+        )  # bitsandbytes' looks at numbers
         picture = torch.empty(config.batch, 3, height, width)
-        captions = [torch.empty(MAX_TOKENS, layout.config.cap_feat_dim, dtype=dtype) for _ in range(config.batch)]
+        captions = [
+            torch.empty(MAX_TOKENS, layout.config.cap_feat_dim, dtype=dtype)
+            for _ in range(config.batch)
+        ]
 
         def step() -> int:
             """Returns what all gradients together take."""
-            keeping = (saved_tensors_hooks(lambda tensor: tensor.to(HOST), lambda kept: kept.to("cpu"))
-                       if config.offload_activations else nullcontext())
+            keeping = (
+                saved_tensors_hooks(lambda tensor: tensor.to(HOST), lambda kept: kept.to("cpu"))
+                if config.offload_activations
+                else nullcontext()
+            )
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16), keeping:
-                loss = flow_matching_loss(model, picture, captions, torch.empty_like(picture), torch.empty(config.batch))
+                loss = flow_matching_loss(
+                    model, picture, captions, torch.empty_like(picture), torch.empty(config.batch)
+                )
             loss.backward()
             gradients = bytes_of(parameter.grad for parameter in trained.values())
             optimizer.step()
@@ -64,14 +87,24 @@ def estimate(config: TrainConfig) -> dict[str, int]:
     if config.optimizer == "adamw8bit":
         state = sum(state_in_8_bits(parameter.numel()) for parameter in trained.values())
     learned = bytes_of(trained.values())
-    parts = {"weights that are trained": learned, "frozen weights": bytes_of(model.state_dict().values()) - learned,
-             **({"running mean of the weights": 4 * sum(each.numel() for each in trained.values())} if config.ema else {}),
-             "gradients": gradients, "optimizer state": 0 if config.offload_state else state, "activations and what passes": passing}
+    parts = {
+        "weights that are trained": learned,
+        "frozen weights": bytes_of(model.state_dict().values()) - learned,
+        **(
+            {"running mean of the weights": 4 * sum(each.numel() for each in trained.values())}
+            if config.ema
+            else {}
+        ),
+        "gradients": gradients,
+        "optimizer state": 0 if config.offload_state else state,
+        "activations and what passes": passing,
+    }
     beside = {"in the CPU's memory": state} if config.offload_state else {}
     return {**parts, "in all": sum(parts.values()), **beside}
 
 
 def state_in_8_bits(count: int) -> int:
-    """Bytes of bitsandbytes' AdamW for a tensor of so many numbers: two means of each, with a float32 scale for every 256 of them
-    and two tables of 256 levels; a tensor below 4096 keeps float32."""
+    """Bytes of bitsandbytes' AdamW for a tensor of so many numbers: two means of each, with a
+    float32 scale for every 256 of them and two tables of 256 levels; a tensor below 4096 keeps
+    float32."""
     return 8 * count if count < 4096 else 2 * count + 2 * 4 * -(-count // 256) + 2 * 4 * 256

@@ -1,4 +1,5 @@
 """What a run trains, in which dtype, and with which optimizer and learning rate."""
+
 import math
 from functools import partial
 
@@ -13,7 +14,9 @@ from .config import TrainConfig, layers_of
 from .data import Batch
 from .low_memory import FrugalAdamW, quantize_frozen
 
-LORA_TARGETS = r"layers\.\d+\.(attention\.(to_[qkv]|to_out\.0)|feed_forward\.w[123]|adaLN_modulation\.0)"
+LORA_TARGETS = (
+    r"layers\.\d+\.(attention\.(to_[qkv]|to_out\.0)|feed_forward\.w[123]|adaLN_modulation\.0)"
+)
 
 
 def compute_dtype(config: TrainConfig) -> torch.dtype:
@@ -24,13 +27,18 @@ def compute_dtype(config: TrainConfig) -> torch.dtype:
 def refuse_quantized(layout: Layout) -> None:
     """Raises CheckpointError."""
     if layout.quantization:
-        raise CheckpointError(f"{layout.path.name} is quantized ({layout.quantization}); train the BF16 or FP32 model")
+        raise CheckpointError(
+            f"{layout.path.name} is quantized ({layout.quantization}); train the BF16 or FP32 model"
+        )
 
 
-def prepare(model: L2PTransformer, config: TrainConfig, device: torch.device | None = None) -> dict[str, nn.Parameter]:
+def prepare(
+    model: L2PTransformer, config: TrainConfig, device: torch.device | None = None
+) -> dict[str, nn.Parameter]:
     """Freeze what stays, put the rest into what it is trained in, and return it by name.
 
-    device: to put it on, of what is quantized each linear by itself; None leaves all where it is."""
+    device: to put it on, of what is quantized each linear by itself; None leaves all where it is.
+    """
     model.train()
     frozen = model.layers if config.lora_rank else model.layers[layers_of(config.freeze)]
     frozen.requires_grad_(False)
@@ -41,21 +49,34 @@ def prepare(model: L2PTransformer, config: TrainConfig, device: torch.device | N
     trained = trained_of(model)
     for parameter in trained.values():
         dtype = torch.bfloat16 if config.stochastic_rounding else torch.float32
-        parameter.data = parameter.data.to(device, dtype, copy=True)  # the file it is mapped from is not written to
+        parameter.data = parameter.data.to(
+            device, dtype, copy=True
+        )  # the file it is mapped from is not written to
     if device:
         model.to(device)
     if config.checkpointing:
-        for part in (*model.noise_refiner, *model.context_refiner, *model.layers, model.local_decoder):
-            part.forward = partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)
+        for part in (
+            *model.noise_refiner,
+            *model.context_refiner,
+            *model.layers,
+            model.local_decoder,
+        ):
+            part.forward = partial(
+                checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False
+            )
     return trained
 
 
 def trained_of(model: L2PTransformer) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    """The trained parameters by name."""
+    return {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
 
 
 def add_lora(model: L2PTransformer, config: TrainConfig) -> None:
-    """Put a LoRA beside every linear of the main layers, its scale (alpha / rank) 1, and freeze all else."""
+    """Put a LoRA beside every linear of the main layers, its scale (alpha / rank) 1, and freeze all
+    else."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
@@ -63,15 +84,31 @@ def add_lora(model: L2PTransformer, config: TrainConfig) -> None:
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        inject_adapter_in_model(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=LORA_TARGETS), model)
+        inject_adapter_in_model(
+            LoraConfig(
+                r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=LORA_TARGETS
+            ),
+            model,
+        )
 
 
-def make_optimizer(trained: dict[str, nn.Parameter], config: TrainConfig, host: str = "cpu") -> torch.optim.Optimizer:
+def make_optimizer(
+    trained: dict[str, nn.Parameter], config: TrainConfig, host: str = "cpu"
+) -> torch.optim.Optimizer:
     """The published one, or the same in less memory; host: where it may keep its state."""
-    settings = {"lr": config.learning_rate, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": config.weight_decay}
-    if config.optimizer == "adamw" and not (config.offload_state or config.stochastic_rounding or config.step_in_backward):
+    settings = {
+        "lr": config.learning_rate,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": config.weight_decay,
+    }
+    if config.optimizer == "adamw" and not (
+        config.offload_state or config.stochastic_rounding or config.step_in_backward
+    ):
         on_gpu = any(parameter.is_cuda for parameter in trained.values())
-        return torch.optim.AdamW(trained.values(), fused=on_gpu or None, **settings)  # else it holds a copy of all weights there
+        return torch.optim.AdamW(
+            trained.values(), fused=on_gpu or None, **settings
+        )  # else it holds a copy of all weights there
     return FrugalAdamW(trained.values(), config, host, **settings)
 
 
@@ -89,5 +126,10 @@ def rate_at(step: int, config: TrainConfig) -> float:
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
-    return Batch(batch.pictures.to(device), [caption.to(device) for caption in batch.captions], batch.noise.to(device),
-                 batch.sigma.to(device))
+    """The batch, moved."""
+    return Batch(
+        batch.pictures.to(device),
+        [caption.to(device) for caption in batch.captions],
+        batch.noise.to(device),
+        batch.sigma.to(device),
+    )

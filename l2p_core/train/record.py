@@ -1,4 +1,5 @@
 """What a run leaves to look at: the log, its curve, and samples as training goes on."""
+
 import csv
 import io
 import math
@@ -11,9 +12,13 @@ from PIL import Image, ImageDraw
 from ..files.atomic import append, atomic_write
 from ..images import open_image
 
-WINDOW, DIVERGED = 100, 3  # a mean loss over so many steps that is so many times the lowest before it
+WINDOW, DIVERGED = (
+    100,
+    3,
+)  # a mean loss over so many steps that is so many times the lowest before it
 RECENT = 10  # steps that show where it is going
-NOTHING = 2.0  # about the loss of a model that gives 0: the noise's 1, and the picture's mean square
+# about the loss of a model that gives 0: the noise's 1, and the picture's mean square
+NOTHING = 2.0
 SHEET_ROWS, SHEET_SIDE = 12, 256  # of samples.png
 WIDTH, HEIGHT, MARGIN = 800, 400, 48  # of loss.png, pixels
 
@@ -21,6 +26,7 @@ WIDTH, HEIGHT, MARGIN = 800, 400, 48  # of loss.png, pixels
 @dataclass
 class Row:
     """One line of the log."""
+
     step: int
     loss: float
     learning_rate: float
@@ -29,20 +35,34 @@ class Row:
 
 
 class Log:
-    """log.csv, a row for each step, held_out.csv, and the same for TensorBoard where that is installed; written by one process alone."""
+    """log.csv, a row for each step, held_out.csv, and the same for TensorBoard where that is
+    installed; written by one process alone."""
 
     def __init__(self, folder: Path, step: int, writes: bool):
         """step: where the run goes on; what was logged after it is forgotten."""
-        self.folder, self.writes, self.rows, self.lowest, self.board = folder, writes, [], math.inf, None
-        for row in read_table(folder / "log.csv", [each.type for each in fields(Row)]):  # by all: they must agree on when to stop
+        self.folder, self.writes, self.rows, self.lowest, self.board = (
+            folder,
+            writes,
+            [],
+            math.inf,
+            None,
+        )
+        for row in read_table(
+            folder / "log.csv", [each.type for each in fields(Row)]
+        ):  # by all: they must agree on when to stop
             if row[0] <= step:
                 self.note(Row(*row))
-        self.held_out = [row for row in read_table(folder / "held_out.csv", [int, float]) if row[0] <= step]
+        self.held_out = [
+            row for row in read_table(folder / "held_out.csv", [int, float]) if row[0] <= step
+        ]
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
-            write_table(folder / "log.csv", [[each.name for each in fields(Row)], *map(astuple, self.rows)])
+            write_table(
+                folder / "log.csv", [[each.name for each in fields(Row)], *map(astuple, self.rows)]
+            )
             with suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
+
                 self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
     def __enter__(self) -> "Log":
@@ -54,6 +74,7 @@ class Log:
                 self.board.close()
 
     def note(self, row: Row) -> None:
+        """Take a row into account."""
         self.rows.append(row)
         if len(self.rows) == 1:
             self.lowest = max(row.loss, NOTHING)
@@ -61,6 +82,7 @@ class Log:
             self.lowest = min(self.lowest, self.mean())
 
     def add(self, row: Row) -> None:
+        """Note a row and write it."""
         self.note(row)
         if self.writes:
             write_table(self.folder / "log.csv", [astuple(row)], more=True)
@@ -69,6 +91,7 @@ class Log:
                 self.board.add_scalar(name, getattr(row, name), row.step)
 
     def add_held_out(self, step: int, loss: float) -> None:
+        """Write the validation loss of a step, in place of an earlier one."""
         self.held_out = [*(row for row in self.held_out if row[0] != step), (step, loss)]
         if self.writes:
             write_table(self.folder / "held_out.csv", [("step", "loss"), *self.held_out])
@@ -76,11 +99,13 @@ class Log:
             self.board.add_scalar("held_out_loss", loss, step)
 
     def mean(self, steps: int | None = None) -> float:
-        recent = self.rows[-(steps or WINDOW):]
+        """Mean loss of the last steps."""
+        recent = self.rows[-(steps or WINDOW) :]
         return sum(row.loss for row in recent) / len(recent)
 
     def steady(self) -> bool:
-        """Whether the last few steps are as good as to be saved; where they are not, `trouble` may follow."""
+        """Whether the last few steps are as good as to be saved; where they are not, `trouble` may
+        follow."""
         return self.mean(RECENT) <= DIVERGED * self.lowest
 
     def trouble(self) -> str | None:
@@ -89,20 +114,31 @@ class Log:
         if not (math.isfinite(row.loss) and math.isfinite(row.grad_norm)):
             return f"the loss is {row.loss} and its gradient {row.grad_norm} long"
         if len(self.rows) >= WINDOW and self.mean() > DIVERGED * self.lowest:
-            return f"the loss diverges: {self.mean():.3g} over the last {WINDOW} steps, and {self.lowest:.3g} was to be expected"
+            return (
+                f"the loss diverges: {self.mean():.3g} over the last {WINDOW} steps, and"
+                f" {self.lowest:.3g} was to be expected"
+            )
         return None
 
 
 def read_table(file: Path, types: list[type]) -> list[tuple]:
-    """Its whole rows, none where there is no file; the last one of a killed run may be half written."""
+    """Its whole rows, none where there is no file; the last one of a killed run may be half
+    written."""
     if not file.is_file():
         return []
     try:
         with file.open(newline="", encoding="utf-8") as stream:
             rows = list(csv.reader(stream))[1:]
-        return [tuple(kind(value) for kind, value in zip(types, row)) for row in rows if len(row) == len(types) and all(row)]
+        return [
+            tuple(kind(value) for kind, value in zip(types, row))
+            for row in rows
+            if len(row) == len(types) and all(row)
+        ]
     except (csv.Error, ValueError) as error:
-        raise ValueError(f"{file} can't be read ({error}). Restore it, or delete it: training does not need its rows") from None
+        raise ValueError(
+            f"{file} can't be read ({error}). Restore it, or delete it: training does not need its"
+            " rows"
+        ) from None
 
 
 def write_table(file: Path, rows: list[tuple | list], more: bool = False) -> None:
@@ -114,21 +150,29 @@ def write_table(file: Path, rows: list[tuple | list], more: bool = False) -> Non
 
 
 def draw_curves(curves: list[list[tuple[int, float]]], file: Path) -> None:
-    """Write a PNG of curves of (step, loss), the second in red, each point the mean of those that share a column of pixels."""
+    """Write a PNG of curves of (step, loss), the second in red, each point the mean of those that
+    share a column of pixels."""
     points = [point for curve in curves for point in curve]
     first, last = min(points)[0], max(points)[0]
     means = []
     for curve in curves:
         columns: dict[int, list[float]] = {}
         for step, loss in curve:
-            columns.setdefault(MARGIN + round((step - first) / max(last - first, 1) * (WIDTH - 2 * MARGIN)), []).append(loss)
+            columns.setdefault(
+                MARGIN + round((step - first) / max(last - first, 1) * (WIDTH - 2 * MARGIN)), []
+            ).append(loss)
         means.append({x: sum(losses) / len(losses) for x, losses in columns.items()})
     high = max(mean for curve in means for mean in curve.values()) or 1.0
     picture = Image.new("RGB", (WIDTH, HEIGHT), "white")
     pen = ImageDraw.Draw(picture)
-    pen.line([(MARGIN, MARGIN), (MARGIN, HEIGHT - MARGIN), (WIDTH - MARGIN, HEIGHT - MARGIN)], fill="grey")
+    pen.line(
+        [(MARGIN, MARGIN), (MARGIN, HEIGHT - MARGIN), (WIDTH - MARGIN, HEIGHT - MARGIN)],
+        fill="grey",
+    )
     for curve, colour in zip(means, ("black", "red")):
-        if line := [(x, HEIGHT - MARGIN - mean / high * (HEIGHT - 2 * MARGIN)) for x, mean in curve.items()]:
+        if line := [
+            (x, HEIGHT - MARGIN - mean / high * (HEIGHT - 2 * MARGIN)) for x, mean in curve.items()
+        ]:
             pen.line(line if len(line) > 1 else line * 2, fill=colour, width=2)
     pen.text((MARGIN, MARGIN - 16), f"loss {high:.3g}", fill="black")
     pen.text((MARGIN - 12, HEIGHT - MARGIN - 6), "0", fill="black")
@@ -139,6 +183,7 @@ def draw_curves(curves: list[list[tuple[int, float]]], file: Path) -> None:
 
 
 def samples_file(output: Path, step: int) -> Path:
+    """Where the samples of a step are written."""
     return output / "samples" / f"step-{step:07d}.png"
 
 
@@ -150,7 +195,9 @@ def show_samples(drawn: list[Image.Image], output: Path, step: int) -> None:
         grid([drawn]).save(stream, "PNG")
     files = sorted(file.parent.glob("step-*.png"))
     rows = []
-    for number in sorted({round(place * (len(files) - 1) / (SHEET_ROWS - 1)) for place in range(SHEET_ROWS)}):
+    for number in sorted(
+        {round(place * (len(files) - 1) / (SHEET_ROWS - 1)) for place in range(SHEET_ROWS)}
+    ):
         with open_image(files[number], ("PNG",)) as row:
             row.thumbnail((len(drawn) * SHEET_SIDE, SHEET_SIDE))
             rows.append([row.copy()])

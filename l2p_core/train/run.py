@@ -1,12 +1,13 @@
 """The training loop, on Hugging Face accelerate. A run is a folder:
 
-    config.toml          every setting it was started with
-    log.csv, loss.png    a row for each step, and their curve, with that of held_out.csv in red; tensorboard/ the same where
-                         TensorBoard is installed
-    samples/, samples.png   the same prompts drawn as training goes on, and the rows below one another
-    step-N.safetensors   the trained tensors under the published names: l2p merge puts them over the checkpoint; or a LoRA
-    resume.pt            the state from which a stopped run resumes, bit for bit on a CPU
+config.toml            every setting it was started with
+log.csv, loss.png      a row for each step, and the curve, with the validation loss in red
+held_out.csv           the validation loss; tensorboard/ holds both, if TensorBoard is installed
+samples/, samples.png  images of the same prompts as training progresses, and all in one image
+step-N.safetensors     the trained tensors under the published names, or a LoRA
+resume.pt              the state from which a run resumes, bit for bit on a CPU
 """
+
 import math
 import warnings
 from collections import Counter
@@ -24,16 +25,24 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from tqdm import tqdm
 
-from ..prefetch import ahead
-from ..files.load import load_model
 from ..files.atomic import WAIT, WriteError, atomic_write, locked, process_rank
 from ..files.header import hash_files
+from ..files.load import load_model
 from ..flow import flow_matching_loss
 from ..interrupt import Noted, noted
 from ..pipeline import L2PPipeline
+from ..prefetch import ahead
 from .config import OWN_RECIPES, TrainConfig, to_toml
 from .data import Batch, Batches, Encodings, Example, hold_out, read_examples
-from .prepare import compute_dtype, make_optimizer, on_device, prepare, rate_at, refuse_quantized, trained_of
+from .prepare import (
+    compute_dtype,
+    make_optimizer,
+    on_device,
+    prepare,
+    rate_at,
+    refuse_quantized,
+    trained_of,
+)
 from .record import Log, Row, draw_curves, samples_file, show_samples
 from .resume import check_run, first_line, load_state, save_step, step_file
 from .shard import gather, is_split, reshard, shard
@@ -44,22 +53,26 @@ PATIENCE = timedelta(hours=6)  # of processes with the one that draws samples or
 def train(config: TrainConfig, progress: bool = True) -> Path:
     """Train, or resume the run in `config.output`. Returns the last step file.
 
-    An interrupt or SIGTERM saves the state and raises KeyboardInterrupt: in training at the end of the step, in sampling at
-    once. An error saves the state too, if the weights are those of a whole step. Raises ValueError for settings and data that
-    do not fit, before anything is trained, and where the loss diverges; CheckpointError for files; AlreadyRunning where
-    another run still trains in that folder after `WAIT` seconds."""
+    An interrupt or SIGTERM saves the state and raises KeyboardInterrupt: in training at the end of
+    the step, in sampling at once. An error saves the state too, if the weights are those of a whole
+    step. Raises ValueError for settings and data that do not fit, before anything is trained, and
+    where the loss diverges; CheckpointError for files; AlreadyRunning where another run still
+    trains in that folder after `WAIT` seconds."""
     recipe, output = find_recipe(config.recipe), Path(config.output)
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file; give a folder as the output")
     busy = f"another run is training in {output}. Wait for it to finish, or give another output"
-    with nullcontext() if process_rank() else locked(output, busy, WAIT, folder=True):  # the first process locks for all
+    with (
+        nullcontext() if process_rank() else locked(output, busy, WAIT, folder=True)
+    ):  # the first process locks for all
         return recipe(config, progress).train()
 
 
 def find_recipe(name: str) -> type["Run"]:
     """The class that "module:Class" names, and `Run` by itself for "". Raises ValueError.
 
-    This imports the module: whoever calls it must have the name from the user, not from a file (`read_config`)."""
+    This imports the module: whoever calls it must have the name from the user, not from a file
+    (`read_config`)."""
     if not name:
         return Run
     module, _, attribute = name.partition(":")
@@ -69,7 +82,9 @@ def find_recipe(name: str) -> type["Run"]:
         else:
             found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"recipe is {name!r}, which can't be had ({error}); expected module:Class") from None
+        raise ValueError(
+            f"recipe is {name!r}, which can't be had ({error}); expected module:Class"
+        ) from None
     if not (isinstance(found, type) and issubclass(found, Run)):
         raise ValueError(f"recipe is {name!r}, which is no subclass of {__name__}.Run")
     return found
@@ -80,74 +95,158 @@ class Diverged(ValueError):
 
 
 class Stopped(Exception):
-    """An interrupt or SIGTERM while samples are generated: nothing of the state changes then, so it needs no end of a step."""
+    """An interrupt or SIGTERM while samples are generated: nothing of the state changes then, so it
+    needs no end of a step."""
 
 
 class Run:
     """A run set up: model, data, optimizer and folder, at the step where it goes on.
 
-    A recipe is a subclass. It may make its files before anything is read (`__init__`), and replace what a step learns from
-    (`batch`), by (`loss`) and with (`make_optimizer`), and what is drawn on the way (`draw`); see shapes/train.py."""
+    A recipe is a subclass. It may make its files before anything is read (`__init__`), and replace
+    what a step learns from (`batch`), by (`loss`) and with (`make_optimizer`), and what is drawn on
+    the way (`draw`); see shapes/train.py."""
 
     def __init__(self, config: TrainConfig, progress: bool):
         try:
-            from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+            from accelerate import (
+                Accelerator,
+                DistributedDataParallelKwargs,
+                InitProcessGroupKwargs,
+            )
         except ImportError:
-            raise ImportError("training needs accelerate: pip install 'comfyui-l2p[train]'") from None
+            raise ImportError(
+                "training needs accelerate: pip install 'comfyui-l2p[train]'"
+            ) from None
         self.config, self.output, self.dtype = config, Path(config.output), compute_dtype(config)
-        self.accelerator = Accelerator(mixed_precision="no", cpu=config.device == "cpu",  # `autocast` sees to the former
-                                       kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-                                                        InitProcessGroupKwargs(timeout=PATIENCE)])
+        self.accelerator = Accelerator(
+            mixed_precision="no",
+            cpu=config.device == "cpu",  # `autocast` sees to the former
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=PATIENCE),
+            ],
+        )
         self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
         if config.step_in_backward and self.accelerator.num_processes > 1:
-            raise ValueError(f"step_in_backward is for one process, and here are {self.accelerator.num_processes}; leave it off")
+            raise ValueError(
+                "step_in_backward is for one process, and here are"
+                f" {self.accelerator.num_processes}; leave it off"
+            )
         if config.shard and self.accelerator.num_processes == 1:
-            raise ValueError(f"shard is {config.shard}, and there is one process; start several by accelerate launch, or leave it off")
+            raise ValueError(
+                f"shard is {config.shard}, and there is one process; start several by accelerate"
+                " launch, or leave it off"
+            )
         if self.accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
-            raise ValueError(f"accelerate is set up for {self.accelerator.distributed_type.value}; set it up for several processes alone, "
-                             "and split the model by shard")
+            raise ValueError(
+                f"accelerate is set up for {self.accelerator.distributed_type.value}; set it up for"
+                " several processes alone, and split the model by shard"
+            )
         self.progress = progress and self.main
-        self.interrupted, self.consistent = Noted(), True  # consistent: no optimizer step is half done
+        self.interrupted, self.consistent = (
+            Noted(),
+            True,
+        )  # consistent: no optimizer step is half done
         check_run(self.output, config)
-        self.pipe = L2PPipeline.from_pretrained(config.checkpoint, config.text_encoder or None, config.tokenizer or None,
-                                                self.device, self.dtype, progress=self.progress, offload=False)
+        self.pipe = L2PPipeline.from_pretrained(
+            config.checkpoint,
+            config.text_encoder or None,
+            config.tokenizer or None,
+            self.device,
+            self.dtype,
+            progress=self.progress,
+            offload=False,
+        )
         layout = self.pipe.layout
         refuse_quantized(layout)
         if config.height:
             self.pipe.check_size(config.height, config.width)
-            layout.metadata["modelspec.resolution"] = f"{config.width}x{config.height}"  # what it draws best from now on
+            # what it draws best from now on
+            layout.metadata["modelspec.resolution"] = f"{config.width}x{config.height}"
         if config.size_step % (multiple := layout.config.size_multiple):
-            raise ValueError(f"size_step is {config.size_step}; this checkpoint draws multiples of {multiple} pixels, so give one")
-        examples = read_examples(Path(config.data), config.height and (config.height, config.width) or None,
-                                 config.max_pixels or math.prod(layout.trained_size), config.size_step or multiple, self.progress)
+            raise ValueError(
+                f"size_step is {config.size_step}; this checkpoint draws multiples of {multiple}"
+                " pixels, so give one"
+            )
+        examples = read_examples(
+            Path(config.data),
+            config.height and (config.height, config.width) or None,
+            config.max_pixels or math.prod(layout.trained_size),
+            config.size_step or multiple,
+            self.progress,
+        )
         learned, held_out = hold_out(examples, config.held_out, config.seed)
         self.sample_size = Counter(example.size for example in examples).most_common(1)[0][0]
-        self.prompts = config.sample_prompts or tuple(dict.fromkeys(example.captions[0] for example in examples))[:4]
+        self.prompts = (
+            config.sample_prompts
+            or tuple(dict.fromkeys(example.captions[0] for example in examples))[:4]
+        )
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         self.encodings = Encodings(Path(config.cache or Path(config.data) / "encodings"), self.pipe)
-        captions = list(dict.fromkeys(["", *self.prompts, *(caption for example in examples for caption in example.captions)]))
+        captions = list(
+            dict.fromkeys(
+                [
+                    "",
+                    *self.prompts,
+                    *(caption for example in examples for caption in example.captions),
+                ]
+            )
+        )
         self.encodings.add(captions[rank::processes], self.progress)
         self.accelerator.wait_for_everyone()
         if not all(self.encodings.file(caption).exists() for caption in captions):
-            raise ValueError(f"{self.encodings.folder} lacks captions that other processes encoded; give a cache that all machines share")
-        self.batches = Batches(learned, self.encodings, config, layout.config.patch_size, processes, rank)
-        self.held_out = held_out and Batches(held_out, self.encodings, replace(config, caption_dropout=0.0, batch=1), layout.config.patch_size)
+            raise ValueError(
+                f"{self.encodings.folder} lacks captions that other processes encoded; give a cache"
+                " that all machines share"
+            )
+        self.batches = Batches(
+            learned, self.encodings, config, layout.config.patch_size, processes, rank
+        )
+        self.held_out = held_out and Batches(
+            held_out,
+            self.encodings,
+            replace(config, caption_dropout=0.0, batch=1),
+            layout.config.patch_size,
+        )
 
-        if config.shard or config.quantize_frozen:  # the device gets its part of each block, or linears one at a time
+        if (
+            config.shard or config.quantize_frozen
+        ):  # the device gets its part of each block, or linears one at a time
             self.pipe.transformer = load_model(layout, "cpu", self.dtype)
         self.trained = prepare(self.pipe.transformer, config, None if config.shard else self.device)
         if config.shard:
             shard(self.pipe.transformer, self.device, weights=config.shard == "all")
             self.trained = trained_of(self.pipe.transformer)
-        self.ema = {name: parameter.detach().float().clone() for name, parameter in self.trained.items()} if config.ema else {}
-        self.saved_tensors = self.trained | {f"ema.{name}": tensor for name, tensor in self.ema.items()}
+        self.ema = (
+            {name: parameter.detach().float().clone() for name, parameter in self.trained.items()}
+            if config.ema
+            else {}
+        )
+        self.saved_tensors = self.trained | {
+            f"ema.{name}": tensor for name, tensor in self.ema.items()
+        }
         optimizer = self.make_optimizer()
         resume = self.output / "resume.pt"
         self.inputs = self.identity(examples) if self.main else {}
-        self.step = self.saved = load_state(resume, self.saved_tensors, optimizer, self.batches.size, self.inputs) if resume.exists() else 0
-        if len(set(self.accelerator.gather(torch.tensor([self.step], device=self.device)).tolist())) > 1:
-            raise ValueError(f"not all processes find the run in {self.output}, or not the same; give a folder that all machines share")
-        self.model, self.optimizer = self.pipe.transformer, self.accelerator.prepare(optimizer, device_placement=[False])
+        self.step = self.saved = (
+            load_state(resume, self.saved_tensors, optimizer, self.batches.size, self.inputs)
+            if resume.exists()
+            else 0
+        )
+        if (
+            len(
+                set(self.accelerator.gather(torch.tensor([self.step], device=self.device)).tolist())
+            )
+            > 1
+        ):
+            raise ValueError(
+                f"not all processes find the run in {self.output}, or not the same; give a folder"
+                " that all machines share"
+            )
+        self.model, self.optimizer = (
+            self.pipe.transformer,
+            self.accelerator.prepare(optimizer, device_placement=[False]),
+        )
         if not config.shard:
             self.model = self.accelerator.prepare(self.model)
         self.log = Log(self.output, self.step, self.main)
@@ -156,34 +255,45 @@ class Run:
                 stream.write(to_toml(config).encode())
 
     def identity(self, examples: list[Example]) -> dict[str, object]:
-        """Hashes of what the run learns from, which stay the same where files are moved. Images in the order of the metadata,
-        as the validation set and the batches follow from it."""
+        """Hashes of what the run learns from, which stay the same where files are moved. Images in
+        the order of the metadata, as the validation set and the batches follow from it."""
         maker = self.encodings.maker
-        return {"checkpoint": hash_files(self.pipe.layout.files), "text encoder": maker["text_encoder_sha256"],
-                "tokenizer": maker["tokenizer_and_config_sha256"],
-                "images": [[example.name, example.digest] for example in examples]}
+        return {
+            "checkpoint": hash_files(self.pipe.layout.files),
+            "text encoder": maker["text_encoder_sha256"],
+            "tokenizer": maker["tokenizer_and_config_sha256"],
+            "images": [[example.name, example.digest] for example in examples],
+        }
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """For `trained`, and for what else the loss trains: that goes into `saved_tensors`, by name, to be there when a run goes on."""
+        """For `trained`, and for what else the loss trains: that goes into `saved_tensors`, by
+        name, to be there when a run goes on."""
         return make_optimizer(self.trained, self.config)
 
     def batch(self, number: int) -> Batch:
-        """Called in a thread of its own, while the batch before is trained on. It must follow from the number alone."""
+        """Called in a thread of its own, while the batch before is trained on. It must follow from
+        the number alone."""
         return self.batches[number]
 
     def loss(self, batch: Batch) -> Tensor:
         """What the gradient is taken of."""
-        return flow_matching_loss(self.model, batch.pictures, batch.captions, batch.noise, batch.sigma)
+        return flow_matching_loss(
+            self.model, batch.pictures, batch.captions, batch.noise, batch.sigma
+        )
 
     def train(self) -> Path:
         """Step after step to the end, with saves and samples on the way."""
         config, first = self.config, self.step
         due = False
         with ExitStack() as stack:
-            batches = stack.enter_context(closing(ahead(map(self.batch, count(first * config.accumulate)))))
+            batches = stack.enter_context(
+                closing(ahead(map(self.batch, count(first * config.accumulate))))
+            )
             stack.enter_context(self.log)
             self.interrupted = stack.enter_context(noted())
-            bar = stack.enter_context(tqdm(total=config.steps, initial=first, unit="step", disable=not self.progress))
+            bar = stack.enter_context(
+                tqdm(total=config.steps, initial=first, unit="step", disable=not self.progress)
+            )
             left_out = not (first and samples_file(self.output, first).exists())  # as after a stop
             if self.sampling_due() and left_out and self.look():
                 raise self.interrupted.error()
@@ -199,7 +309,13 @@ class Run:
                     bar.set_postfix({"loss": f"{self.log.mean():.4f}", **memory(self.device)})
                 samples = self.sampling_due() and self.step > step and not asked
                 due = due or self.step % config.save_every == 0
-                if asked and self.step > self.saved or due and self.log.steady() or self.step == config.steps:
+                if (
+                    asked
+                    and self.step > self.saved
+                    or due
+                    and self.log.steady()
+                    or self.step == config.steps
+                ):
                     self.save()
                     due = False
                 elif samples and self.log.steady():
@@ -211,12 +327,15 @@ class Run:
                 if asked:
                     self.leave()
                     raise self.interrupted.error()
-        if self.step == first and not step_file(self.output, self.step).exists():  # fewer steps were asked for than are done
+        if (
+            self.step == first and not step_file(self.output, self.step).exists()
+        ):  # fewer steps were asked for than are done
             self.save()
         self.leave()
         return step_file(self.output, self.step)
 
     def sampling_due(self) -> bool:
+        """Whether this step ends with samples."""
         return bool(self.config.sample_every and self.step % self.config.sample_every == 0)
 
     def leave(self) -> None:
@@ -225,24 +344,33 @@ class Run:
         self.accelerator.end_training()
 
     def look(self) -> bool:
-        """How far it is: the validation loss and, where this process generates, samples. Returns whether an interrupt ended
-        that, and with it the run: not where other processes go on to the next step, which tells them.
+        """How far it is: the validation loss and, where this process generates, samples. Returns
+        whether an interrupt ended that, and with it the run: not where other processes go on to the
+        next step, which tells them.
 
-        An error is a warning, as the state is saved; but not where other processes would wait for this one."""
+        An error is a warning, as the state is saved; but not where other processes would wait for
+        this one."""
         alone = self.accelerator.num_processes == 1
         generates = self.main or self.config.shard  # a split model generates in all processes
         tasks = [(self.validate, "the validation loss", alone)] if self.held_out else []
         tasks += [(self.draw, "samples", alone or not self.config.shard)] if generates else []
         for task, name, independent in tasks:
             try:
-                with stoppable(self.pipe.transformer, self.interrupted) if independent else nullcontext():
+                with (
+                    stoppable(self.pipe.transformer, self.interrupted)
+                    if independent
+                    else nullcontext()
+                ):
                     task()
             except Stopped:
                 return alone or bool(self.config.shard)
             except Exception as error:
                 if not independent:
                     raise
-                warnings.warn(f"{name} at step {self.step} failed ({first_line(error)}); training goes on", stacklevel=2)
+                warnings.warn(
+                    f"{name} at step {self.step} failed ({first_line(error)}); training goes on",
+                    stacklevel=2,
+                )
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
         if self.main:
@@ -251,7 +379,11 @@ class Run:
 
     def validate(self) -> None:
         """Log the loss of the validation set."""
-        pictures, processes, total = self.held_out.per_epoch, self.accelerator.num_processes, torch.zeros((), device=self.device)
+        pictures, processes, total = (
+            self.held_out.per_epoch,
+            self.accelerator.num_processes,
+            torch.zeros((), device=self.device),
+        )
         with torch.no_grad(), self.drawing():
             for first in range(0, pictures, processes):  # all processes run the model as often
                 self.stop_together(processes > 1)
@@ -261,18 +393,25 @@ class Run:
         self.log.add_held_out(self.step, self.accelerator.reduce(total, "sum").item() / pictures)
 
     def stop_together(self, together: bool) -> None:
-        """Raise Stopped after an interrupt; `together`, where all processes are at this place, after one of any."""
+        """Raise Stopped after an interrupt; `together`, where all processes are at this place,
+        after one of any."""
         asked = self.interrupted.is_set()
         if together:
-            asked = self.accelerator.reduce(torch.tensor(float(asked), device=self.device), "sum").item() > 0
+            asked = (
+                self.accelerator.reduce(
+                    torch.tensor(float(asked), device=self.device), "sum"
+                ).item()
+                > 0
+            )
         if asked:
             raise Stopped
 
     def learn(self, batches: Iterator[Batch]) -> bool:
-        """One step of the optimizer. Returns whether any process was interrupted by now: a single process then leaves out a
-        step of which batches are still missing.
+        """One step of the optimizer. Returns whether any process was interrupted by now: a single
+        process then leaves out a step of which batches are still missing.
 
-        Raises Diverged, and nothing of the step is saved, where the loss is not what one goes on with."""
+        Raises Diverged, and nothing of the step is saved, where the loss is not what one goes on
+        with."""
         began, config = monotonic(), self.config
         rate = config.learning_rate * rate_at(self.step, config)
         for group in self.optimizer.param_groups:
@@ -284,45 +423,75 @@ class Run:
                 self.optimizer.zero_grad()
                 return True
             batch = on_device(next(batches), self.device)
-            with nullcontext() if part == config.accumulate - 1 else self.accelerator.no_sync(self.model):
-                with self.autocast(), save_on_cpu(self.device.type == "cuda") if config.offload_activations else nullcontext():
+            with (
+                nullcontext()
+                if part == config.accumulate - 1
+                else self.accelerator.no_sync(self.model)
+            ):
+                with (
+                    self.autocast(),
+                    (
+                        save_on_cpu(self.device.type == "cuda")
+                        if config.offload_activations
+                        else nullcontext()
+                    ),
+                ):
                     part_loss = self.loss(batch)
                 self.accelerator.backward(part_loss / config.accumulate)
             loss += part_loss.detach() / config.accumulate
         if config.step_in_backward:
             norm = self.optimizer.optimizer.norm()
         else:
-            norm = self.accelerator.clip_grad_norm_(self.trained.values(), config.max_grad_norm or math.inf)
-        asked, loss = self.accelerator.reduce(torch.stack([loss.new_tensor(float(self.interrupted.is_set())), loss]), "mean").tolist()
+            norm = self.accelerator.clip_grad_norm_(
+                self.trained.values(), config.max_grad_norm or math.inf
+            )
+        asked, loss = self.accelerator.reduce(
+            torch.stack([loss.new_tensor(float(self.interrupted.is_set())), loss]), "mean"
+        ).tolist()
         self.log.add(Row(self.step + 1, loss, rate, float(gather(norm, True)), monotonic() - began))
         if why := self.log.trouble():
-            raise Diverged(f"{why} at step {self.step + 1}, so training stopped. The last good state is step {self.saved}, in "
-                             f"{self.output}; take a lower learning_rate than {config.learning_rate:g}, or look at the data of the "
-                             "last steps")
+            raise Diverged(
+                f"{why} at step {self.step + 1}, so training stopped. The last good state is step"
+                f" {self.saved}, in {self.output}; take a lower learning_rate than"
+                f" {config.learning_rate:g}, or look at the data of the last steps"
+            )
         self.consistent = False
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
         for name, mean in self.ema.items():
-            mean.lerp_(self.trained[name].detach().float(), 1 - min(config.ema, self.step / (9 + self.step)))
+            mean.lerp_(
+                self.trained[name].detach().float(),
+                1 - min(config.ema, self.step / (9 + self.step)),
+            )
         self.consistent = True
         return asked > 0
 
     def rescue(self, error: Exception) -> None:
-        """Save the state after an error in a step, where the weights are those of the last whole step and worth keeping. A
-        split model's processes would have to take part, and may be elsewhere."""
+        """Save the state after an error in a step, where the weights are those of the last whole
+        step and worth keeping. A split model's processes would have to take part, and may be
+        elsewhere."""
         good = self.consistent and self.step > self.saved and self.log.steady()
         if not good or self.config.shard or isinstance(error, (Diverged, WriteError)):
             return
         try:
             self.optimizer.zero_grad()  # an error may be of too little memory
             self.save_state(self.state())
-            warnings.warn(f"an error ended training; the state of step {self.step} is saved in {self.output}", stacklevel=2)
+            warnings.warn(
+                f"an error ended training; the state of step {self.step} is saved in {self.output}",
+                stacklevel=2,
+            )
         except Exception as second:
-            warnings.warn(f"the state of step {self.step} could not be saved ({first_line(second)})", stacklevel=2)
+            warnings.warn(
+                f"the state of step {self.step} could not be saved ({first_line(second)})",
+                stacklevel=2,
+            )
 
     def autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.mixed_precision == "bf16")
+        """The context in which the model computes."""
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.config.mixed_precision == "bf16"
+        )
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
@@ -333,15 +502,29 @@ class Run:
 
     def state(self) -> dict[str, object]:
         """What resume.pt holds; whole tensors in the main process."""
-        return {"step": self.step, "size": self.batches.size, "inputs": self.inputs, "tensors": gather(self.saved_tensors, self.main),
-                "optimizer": gather(self.optimizer.state_dict(), self.main)}
+        return {
+            "step": self.step,
+            "size": self.batches.size,
+            "inputs": self.inputs,
+            "tensors": gather(self.saved_tensors, self.main),
+            "optimizer": gather(self.optimizer.state_dict(), self.main),
+        }
 
     def save(self) -> None:
         """Write the step file, and the state to resume from."""
         state = self.state()
         if self.main:
-            learned = {name: state["tensors"][f"ema.{name}" if self.ema else name] for name in self.trained}
-            save_step(self.output, self.step, learned, self.dtype, self.config, self.pipe.layout.trained_size)
+            learned = {
+                name: state["tensors"][f"ema.{name}" if self.ema else name] for name in self.trained
+            }
+            save_step(
+                self.output,
+                self.step,
+                learned,
+                self.dtype,
+                self.config,
+                self.pipe.layout.trained_size,
+            )
         self.save_state(state)
 
     def save_state(self, state: dict[str, object]) -> None:
@@ -353,24 +536,39 @@ class Run:
         self.saved = self.step
 
     def draw_curves(self) -> None:
+        """Draw loss.png anew."""
         if self.log.rows:
-            draw_curves([[(row.step, row.loss) for row in self.log.rows], self.log.held_out], self.output / "loss.png")
+            draw_curves(
+                [[(row.step, row.loss) for row in self.log.rows], self.log.held_out],
+                self.output / "loss.png",
+            )
 
     def draw(self) -> None:
         """A row of samples: each prompt with its number as the seed."""
         height, width = self.sample_size
         together = bool(self.config.shard)
         with self.drawing():
-            drawn = [self.pipe(prompt_embeds=self.encodings[prompt], negative_prompt_embeds=self.encodings[""], height=height, width=width,
-                               seed=seed, num_inference_steps=self.config.sample_steps or None,
-                               callback=lambda *_: self.stop_together(together)) for seed, prompt in enumerate(self.prompts)]
+            drawn = [
+                self.pipe(
+                    prompt_embeds=self.encodings[prompt],
+                    negative_prompt_embeds=self.encodings[""],
+                    height=height,
+                    width=width,
+                    seed=seed,
+                    num_inference_steps=self.config.sample_steps or None,
+                    callback=lambda *_: self.stop_together(together),
+                )
+                for seed, prompt in enumerate(self.prompts)
+            ]
         if self.main:
             show_samples(drawn, self.output, self.step)
 
 
 @contextmanager
 def stoppable(model: nn.Module, interrupted: Noted) -> Iterator[None]:
-    """Within it the model's next block raises Stopped after an interrupt: a whole pass may take seconds."""
+    """Within it the model's next block raises Stopped after an interrupt: a whole pass may take
+    seconds."""
+
     def check(*_: object) -> None:
         if interrupted.is_set():
             raise Stopped
@@ -385,14 +583,21 @@ def stoppable(model: nn.Module, interrupted: Noted) -> Iterator[None]:
 
 
 @contextmanager
-def swapped_weights(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> Iterator[None]:
+def swapped_weights(
+    parameters: dict[str, nn.Parameter], values: dict[str, Tensor]
+) -> Iterator[None]:
     """Within it the parameters have these values, as far as there are some."""
+
     def put(parameter: nn.Parameter, value: Tensor) -> None:
         if is_split(parameter):  # the place is known elsewhere
             parameter.data.copy_(value)
         else:
             parameter.data = value.to(parameter.dtype)
-    before = {name: parameters[name].data.clone() if is_split(parameters[name]) else parameters[name].data for name in values}
+
+    before = {
+        name: parameters[name].data.clone() if is_split(parameters[name]) else parameters[name].data
+        for name in values
+    }
     try:
         for name, value in values.items():
             put(parameters[name], value)
@@ -404,4 +609,8 @@ def swapped_weights(parameters: dict[str, nn.Parameter], values: dict[str, Tenso
 
 def memory(device: torch.device) -> dict[str, str]:
     """The most that a GPU held so far, for the progress bar."""
-    return {"memory": f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB"} if device.type == "cuda" else {}
+    return (
+        {"memory": f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB"}
+        if device.type == "cuda"
+        else {}
+    )

@@ -1,4 +1,6 @@
-"""A model in training, split over processes by torch's FSDP2, and put together again for its files."""
+"""A model in training, split over processes by torch's FSDP2, and put together again for its
+files."""
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -8,39 +10,52 @@ from ..model import L2PTransformer
 
 
 def shard(model: L2PTransformer, device: torch.device, weights: bool) -> None:
-    """Leave each process a part of every parameter, of its gradient and of what the optimizer keeps for it.
+    """Leave each process a part of every parameter, of its gradient and of what the optimizer keeps
+    for it.
 
-    weights: split them from pass to pass too, not only from step to step: less memory, more traffic. What is already an
-    optimizer's stays whole, so it is made afterwards, and so are lists of parameters."""
+    weights: split them from pass to pass too, not only from step to step: less memory, more
+    traffic. What is already an optimizer's stays whole, so it is made afterwards, and so are lists
+    of parameters."""
     try:
         from torch.distributed.fsdp import fully_shard
     except ImportError:
         raise ImportError("shard needs torch 2.6 or newer") from None
     from torch.distributed.device_mesh import init_device_mesh
+
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for part in (*model.noise_refiner, *model.context_refiner, *model.layers, model.local_decoder, model):
+    for part in (
+        *model.noise_refiner,
+        *model.context_refiner,
+        *model.layers,
+        model.local_decoder,
+        model,
+    ):
         fully_shard(part, mesh=mesh, reshard_after_forward=weights)
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """Let go of the whole weights that a pass without a backward one has left; nothing where the model is not split."""
+    """Let go of the whole weights that a pass without a backward one has left; nothing where the
+    model is not split."""
     for part in model.modules():
         if hasattr(part, "reshard"):
             part.reshard()
 
 
 def is_split(value: object) -> bool:
+    """Whether a tensor is split over processes."""
     return hasattr(value, "full_tensor")
 
 
 def gather(tree: object, keep: bool) -> object:
-    """The same dictionaries and lists with every split tensor whole, in the CPU's memory: for the process that keeps it, and
-    nothing for the others, which must all take part."""
+    """The same dictionaries and lists with every split tensor whole, in the CPU's memory: for the
+    process that keeps it, and nothing for the others, which must all take part."""
+
     def whole(value: object) -> object:
         if not is_split(value):
             return value
         tensor = value.full_tensor()
         return tensor.cpu() if keep else None
+
     return tree_map(whole, tree)
 
 
@@ -49,4 +64,5 @@ def as_split_as(like: Tensor, value: object) -> object:
     if not is_split(like) or not isinstance(value, Tensor) or value.shape != like.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(value.to(like.device, like.dtype), like.device_mesh, like.placements)
