@@ -59,16 +59,21 @@ def nodes_in(source: str) -> dict[str, Node]:
         ]
         found[fields["node_id"].value] = Node(
             fields["display_name"].value,
-            {
-                item.args[0].value: any(keyword.arg == "tooltip" for keyword in item.keywords)
-                for item in inputs
-            },
+            dict(map(input_in, inputs)),
             [
                 item.args[0].value if item.args else item.func.value.attr.upper()
                 for item in fields["outputs"].elts
             ],
         )
     return found
+
+
+def input_in(call: ast.Call) -> tuple[str, bool]:
+    """An input's name and whether it has a tooltip. `setting` and `side` take theirs from
+    `Settings`, by the setting's name; a second argument is what the node calls it."""
+    derived = isinstance(call.func, ast.Name)
+    name = call.args[1] if derived and len(call.args) > 1 else call.args[0]
+    return name.value, derived or any(keyword.arg == "tooltip" for keyword in call.keywords)
 
 
 NODES = {
