@@ -71,20 +71,12 @@ def estimate(
             in_windows(once, last.window, multiple) if last.window else velocity, noise, sigmas
         )
     kept = 0
-    if (
-        picture.cache_threshold and not last.window
-    ):  # a StepCache for each pass holds two tensors of all tokens
-        tokens = padded(
-            last.height // layout.config.patch_size * (last.width // layout.config.patch_size)
-        ) + padded(MAX_TOKENS)
-        kept = (
-            (1 if picture.cfg_scale == 1 else 2)
-            * 2
-            * batch
-            * tokens
-            * layout.config.dim
-            * dtype.itemsize
-        )
+    if picture.cache_threshold and not last.window:
+        patch = layout.config.patch_size
+        tokens = padded(last.height // patch * (last.width // patch)) + padded(MAX_TOKENS)
+        passes_a_step = 1 if picture.cfg_scale == 1 else 2
+        held = 2 * passes_a_step + 1  # by `StepCache`: two for each pass, and one while it runs
+        kept = held * batch * tokens * layout.config.dim * dtype.itemsize
     if picture.inpaint_mask:  # its picture, its noise and itself are held all the way
         kept += 4 * last.height * last.width * (3 + 3 * batch + 1)
     drawing = {"model": weights, "pictures and what passes": meter.peak() + kept}

@@ -237,6 +237,8 @@ class L2PPipeline:
             negatives = [negative.to(self.device)] * len(positives)
         if warning := misfit(plan, self.layout.trained_size):
             warnings.warn(warning, stacklevel=2)
+        if chosen.cache_threshold and any(stage.window for stage in plan):
+            warnings.warn("cache_threshold has no effect in tiles (redraw windows)", stacklevel=2)
         done, in_all = 0, sum(stage.steps for stage in plan)
 
         def generate(

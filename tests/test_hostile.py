@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_l2p.l2p_core import CheckpointError, inspect, read_layout
+from comfyui_l2p.l2p_core import CheckpointError, read_layout
+from comfyui_l2p.l2p_core.files.describe import describe
 from comfyui_l2p.quant import convert, export, merge, quantize
 from helpers import comfyui_naming, int8
 
@@ -171,7 +172,7 @@ def write_broken(path: Path, table: dict, size: int, rng: random.Random) -> None
 def use(path: Path, whole) -> None:
     """All that a tool does with a file before it reads a tensor. Any error but CheckpointError is a
     fault."""
-    inspect.describe(path)
+    describe(path)
     layout = read_layout(path)
     for plan in (
         lambda: quantize.plan(layout, quantize.Options(), []),
@@ -234,12 +235,13 @@ def put(path, table, size):
 MEASURED = """
 import resource, sys, time
 from pathlib import Path
-from comfyui_l2p.l2p_core import CheckpointError, read_layout, load_model, inspect
+from comfyui_l2p.l2p_core import CheckpointError, load_model, read_layout
+from comfyui_l2p.l2p_core.files.describe import describe
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-inspect.describe(Path(sys.argv[2]))  # whole: what reading takes at all
+describe(Path(sys.argv[2]))  # whole: what reading takes at all
 before, began = peak(), time.process_time()
 try:
-    print(inspect.describe(Path(sys.argv[1]))["advice"])
+    print(describe(Path(sys.argv[1]))["advice"])
     load_model(sys.argv[1])
 except CheckpointError as error:
     print(error)

@@ -93,17 +93,43 @@ def test_a_large_threshold_runs_the_first_layer_alone_after_the_first_step(pipe,
     assert apart(before, after) > 1
 
 
-def test_a_step_left_out_adds_what_was_added_last():
-    cache, x = StepCache(0.1, layers=4), torch.ones(1, 4, 2)
-    assert cache.recall(x, x + 1) is None
-    cache.note(20 * x)
-    assert torch.equal(cache.recall(2 * x, 2 * x + 1.05), 2 * x + 1.05 + 18), (
-        "1.05 is within a tenth of 1"
-    )
-    assert cache.recall(2 * x, 2 * x + 1.2) is None
-    cache.note(30 * x)
-    torch.testing.assert_close(cache.recall(x, x + 1.2), x + 1.2 + 26.8)
-    assert (cache.ran, cache.skipped) == (2, 2)
+def run_step(cache, x, first, others):
+    """One step through two layers that add these numbers to each image: (its output, images in the second)."""
+    seen = []
+
+    def add(numbers, remember=None):
+        def layer(x, *_):
+            if remember is not None:
+                remember.append(len(x))
+            return x + numbers[: len(x), None, None]
+
+        return layer
+
+    first, others = torch.tensor(first), torch.tensor(others)
+    x = cache.run_block("layers", 0, add(first), x, torch.zeros(1), None, None)
+    running = others[cache.running]
+    x = cache.run_block("layers", 1, add(running, seen), x, torch.zeros(1), None, None)
+    return x[:, 0, 0].tolist(), seen
+
+
+def test_each_image_adds_what_was_added_last_where_it_changes_little():
+    """1.05 is within a tenth of 1, 1.2 is not."""
+    cache, x = StepCache(0.1, layers=2), torch.zeros(2, 4, 3)
+    assert run_step(cache, x, [1.0, 1.0], [10.0, 20.0]) == ([11.0, 21.0], [2])
+    found, seen = run_step(cache, x, [1.05, 1.2], [90.0, 30.0])
+    assert found == pytest.approx([1.05 + 10, 1.2 + 30]) and seen == [1]
+    found, seen = run_step(cache, x, [1.0, 1.2], [90.0, 90.0])
+    assert found == pytest.approx([1 + 10, 1.2 + 30]) and seen == []
+    assert (cache.ran, cache.skipped) == (3, 3)
+
+
+def test_an_image_does_not_depend_on_its_neighbours(pipe):
+    """The same seed alone and beside another prompt, with layers skipped for one and not for the other."""
+    settings = {"num_inference_steps": 16, "cache_threshold": 0.15, "seed": [3, 4]}
+    together = pipe([PROMPT, "a small green star on a yellow background, top"], **settings)
+    alone = pipe(PROMPT, **{**settings, "seed": 3})
+    assert apart(together[0], alone) <= 1
+    assert apart(alone, pipe(PROMPT, **{**settings, "seed": 3, "cache_threshold": 0.0})) > 1
 
 
 def test_in_windows_nothing_is_cached(pipe, passes):

@@ -1,4 +1,5 @@
 """Captioned pictures of one shape on a plain background: what the small model learns, and the measure of its score."""
+
 import math
 import random
 import zlib
@@ -11,20 +12,29 @@ from PIL import Image, ImageDraw
 
 SIZE = 96  # pixels per side
 COLOURS = {
-    "red": (220, 30, 40), "green": (30, 160, 70), "blue": (40, 80, 225), "yellow": (250, 215, 40),
-    "orange": (250, 130, 20), "purple": (135, 45, 175), "white": (245, 245, 245), "black": (20, 20, 20),
+    "red": (220, 30, 40),
+    "green": (30, 160, 70),
+    "blue": (40, 80, 225),
+    "yellow": (250, 215, 40),
+    "orange": (250, 130, 20),
+    "purple": (135, 45, 175),
+    "white": (245, 245, 245),
+    "black": (20, 20, 20),
 }
 SHAPES = ("circle", "square", "triangle", "diamond")
 SIZES = {"small": 16, "large": 32}  # half the shape's width, pixels
 PLACES = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "center": (0, 0)}
 OFFSET = 16  # pixels from the middle to a place's centre
 OVERSAMPLING = 4
-COLOUR_RADIUS = 40  # levels, over the three channels: a colour farther from all known ones is none of them
+COLOUR_RADIUS = (
+    40  # levels, over the three channels: a colour farther from all known ones is none of them
+)
 
 
 @dataclass(frozen=True)
 class Scene:
     """What a picture shows. A size or place that the caption does not mention is still some size and place."""
+
     shape: str
     colour: str
     background: str
@@ -37,8 +47,12 @@ class Scene:
         return zlib.crc32(f"{self.shape} {self.colour} {self.background}".encode()) % 6 == 0
 
     def caption(self, with_size: bool = True, with_place: bool = True) -> str:
-        """"a large red circle on a blue background, left" """
-        shape = f"{self.size} {self.colour} {self.shape}" if with_size else f"{self.colour} {self.shape}"
+        """ "a large red circle on a blue background, left" """
+        shape = (
+            f"{self.size} {self.colour} {self.shape}"
+            if with_size
+            else f"{self.colour} {self.shape}"
+        )
         text = f"{with_article(shape)} on {with_article(self.background)} background"
         return f"{text}, {self.place}" if with_place else text
 
@@ -49,8 +63,11 @@ def with_article(noun: str) -> str:
 
 def scenes() -> list[Scene]:
     """Every scene there is, always in the same order."""
-    return [Scene(*attributes) for attributes in product(SHAPES, COLOURS, COLOURS, SIZES, PLACES)
-            if attributes[1] != attributes[2]]
+    return [
+        Scene(*attributes)
+        for attributes in product(SHAPES, COLOURS, COLOURS, SIZES, PLACES)
+        if attributes[1] != attributes[2]
+    ]
 
 
 def training_scenes() -> list[Scene]:
@@ -67,7 +84,9 @@ def draw(scene: Scene) -> Image.Image:
     column, row = (SIZE // 2 + OFFSET * direction for direction in PLACES[scene.place])
     half = SIZES[scene.size]
     picture = Image.new("RGB", (SIZE, SIZE), COLOURS[scene.background])
-    picture.paste(COLOURS[scene.colour], (column - half, row - half), shape_mask(scene.shape, 2 * half))
+    picture.paste(
+        COLOURS[scene.colour], (column - half, row - half), shape_mask(scene.shape, 2 * half)
+    )
     return picture
 
 
@@ -94,9 +113,12 @@ OUTLINES = {  # in a unit square, y down
 @dataclass(frozen=True)
 class Verdict:
     """What a picture was measured to show."""
+
     scene: Scene
     background_std: float  # of 255, over the pixels clear of the shape; the largest channel
-    overlap: float  # intersection over union of the shape found and the ideal shape it was taken for
+    overlap: (
+        float  # intersection over union of the shape found and the ideal shape it was taken for
+    )
 
     CLEAN_STD = 3.0
     CLEAR_OVERLAP = 0.8
@@ -116,12 +138,22 @@ class Verdict:
 def judge(picture: Image.Image) -> Verdict:
     """Measure a picture of one shape on a plain background."""
     pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)
-    border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3),
-                             pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])
+    border = np.concatenate(
+        [
+            pixels[:2].reshape(-1, 3),
+            pixels[-2:].reshape(-1, 3),
+            pixels[:, :2].reshape(-1, 3),
+            pixels[:, -2:].reshape(-1, 3),
+        ]
+    )
     background = _nearest_colour(np.median(border, axis=0))
     distance = np.linalg.norm(pixels - np.median(border, axis=0), axis=-1)
     if distance.max() < 32:
-        return Verdict(Scene("nothing", background, background, "", ""), float(pixels.std(axis=(0, 1)).max()), 0.0)
+        return Verdict(
+            Scene("nothing", background, background, "", ""),
+            float(pixels.std(axis=(0, 1)).max()),
+            0.0,
+        )
     inside = distance > distance.max() / 2
     rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
@@ -133,13 +165,24 @@ def judge(picture: Image.Image) -> Verdict:
     half = max(bottom - top, right - left) / 2 / scale
     clear = np.ones(inside.shape, dtype=bool)
     margin = round(2 * scale)
-    clear[max(top - margin, 0):bottom + margin, max(left - margin, 0):right + margin] = False
+    clear[max(top - margin, 0) : bottom + margin, max(left - margin, 0) : right + margin] = False
     around = pixels[clear] if clear.any() else border
     return Verdict(
-        Scene(shape, _nearest_colour(np.median(pixels[inside], axis=0)), background,
-              min(SIZES, key=lambda size: abs(SIZES[size] - half)),
-              min(PLACES, key=lambda place: math.dist(middle, [OFFSET * scale * way for way in PLACES[place]]))),
-        float(around.std(axis=0).max()), overlaps[shape])
+        Scene(
+            shape,
+            _nearest_colour(np.median(pixels[inside], axis=0)),
+            background,
+            min(SIZES, key=lambda size: abs(SIZES[size] - half)),
+            min(
+                PLACES,
+                key=lambda place: math.dist(
+                    middle, [OFFSET * scale * way for way in PLACES[place]]
+                ),
+            ),
+        ),
+        float(around.std(axis=0).max()),
+        overlaps[shape],
+    )
 
 
 def _nearest_colour(pixel: np.ndarray) -> str:
@@ -148,5 +191,7 @@ def _nearest_colour(pixel: np.ndarray) -> str:
 
 
 def _overlap(found: np.ndarray, shape: str) -> float:
-    ideal = np.asarray(shape_mask(shape, 64).resize(found.shape[::-1], Image.Resampling.BILINEAR)) > 127
+    ideal = (
+        np.asarray(shape_mask(shape, 64).resize(found.shape[::-1], Image.Resampling.BILINEAR)) > 127
+    )
     return float((found & ideal).sum() / (found | ideal).sum())

@@ -2,6 +2,7 @@
 
 Pictures drawn elsewhere, by ComfyUI for one, are judged in two steps: `--write-prompts prompts.csv` writes what to draw,
 with seeds and file names, and `--pictures FOLDER` judges the folder that holds them."""
+
 import argparse
 import csv
 import io
@@ -28,14 +29,20 @@ def score(pictures: list[Image.Image], scenes: list[Scene]) -> dict[str, float]:
         checks = judge(picture).compare(scene)
         counts.update(name for name, passed in checks.items() if passed)
         counts["right"] += all(checks.values())
-    return {name: round(100 * counts[name] / len(scenes), 1)
-            for name in ("right", "shape", "colour", "background", "place", "size", "clean")}
+    return {
+        name: round(100 * counts[name] / len(scenes), 1)
+        for name in ("right", "shape", "colour", "background", "place", "size", "clean")
+    }
 
 
-def contact_sheet(pictures: list[Image.Image], captions: list[str], columns: int = 6) -> Image.Image:
+def contact_sheet(
+    pictures: list[Image.Image], captions: list[str], columns: int = 6
+) -> Image.Image:
     """The pictures in a grid, each over its caption."""
     cell_width, cell_height = SIZE + 8, SIZE + 58
-    sheet = Image.new("RGB", (columns * cell_width, -(-len(pictures) // columns) * cell_height), "white")
+    sheet = Image.new(
+        "RGB", (columns * cell_width, -(-len(pictures) // columns) * cell_height), "white"
+    )
     pen = ImageDraw.Draw(sheet)
     for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         left, top = index % columns * cell_width + 4, index // columns * cell_height + 4
@@ -49,11 +56,13 @@ def contact_sheet(pictures: list[Image.Image], captions: list[str], columns: int
     return sheet
 
 
-def draw(pipe: L2PPipeline, captions: list[str], progress: bool = True, **settings: object) -> list[Image.Image]:
+def draw(
+    pipe: L2PPipeline, captions: list[str], progress: bool = True, **settings: object
+) -> list[Image.Image]:
     """A picture for each caption, with its number as the seed. settings: as the pipeline takes them."""
     pictures = []
     for start in tqdm(range(0, len(captions), BATCH), unit="batch", disable=not progress):
-        batch = captions[start:start + BATCH]
+        batch = captions[start : start + BATCH]
         pictures += pipe(batch, seed=list(range(start, start + len(batch))), **settings)
     return pictures
 
@@ -65,27 +74,52 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=300, help="prompts (default 300)")
     parser.add_argument("--steps", type=int, help="default: the checkpoint's")
     parser.add_argument("--sampler", default="euler")
-    parser.add_argument("--shift", type=float, default=3.0, help="of the noise schedule (default 3)")
+    parser.add_argument(
+        "--shift", type=float, default=3.0, help="of the noise schedule (default 3)"
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--write-prompts", type=Path, metavar="FILE", help="write the prompts as CSV and draw nothing")
-    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="judge these pictures instead of drawing")
-    parser.add_argument("--sheet", type=Path, help="write the first 24 pictures with their captions here")
+    parser.add_argument(
+        "--write-prompts",
+        type=Path,
+        metavar="FILE",
+        help="write the prompts as CSV and draw nothing",
+    )
+    parser.add_argument(
+        "--pictures", type=Path, metavar="FOLDER", help="judge these pictures instead of drawing"
+    )
+    parser.add_argument(
+        "--sheet", type=Path, help="write the first 24 pictures with their captions here"
+    )
     args = parser.parse_args()
     scenes = test_scenes(args.count)
     names = [f"{number:03d}.png" for number in range(len(scenes))]
     if args.write_prompts:
         text = io.StringIO(newline="")
-        csv.writer(text).writerows([("file_name", "prompt", "seed"), *(
-            (name, scene.caption(), number) for number, (name, scene) in enumerate(zip(names, scenes)))])
+        csv.writer(text).writerows(
+            [
+                ("file_name", "prompt", "seed"),
+                *(
+                    (name, scene.caption(), number)
+                    for number, (name, scene) in enumerate(zip(names, scenes))
+                ),
+            ]
+        )
         with atomic_write(args.write_prompts) as stream:
             stream.write(text.getvalue().encode())
         return
     if args.pictures:
         pictures = [open_image(args.pictures / name).convert("RGB") for name in names]
     else:
-        pipe = L2PPipeline.from_pretrained(args.checkpoint, args.text_encoder, torch_dtype=getattr(torch, args.dtype))
-        pictures = draw(pipe, [scene.caption() for scene in scenes], num_inference_steps=args.steps, sampler=args.sampler,
-                        shift=args.shift)
+        pipe = L2PPipeline.from_pretrained(
+            args.checkpoint, args.text_encoder, torch_dtype=getattr(torch, args.dtype)
+        )
+        pictures = draw(
+            pipe,
+            [scene.caption() for scene in scenes],
+            num_inference_steps=args.steps,
+            sampler=args.sampler,
+            shift=args.shift,
+        )
     if args.sheet:
         with atomic_write(args.sheet) as stream:
             sheet = contact_sheet(pictures[:24], [scene.caption() for scene in scenes[:24]])

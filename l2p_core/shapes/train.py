@@ -1,4 +1,5 @@
 """The recipe of the small model, from nothing: `l2p train l2p_core/shapes/shapes.toml`"""
+
 import json
 import os
 import secrets
@@ -27,13 +28,33 @@ from .score import draw as draw_all
 from .score import score
 
 CONFIG = L2PConfig(
-    dim=192, n_heads=4, n_layers=4, n_refiner_layers=1, ffn_dim=384, cap_feat_dim=96, t_hidden_dim=256, bottleneck_dim=128,
-    decoder=(Level("1", 16, 16, 32), Level("2", 32, 32, 24), Level("3", 48, 48, 48), Level("4", 64, 64, 64)))
-LAYOUT_SHIFT, SHIFT, FINISH_SHIFT = 12.0, 3.0, 0.35  # noise levels that lean to where captions decide, even, to the last steps
+    dim=192,
+    n_heads=4,
+    n_layers=4,
+    n_refiner_layers=1,
+    ffn_dim=384,
+    cap_feat_dim=96,
+    t_hidden_dim=256,
+    bottleneck_dim=128,
+    decoder=(
+        Level("1", 16, 16, 32),
+        Level("2", 32, 32, 24),
+        Level("3", 48, 48, 48),
+        Level("4", 64, 64, 64),
+    ),
+)
+LAYOUT_SHIFT, SHIFT, FINISH_SHIFT = (
+    12.0,
+    3.0,
+    0.35,
+)  # noise levels that lean to where captions decide, even, to the last steps
 UNEVEN, PATCHY = 0.4, 8  # share by which noise is uneven then, and over how many pixels
 SCRATCH = ".text-encoder."  # beginning of the folder's name in which the text encoder is made
 SCORED = 100  # prompts, each time samples are drawn
-GATED, QUIET = 8.0, 0.5  # a gate of the decoder reads the noisy pixels this quiet, and its opening counts this much
+GATED, QUIET = (
+    8.0,
+    0.5,
+)  # a gate of the decoder reads the noisy pixels this quiet, and its opening counts this much
 
 
 def make_text_encoder(folder: Path, captions: list[str]) -> TextEncoder:
@@ -41,12 +62,25 @@ def make_text_encoder(folder: Path, captions: list[str]) -> TextEncoder:
 
     The encoder stays as it was drawn: its token embeddings tell words apart, and the transformer learns the rest."""
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(
-        (TEMPLATE.format(prompt=caption) for caption in captions), vocab_size=512,
-        new_special_tokens=["<|im_start|>", "<|im_end|>"])
-    encoder = Qwen3Model(Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=CONFIG.cap_feat_dim, intermediate_size=192, num_hidden_layers=3,
-        num_attention_heads=3, num_key_value_heads=1, head_dim=32, rope_theta=1e6, rms_norm_eps=1e-6,
-        max_position_embeddings=512, tie_word_embeddings=True))
+        (TEMPLATE.format(prompt=caption) for caption in captions),
+        vocab_size=512,
+        new_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
+    encoder = Qwen3Model(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=CONFIG.cap_feat_dim,
+            intermediate_size=192,
+            num_hidden_layers=3,
+            num_attention_heads=3,
+            num_key_value_heads=1,
+            head_dim=32,
+            rope_theta=1e6,
+            rms_norm_eps=1e-6,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+        )
+    )
     with torch.no_grad():
         encoder.embed_tokens.weight.mul_(5)  # words stand out from what attention mixes in
     encoder.config.rope_theta = 1e6  # transformers 5 writes it elsewhere, 4 reads it here
@@ -54,8 +88,16 @@ def make_text_encoder(folder: Path, captions: list[str]) -> TextEncoder:
     with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH, suffix=TEMPORARY) as scratch:
         scratch = Path(scratch)
         tokenizer.backend_tokenizer.save(str(scratch / "tokenizer.json"))
-        (scratch / "tokenizer_config.json").write_text(json.dumps({
-            "tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}, indent=1))
+        (scratch / "tokenizer_config.json").write_text(
+            json.dumps(
+                {
+                    "tokenizer_class": "Qwen2Tokenizer",
+                    "eos_token": "<|im_end|>",
+                    "pad_token": "<|endoftext|>",
+                },
+                indent=1,
+            )
+        )
         move_files(scratch, folder / "tokenizer")
         encoder.to(torch.bfloat16).save_pretrained(scratch)
         move_files(scratch, folder / "text_encoder")
@@ -78,7 +120,7 @@ def initialise(model: L2PTransformer) -> None:
 
 
 def initialise_ends(model: L2PTransformer) -> None:
-    embedder, = model.all_x_embedder.values()
+    (embedder,) = model.all_x_embedder.values()
     torch.nn.init.normal_(embedder.weight, std=0.002)
     torch.nn.init.normal_(embedder.bias, std=0.5)
     initialise_decoder(model.local_decoder)
@@ -100,15 +142,20 @@ def initialise_decoder(decoder: LocalDecoder) -> None:
     them: the sum of a pair is A(x) = SiLU(x) + SiLU(-x), about x^2 / 2 near 0 and |x| far from it, so that A(x + g) - A(x - g)
     is about 2 x g for small ones, 2 x for a large g and nothing for none. The last steps, where the noise must be scaled up
     by 1 / sigma, learn to open that gate, and backgrounds come out clean."""
+
     def pairs(channels: int) -> torch.Tensor:
         return torch.cat([torch.eye(channels // 2), -torch.eye(channels // 2)], dim=1)
 
     def draw(conv: torch.nn.Conv2d, reads: torch.Tensor, paired: bool = True) -> torch.Tensor:
         """One of each pair of the outputs, by one of each pair of the inputs; `reads` is (those, all inputs)."""
-        weight = torch.randn(conv.out_channels // (2 if paired else 1), len(reads), *conv.kernel_size)
+        weight = torch.randn(
+            conv.out_channels // (2 if paired else 1), len(reads), *conv.kernel_size
+        )
         return weight / weight[0].numel() ** 0.5
 
-    def put(conv: torch.nn.Conv2d, weight: torch.Tensor, reads: torch.Tensor, paired: bool = True) -> None:
+    def put(
+        conv: torch.nn.Conv2d, weight: torch.Tensor, reads: torch.Tensor, paired: bool = True
+    ) -> None:
         weight = torch.einsum("oihw,ij->ojhw", weight, reads)
         conv.weight.copy_(torch.cat([weight, -weight]) if paired else weight)
         conv.bias.zero_()
@@ -129,14 +176,19 @@ def initialise_decoder(decoder: LocalDecoder) -> None:
     for level in reversed(levels):
         conv = decoder.get_submodule(f"up{level.name}.1")
         put(conv, draw(conv, reads, paired=False), reads, paired=False)
-        conv, reads = decoder.get_submodule(f"dec{level.name}.0"), torch.block_diag(torch.eye(level.up), pairs(level.enc))
+        conv, reads = (
+            decoder.get_submodule(f"dec{level.name}.0"),
+            torch.block_diag(torch.eye(level.up), pairs(level.enc)),
+        )
         weight = draw(conv, reads)
         if level is levels[0]:
-            gate = 0.1 * draw(conv, reads)[0, :level.up]
+            gate = 0.1 * draw(conv, reads)[0, : level.up]
             weight[:9] = 0
             for first, sign in ((0, 0), (3, 1), (6, -1)):
-                weight[first:first + 3, :level.up] = sign * gate
-                weight[range(first, first + 3), range(level.up, level.up + 3), 1, 1] = QUIET if sign else 1
+                weight[first : first + 3, : level.up] = sign * gate
+                weight[range(first, first + 3), range(level.up, level.up + 3), 1, 1] = (
+                    QUIET if sign else 1
+                )
         put(conv, weight, reads)
         reads = pairs(level.dec)
     weight = draw(decoder.out_conv, reads, paired=False) * 0.3
@@ -155,7 +207,9 @@ class Guide(torch.nn.Linear):
 
     def __init__(self, model: L2PTransformer):
         super().__init__(model.config.dim, 3 * model.config.patch_size**2)
-        model.local_decoder.register_forward_pre_hook(lambda _, inputs: setattr(self, "features", inputs[1]))
+        model.local_decoder.register_forward_pre_hook(
+            lambda _, inputs: setattr(self, "features", inputs[1])
+        )
 
     def loss(self, picture: torch.Tensor) -> torch.Tensor:
         """Mean square of the last forward pass's reading less `picture`, (B, 3, H, W)."""
@@ -168,10 +222,15 @@ class Muon(torch.optim.Muon):
     """torch's, and it takes convolutions: as matrices with a row for each output channel, in the memory they lie in."""
 
     def __init__(self, parameters: list[torch.nn.Parameter], rate_factor: float, decay: float):
-        self.matrices = [(parameter, torch.nn.Parameter(as_matrix(parameter.data))) for parameter in parameters]
+        self.matrices = [
+            (parameter, torch.nn.Parameter(as_matrix(parameter.data))) for parameter in parameters
+        ]
         assert all(matrix.data_ptr() == parameter.data_ptr() for parameter, matrix in self.matrices)
-        super().__init__([{"params": [matrix for _, matrix in self.matrices], "rate_factor": rate_factor}], weight_decay=decay,
-                         adjust_lr_fn="match_rms_adamw")
+        super().__init__(
+            [{"params": [matrix for _, matrix in self.matrices], "rate_factor": rate_factor}],
+            weight_decay=decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
 
     def step(self) -> None:
         for parameter, matrix in self.matrices:
@@ -180,7 +239,9 @@ class Muon(torch.optim.Muon):
 
 
 def as_matrix(weight: torch.Tensor) -> torch.Tensor:
-    return weight if weight.dim() == 2 else weight.permute(0, 2, 3, 1).flatten(1)  # a view, as channels lie last
+    return (
+        weight if weight.dim() == 2 else weight.permute(0, 2, 3, 1).flatten(1)
+    )  # a view, as channels lie last
 
 
 class CombinedOptimizer(torch.optim.Optimizer):
@@ -209,8 +270,14 @@ def uneven(noise: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     The steps before leave it so. A decoder that has only seen even noise tells its strength by looking rather than by the time,
     and takes such places for finished."""
     batch, _, height, width = noise.shape
-    louder, clouds = (F.interpolate(torch.randn(batch, channels, height // PATCHY, width // PATCHY, generator=generator),
-                                    noise.shape[2:], mode="bicubic") for channels in (1, 3))
+    louder, clouds = (
+        F.interpolate(
+            torch.randn(batch, channels, height // PATCHY, width // PATCHY, generator=generator),
+            noise.shape[2:],
+            mode="bicubic",
+        )
+        for channels in (1, 3)
+    )
     return noise * (1 + UNEVEN * louder) + UNEVEN * clouds
 
 
@@ -218,21 +285,27 @@ def noise_levels(batch: int, finishing: bool, generator: torch.Generator) -> tor
     """(batch,) levels. At first most are near pure noise, where the caption alone tells what to draw; then as sampling has them.
     One in four, later every other one, is of the last steps, so that a narrow decoder learns to leave backgrounds clean."""
     shift = torch.full((batch,), SHIFT if finishing else LAYOUT_SHIFT)
-    shift[::2 if finishing else 4] = FINISH_SHIFT
+    shift[:: 2 if finishing else 4] = FINISH_SHIFT
     return shifted(torch.rand(batch, generator=generator), shift)
 
 
 def make_files(checkpoint: Path, data: Path, seed: int) -> None:
     """What a run begins with: tokenizer, text encoder and an untrained model, and a picture of every scene to train on."""
     data.parent.mkdir(parents=True, exist_ok=True)
-    leftovers = [*data.parent.glob(f".{data.name}.*{TEMPORARY}"), *checkpoint.parent.glob(f"{SCRATCH}*{TEMPORARY}")]
+    leftovers = [
+        *data.parent.glob(f".{data.name}.*{TEMPORARY}"),
+        *checkpoint.parent.glob(f"{SCRATCH}*{TEMPORARY}"),
+    ]
     for leftover in leftovers:
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
     known = training_scenes()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        make_text_encoder(checkpoint.parent, sorted({caption for scene in scenes() for caption in captions_of(scene)}))
+        make_text_encoder(
+            checkpoint.parent,
+            sorted({caption for scene in scenes() for caption in captions_of(scene)}),
+        )
         model = L2PTransformer(CONFIG)
         initialise(model)
     temporary = data.with_name(f".{data.name}.{secrets.token_hex(8)}{TEMPORARY}")
@@ -246,9 +319,16 @@ def make_files(checkpoint: Path, data: Path, seed: int) -> None:
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (temporary / "metadata.jsonl").write_text(lines, encoding="utf-8")
         with atomic_write(checkpoint) as stream:
-            save_tensors(stream, model.state_dict(), {
-                "format": "pt", "modelspec.title": "L2P shapes", "modelspec.resolution": f"{SIZE}x{SIZE}",
-                "modelspec.license": "Apache-2.0"})
+            save_tensors(
+                stream,
+                model.state_dict(),
+                {
+                    "format": "pt",
+                    "modelspec.title": "L2P shapes",
+                    "modelspec.resolution": f"{SIZE}x{SIZE}",
+                    "modelspec.license": "Apache-2.0",
+                },
+            )
         temporary.rename(data)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -268,8 +348,16 @@ class ScoredRun(Run):
             return
         tests = test_scenes(SCORED)
         with self.drawing():
-            pictures = draw_all(self.pipe, [scene.caption() for scene in tests], progress=False,
-                                height=SIZE, width=SIZE, num_inference_steps=16, sampler="ab2", shift=2.0)
+            pictures = draw_all(
+                self.pipe,
+                [scene.caption() for scene in tests],
+                progress=False,
+                height=SIZE,
+                width=SIZE,
+                num_inference_steps=16,
+                sampler="ab2",
+                shift=2.0,
+            )
         self.pipe.unload_text_encoder()
         if self.main:
             with atomic_write(self.output / "samples" / f"step-{self.step:07d}.json") as stream:
@@ -282,14 +370,22 @@ class ShapesRun(ScoredRun):
     def __init__(self, config: TrainConfig, progress: bool):
         checkpoint, data = Path(config.checkpoint), Path(config.data)
         if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
-            raise ValueError(f"the recipe of the shapes is for one process, and here are {processes}")
+            raise ValueError(
+                f"the recipe of the shapes is for one process, and here are {processes}"
+            )
         if checkpoint.exists() != data.exists():
             there, missing = (checkpoint, data) if checkpoint.exists() else (data, checkpoint)
-            raise ValueError(f"{there} is there and {missing} is not; the recipe makes both or neither. Take it away, or give others")
+            raise ValueError(
+                f"{there} is there and {missing} is not; the recipe makes both or neither. Take it away, or give others"
+            )
         if not data.exists() and config.text_encoder:
-            raise ValueError(f"{checkpoint} and {data} are not there, which another run leaves: l2p train l2p_core/shapes/shapes.toml")
+            raise ValueError(
+                f"{checkpoint} and {data} are not there, which another run leaves: l2p train l2p_core/shapes/shapes.toml"
+            )
         if not data.exists():
-            busy = f"another run is making {data}. Wait for it to finish, or give another data folder"
+            busy = (
+                f"another run is making {data}. Wait for it to finish, or give another data folder"
+            )
             with locked(data, busy, WAIT):
                 if not data.exists():
                     make_files(checkpoint, data, config.seed)
@@ -302,17 +398,29 @@ class ShapesRun(ScoredRun):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             self.guide = Guide(model).to(self.device)
-        self.saved_tensors |= {f"guide.{name}": parameter for name, parameter in self.guide.named_parameters()}
+        self.saved_tensors |= {
+            f"guide.{name}": parameter for name, parameter in self.guide.named_parameters()
+        }
         matrices, convolutions, outside, rest = [], [], [], [*self.guide.parameters()]
         for name, parameter in self.trained.items():
             if name.startswith("local_decoder."):
-                (convolutions if parameter.dim() == 4 and "out_conv" not in name else outside).append(parameter)
+                (
+                    convolutions if parameter.dim() == 4 and "out_conv" not in name else outside
+                ).append(parameter)
             else:
-                (matrices if ".attention.to_" in name or ".feed_forward." in name else rest).append(parameter)
+                (matrices if ".attention.to_" in name or ".feed_forward." in name else rest).append(
+                    parameter
+                )
         decay = self.config.weight_decay
         return CombinedOptimizer(
-            Muon(matrices, 1.5, decay), Muon(convolutions, 1.0, decay),
-            torch.optim.AdamW([{"params": rest}, {"params": outside, "rate_factor": 0.25}], betas=(0.9, 0.99), weight_decay=decay))
+            Muon(matrices, 1.5, decay),
+            Muon(convolutions, 1.0, decay),
+            torch.optim.AdamW(
+                [{"params": rest}, {"params": outside, "rate_factor": 0.25}],
+                betas=(0.9, 0.99),
+                weight_decay=decay,
+            ),
+        )
 
     def batch(self, number: int) -> Batch:
         """Its noise and levels are of the run's first quarter, or of the rest."""
@@ -324,7 +432,9 @@ class ShapesRun(ScoredRun):
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """The published objective, with the guide's gradient beside its own."""
-        with sdpa_kernel(SDPBackend.MATH):  # attention written out: its backward pass is faster than the fused one's on a CPU
+        with sdpa_kernel(
+            SDPBackend.MATH
+        ):  # attention written out: its backward pass is faster than the fused one's on a CPU
             loss = super().loss(batch)
         guiding = self.guide.loss(batch.pictures)
         return loss + guiding - guiding.detach()
