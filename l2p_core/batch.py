@@ -13,18 +13,14 @@ from itertools import groupby, islice
 from pathlib import Path
 from threading import Event
 
-import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
-from .files.atomic import WAIT, atomic_write, locked, process_rank
+from .files.atomic import WAIT, locked, process_rank
 from .files.header import hash_files
-from .images import open_image
+from .images import PNG_KEY, open_image, read_image, save_image
 from .pipeline import L2PPipeline, check_mask
 from .settings import FIELDS, Settings, checked
 from .text import encoder_files
-
-PNG_KEY = "l2p"  # the text chunk that carries a image's settings as JSON
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,7 @@ def plan(
     checkpoint's default. count: images for each row, with seeds one apart. output: a .png for one
     image, a folder for several. Raises ValueError, with the row's number, for a row, a setting or
     an output that does not fit."""
-    jobs, look = [], lru_cache(4)(open_picture)
+    jobs, look = [], lru_cache(4)(read_image)
     for number, (row, files) in enumerate(zip(rows, output_files(rows, count, output))):
         row = {
             name: value for name, value in row.items() if value is not None and name != "file_name"
@@ -194,7 +190,7 @@ def draw(
             for group in batches(missing, batch):
                 shared = group[0].shared
                 files = {
-                    name: open_picture(file)
+                    name: read_image(file)
                     for name in ("input_image", "inpaint_mask")
                     if (file := shared.pop(name))
                 }
@@ -207,7 +203,7 @@ def draw(
                     **files,
                 )
                 for job, image in zip(group, images, strict=True):
-                    save(image, job.output, record(job))
+                    save_image(image, job.output, record(job))
                 bar.update(len(group))
 
 
@@ -327,28 +323,3 @@ def is_drawn(output: Path, wanted: dict) -> bool:
                 " give another --output, or --overwrite"
             )
     return True
-
-
-def save(image: Image.Image, output: Path, settings: dict) -> None:
-    """Write the PNG with its settings, atomically."""
-    info = PngImagePlugin.PngInfo()
-    info.add_itxt(PNG_KEY, json.dumps(settings, ensure_ascii=False))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(output) as stream:
-        image.save(stream, "PNG", pnginfo=info)
-
-
-def open_picture(file: str | Path) -> Image.Image:
-    """The picture, read whole. Raises ValueError where it is none, or not there."""
-    try:
-        with open_image(file) as picture:
-            picture = ImageOps.exif_transpose(picture)
-    except FileNotFoundError:
-        raise ValueError(f"there is no {file}") from None
-    except MemoryError:
-        raise
-    except Exception as error:  # whatever Pillow makes of a damaged file
-        raise ValueError(f"{file} is no picture that Pillow can read: {error}") from None
-    if picture.mode.startswith("I"):  # 16 bits a pixel
-        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8))
-    return picture

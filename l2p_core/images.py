@@ -1,12 +1,17 @@
-"""Pictures and pixels: 8-bit levels outside, float32 in [-1, 1] inside."""
+"""Images: files, 8-bit levels, and pixels as the model takes them, float32 in [-1, 1]."""
 
 import errno
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
+
+from .files.atomic import atomic_write
+
+PNG_KEY = "l2p"  # the text chunk that carries an image's settings as JSON
 
 # Pillow hands EPS to Ghostscript, an interpreter of programs, whatever the file's name. So it tries
 # these formats only.
@@ -32,6 +37,33 @@ def open_image(file: str | Path, formats: tuple[str, ...] = FORMATS) -> Image.Im
         raise
     except Exception as error:  # whatever Pillow makes of a damaged header
         raise OSError(f"its header is damaged ({error})") from None
+
+
+def save_image(image: Image.Image, output: Path, settings: dict) -> None:
+    """Write a PNG with its settings, atomically."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(PNG_KEY, json.dumps(settings, ensure_ascii=False))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(output) as stream:
+        image.save(stream, "PNG", pnginfo=info)
+
+
+def read_image(file: str | Path) -> Image.Image:
+    """Read an image file, upright, with 8 bits a channel.
+
+    Raises ValueError, with the reason, where it is missing or no readable image."""
+    try:
+        with open_image(file) as image:
+            image = ImageOps.exif_transpose(image)
+    except FileNotFoundError:
+        raise ValueError(f"there is no {file}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever Pillow makes of a damaged file
+        raise ValueError(f"{file} is not a readable image: {error}") from None
+    if image.mode.startswith("I"):  # 16 bits a pixel
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    return image
 
 
 def to_pixels(picture: Image.Image, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -55,11 +56,14 @@ class L2PPipeline:
         offload: bool | None = None,
         batch_guidance: bool = False,
         compile_blocks: bool = False,
+        load_on_cpu: bool = False,
     ):
+        """See `from_pretrained`. load_on_cpu: load the model there; training moves it in parts."""
         self.layout, self.device, self.dtype = layout, device, dtype
         self.text_encoder_path, self.tokenizer_path = text_encoder, tokenizer
         self.decoder_tile, self.offload, self._progress = decoder_tile, offload, progress
         self.batch_guidance, self.compile_blocks = batch_guidance, compile_blocks
+        self.load_on_cpu = load_on_cpu
         self._encodings: dict[str, Tensor] = {}  # of the prompts seen last
 
     @classmethod
@@ -76,6 +80,8 @@ class L2PPipeline:
         offload: bool | None = None,
         batch_guidance: bool = False,
         compile_blocks: bool = False,
+        load_on_cpu: bool = False,
+        trained_size: tuple[int, int] | None = None,
     ) -> "L2PPipeline":
         """Open a checkpoint of any kind that `load_model` reads; only its header is read for now.
 
@@ -87,8 +93,10 @@ class L2PPipeline:
         same. offload: keep the model's weights in the CPU's memory, and on the device only the
         block that computes and the next; by default where they would fill a GPU. batch_guidance:
         run both passes of a guided step as one of twice the batch. compile_blocks: with
-        torch.compile, which takes a while at the first pictures. Raises CheckpointError where the
-        checkpoint can't be used, and ValueError for a tile below 0."""
+        torch.compile, which takes a while at the first pictures. load_on_cpu: load the model there
+        whatever the device is. trained_size: height and width of the trained resolution, where it
+        is not what the checkpoint says. Raises CheckpointError where the checkpoint can't be used,
+        and ValueError for a tile below 0."""
         if decoder_tile is not None and decoder_tile < 0:
             raise ValueError(
                 f"decoder_tile is {decoder_tile}; expected a side in pixels, or 0 for the whole at"
@@ -97,6 +105,10 @@ class L2PPipeline:
         checkpoint = Path(checkpoint) if checkpoint else BUNDLED_MODEL / "transformer.safetensors"
         layout = read_layout(checkpoint, convrot_groupsize)
         check(layout)
+        if trained_size:
+            height, width = trained_size
+            metadata = {**layout.metadata, "modelspec.resolution": f"{width}x{height}"}
+            layout = replace(layout, metadata=metadata)
         if text_encoder is None:
             folders = (
                 (checkpoint, checkpoint.parent) if checkpoint.is_dir() else (checkpoint.parent,)
@@ -119,6 +131,7 @@ class L2PPipeline:
             offload,
             batch_guidance,
             compile_blocks,
+            load_on_cpu,
         )
 
     @property
@@ -134,11 +147,11 @@ class L2PPipeline:
     @cached_property
     def transformer(self) -> L2PTransformer:
         """The model, loaded when it is first used."""
-        streamed = self.streamed
+        on_cpu = self.streamed or self.load_on_cpu
         model = load_model(
-            self.layout, "cpu" if streamed else self.device, self.dtype, progress=self._progress
+            self.layout, "cpu" if on_cpu else self.device, self.dtype, progress=self._progress
         )
-        if streamed:
+        if self.streamed:
             stream_blocks(model, self.device)
         if self.compile_blocks:
             for block in (*model.noise_refiner, *model.context_refiner, *model.layers):

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from comfyui_l2p.l2p_core import batch as generate_module
-from comfyui_l2p.l2p_core.batch import hash_files, open_picture, read_rows, save
+from comfyui_l2p.l2p_core.batch import hash_files, read_rows
 from comfyui_l2p.l2p_core.cli import main
 from comfyui_l2p.l2p_core.files.atomic import locked
+from comfyui_l2p.l2p_core.images import read_image, save_image
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL, L2PPipeline
 from helpers import apart
 from PIL import Image
@@ -122,7 +123,7 @@ def test_rows_override_flags_and_batches_change_nothing(tmp_path):
 def test_a_stopped_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     (tmp_path / "p.txt").write_text("a circle\na star\na cross\n")
     command = ["generate", "--prompts", str(tmp_path / "p.txt"), "-o", str(tmp_path / "out"), *FEW]
-    save, calls = generate_module.save, []
+    save, calls = generate_module.save_image, []
 
     def stopping(image, output, facts):
         calls.append(output.name)
@@ -130,7 +131,7 @@ def test_a_stopped_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
         save(image, output, facts)
 
-    monkeypatch.setattr(generate_module, "save", stopping)
+    monkeypatch.setattr(generate_module, "save_image", stopping)
     assert main(command) == 130
     assert "goes on where this one ended" in capsys.readouterr().err
     assert os.listdir(tmp_path / "out") == ["00000.png"]
@@ -225,9 +226,9 @@ def test_turned_and_16_bit_pictures_are_read_as_they_look(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
-    assert open_picture(tmp_path / "turned.jpg").size == (20, 40)
+    assert read_image(tmp_path / "turned.jpg").size == (20, 40)
     Image.fromarray(np.full((4, 4), 30000, dtype=np.uint16)).save(tmp_path / "deep.png")
-    assert open_picture(tmp_path / "deep.png").convert("RGB").getpixel((0, 0)) == (117, 117, 117)
+    assert read_image(tmp_path / "deep.png").convert("RGB").getpixel((0, 0)) == (117, 117, 117)
 
 
 def test_an_error_does_not_wait_for_the_hash(tmp_path, monkeypatch):
@@ -266,7 +267,7 @@ def test_pictures_of_before_a_setting_was_one_are_taken_for_these(tmp_path, caps
         if name not in ("cfg_truncation", "cache_threshold")
     }
     assert len(older) == len(settings(out)) - 2
-    save(Image.open(out).copy(), out, older)
+    save_image(Image.open(out).copy(), out, older)
     assert main(["generate", "a circle", "-o", str(out), *FEW]) == 0
     assert main(["generate", "a circle", "-o", str(out), "--cfg-truncation", "0.5", *FEW]) == 1
     assert "generated with other settings (cfg_truncation 1.0, now 0.5)" in capsys.readouterr().err

@@ -1,4 +1,5 @@
 """The judge of the small model is judged: true pictures pass, and one wrong attribute fails. And its recipe runs."""
+
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,28 @@ from torch.utils._pytree import tree_leaves
 
 from comfyui_l2p.l2p_core.cli import main
 from comfyui_l2p.l2p_core.shapes import train as recipe
-from comfyui_l2p.l2p_core.shapes.pictures import COLOURS, PLACES, SHAPES, SIZE, SIZES, Scene, draw, scenes, training_scenes, test_scenes as held_out_scenes
+from comfyui_l2p.l2p_core.shapes.pictures import (
+    COLOURS,
+    PLACES,
+    SHAPES,
+    SIZE,
+    SIZES,
+    Scene,
+    draw,
+    scenes,
+    training_scenes,
+    test_scenes as held_out_scenes,
+)
 from comfyui_l2p.l2p_core.shapes.score import contact_sheet, score
 
 SCENES = held_out_scenes(60)
-CHOICES = {"shape": SHAPES, "colour": tuple(COLOURS), "background": tuple(COLOURS), "size": tuple(SIZES), "place": tuple(PLACES)}
+CHOICES = {
+    "shape": SHAPES,
+    "colour": tuple(COLOURS),
+    "background": tuple(COLOURS),
+    "size": tuple(SIZES),
+    "place": tuple(PLACES),
+}
 
 
 def pictures(wanted):
@@ -32,7 +50,11 @@ def test_one_wrong_attribute_scores_0(attribute):
     rng = random.Random(1)
     wrong = []
     for scene in SCENES:
-        others = [value for value in CHOICES[attribute] if value not in (scene.colour, scene.background, getattr(scene, attribute))]
+        others = [
+            value
+            for value in CHOICES[attribute]
+            if value not in (scene.colour, scene.background, getattr(scene, attribute))
+        ]
         wrong.append(replace(scene, **{attribute: rng.choice(others)}))
     result = score(pictures(wrong), SCENES)
     assert result["right"] == 0 and result[attribute] == 0
@@ -43,38 +65,65 @@ def faded(picture, towards, share):
     return Image.blend(picture, Image.new("RGB", picture.size, towards), share)
 
 
-@pytest.mark.parametrize("spoil, attribute", [
-    (lambda picture: faded(picture, (125, 125, 125), 0.4), "right"),
-    (lambda picture: faded(picture, picture.getpixel((0, 0)), 0.5), "right"),
-    (lambda picture: Image.fromarray(np.clip(np.asarray(picture) + np.random.default_rng(0).normal(0, 5, (SIZE, SIZE, 3)), 0, 255).astype(np.uint8)), "clean"),
-    (lambda picture: picture.filter(ImageFilter.GaussianBlur(9)), "right"),
-    (lambda picture: Image.effect_noise((SIZE, SIZE), 80).convert("RGB"), "clean"),
-])
+@pytest.mark.parametrize(
+    "spoil, attribute",
+    [
+        (lambda picture: faded(picture, (125, 125, 125), 0.4), "right"),
+        (lambda picture: faded(picture, picture.getpixel((0, 0)), 0.5), "right"),
+        (
+            lambda picture: Image.fromarray(
+                np.clip(
+                    np.asarray(picture) + np.random.default_rng(0).normal(0, 5, (SIZE, SIZE, 3)),
+                    0,
+                    255,
+                ).astype(np.uint8)
+            ),
+            "clean",
+        ),
+        (lambda picture: picture.filter(ImageFilter.GaussianBlur(9)), "right"),
+        (lambda picture: Image.effect_noise((SIZE, SIZE), 80).convert("RGB"), "clean"),
+    ],
+)
 def test_spoilt_pictures_score_0(spoil, attribute):
     result = score([spoil(picture) for picture in pictures(SCENES)], SCENES)
     assert result["right"] == 0 and result[attribute] == 0
 
 
 def test_a_blank_picture_is_judged_not_crashed_on():
-    assert score([Image.new("RGB", (SIZE, SIZE), COLOURS["red"])] * len(SCENES), SCENES)["right"] == 0
+    assert (
+        score([Image.new("RGB", (SIZE, SIZE), COLOURS["red"])] * len(SCENES), SCENES)["right"] == 0
+    )
 
 
 def test_test_prompts_were_never_trained_on():
     tests = held_out_scenes()
-    triples, trained = ({(scene.shape, scene.colour, scene.background) for scene in some} for some in (tests, training_scenes()))
+    triples, trained = (
+        {(scene.shape, scene.colour, scene.background) for scene in some}
+        for some in (tests, training_scenes())
+    )
     assert len(set(tests)) == 300 and not triples & trained and len(trained) > 150
     for index, words in enumerate((SHAPES, COLOURS, COLOURS)):
-        assert {triple[index] for triple in trained} == set(words), "each word is learned, only not in these combinations"
+        assert {triple[index] for triple in trained} == set(words), (
+            "each word is learned, only not in these combinations"
+        )
 
 
 def test_captions_and_contact_sheet():
     scene = Scene("circle", "red", "blue", "large", "left")
     assert scene.caption() == "a large red circle on a blue background, left"
-    assert replace(scene, colour="orange").caption(False, False) == "an orange circle on a blue background"
-    assert contact_sheet(pictures([scene] * 7), [scene.caption()] * 7).size == (6 * (SIZE + 8), 2 * (SIZE + 58))
+    assert (
+        replace(scene, colour="orange").caption(False, False)
+        == "an orange circle on a blue background"
+    )
+    assert contact_sheet(pictures([scene] * 7), [scene.caption()] * 7).size == (
+        6 * (SIZE + 8),
+        2 * (SIZE + 58),
+    )
 
 
-SETTINGS, FINISH = (Path(recipe.__file__).with_name(name) for name in ("shapes.toml", "finish.toml"))
+SETTINGS, FINISH = (
+    Path(recipe.__file__).with_name(name) for name in ("shapes.toml", "finish.toml")
+)
 
 
 def test_the_recipe_makes_a_model_and_goes_on_bit_for_bit(tmp_path, monkeypatch):
@@ -86,32 +135,94 @@ def test_the_recipe_makes_a_model_and_goes_on_bit_for_bit(tmp_path, monkeypatch)
     def run(folder, steps):
         (tmp_path / folder).mkdir(exist_ok=True)
         monkeypatch.chdir(tmp_path / folder)
-        flags = ["--batch", "2", "--save-every", "2", "--sample-every", "4", "--sample-steps", "2", "--device", "cpu", "--schedule", "constant"]
+        flags = [
+            "--batch",
+            "2",
+            "--save-every",
+            "2",
+            "--sample-every",
+            "4",
+            "--sample-steps",
+            "2",
+            "--device",
+            "cpu",
+            "--schedule",
+            "constant",
+        ]
         assert main(["train", str(SETTINGS), *flags, "--steps", str(steps)]) == 0
         return tmp_path / folder / "shapes" / "run" / f"step-{steps}.safetensors"
+
     whole = load_file(run("whole", 4))
     run("halves", 2)
     found = load_file(run("halves", 4))
-    assert whole.keys() == found.keys() == load_file(tmp_path / "whole/shapes/init/transformer.safetensors").keys()
+    assert (
+        whole.keys()
+        == found.keys()
+        == load_file(tmp_path / "whole/shapes/init/transformer.safetensors").keys()
+    )
     assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
-    one, other = (tree_leaves(torch.load(tmp_path / folder / "shapes/run/resume.pt")) for folder in ("whole", "halves"))
+    one, other = (
+        tree_leaves(torch.load(tmp_path / folder / "shapes/run/resume.pt"))
+        for folder in ("whole", "halves")
+    )
     assert len(one) == len(other) > 500, "the optimizers' state and the guide are there too"
-    assert all(torch.equal(*pair) if isinstance(pair[0], torch.Tensor) else pair[0] == pair[1] for pair in zip(one, other))
-    assert (tmp_path / "whole/shapes/run/samples/step-0000004.json").read_text().startswith('{"right": 0')
+    assert all(
+        torch.equal(*pair) if isinstance(pair[0], torch.Tensor) else pair[0] == pair[1]
+        for pair in zip(one, other)
+    )
+    assert (
+        (tmp_path / "whole/shapes/run/samples/step-0000004.json")
+        .read_text()
+        .startswith('{"right": 0')
+    )
     picture = tmp_path / "out.png"
-    assert main(["generate", "a red circle", "--checkpoint", str(tmp_path / "whole/shapes/run/step-4.safetensors"), "--text-encoder",
-                 str(tmp_path / "whole/shapes/init"), "--steps", "1", "-o", str(picture)]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                "a red circle",
+                "--checkpoint",
+                str(tmp_path / "whole/shapes/run/step-4.safetensors"),
+                "--text-encoder",
+                str(tmp_path / "whole/shapes/init"),
+                "--steps",
+                "1",
+                "-o",
+                str(picture),
+            ]
+        )
+        == 0
+    )
     assert Image.open(picture).size == (SIZE, SIZE), "step files say what size they draw"
     monkeypatch.chdir(tmp_path / "whole")
-    assert main(["train", str(FINISH), "--checkpoint", "shapes/run/step-4.safetensors", "--steps", "1", "--batch", "2", "--sample-every", "0",
-                 "--device", "cpu"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                str(FINISH),
+                "--checkpoint",
+                "shapes/run/step-4.safetensors",
+                "--steps",
+                "1",
+                "--batch",
+                "2",
+                "--sample-every",
+                "0",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     assert load_file(tmp_path / "whole/shapes/finish/step-1.safetensors").keys() == whole.keys()
 
 
 def test_the_finish_makes_nothing_of_its_own(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["train", str(FINISH)]) == 1
-    assert "l2p train l2p_core/shapes/shapes.toml" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert "l2p train l2p_core/shapes/shapes.toml" in capsys.readouterr().err and not list(
+        tmp_path.iterdir()
+    )
 
 
 def test_the_recipe_overwrites_nothing_of_others(tmp_path, monkeypatch, capsys):
@@ -119,4 +230,6 @@ def test_the_recipe_overwrites_nothing_of_others(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.safetensors").write_bytes(b"precious")
     assert main(["train", str(SETTINGS), "--checkpoint", "mine.safetensors"]) == 1
     assert "mine.safetensors is there and shapes/pictures is not" in capsys.readouterr().err
-    assert (tmp_path / "mine.safetensors").read_bytes() == b"precious" and len(list(tmp_path.iterdir())) == 1
+    assert (tmp_path / "mine.safetensors").read_bytes() == b"precious" and len(
+        list(tmp_path.iterdir())
+    ) == 1

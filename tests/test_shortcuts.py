@@ -94,7 +94,8 @@ def test_a_large_threshold_runs_the_first_layer_alone_after_the_first_step(pipe,
 
 
 def run_step(cache, x, first, others):
-    """One step through two layers that add these numbers to each image: (its output, images in the second)."""
+    """One step through two layers that add these numbers to each image: (its output, images in the
+    second)."""
     seen = []
 
     def add(numbers, remember=None):
@@ -124,7 +125,8 @@ def test_each_image_adds_what_was_added_last_where_it_changes_little():
 
 
 def test_an_image_does_not_depend_on_its_neighbours(pipe):
-    """The same seed alone and beside another prompt, with layers skipped for one and not for the other."""
+    """The same seed alone and beside another prompt, with layers skipped for one and not for the
+    other."""
     settings = {"num_inference_steps": 16, "cache_threshold": 0.15, "seed": [3, 4]}
     together = pipe([PROMPT, "a small green star on a yellow background, top"], **settings)
     alone = pipe(PROMPT, **{**settings, "seed": 3})

@@ -21,9 +21,10 @@ from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
-from ..batch import PNG_KEY, is_drawn, lock_outputs, open_picture, output_files, read_rows
+from ..batch import is_drawn, lock_outputs, output_files, read_rows
 from ..files.atomic import atomic_write
 from ..files.header import hash_files
+from ..images import PNG_KEY, read_image
 from .workflow import fill, places, read_workflow, title
 
 PICTURES = ("input_image", "inpaint_mask")  # files of ours, uploaded
@@ -138,7 +139,7 @@ def plan(
     def name_on_server(
         file: Path,
     ) -> str:  # by content: the graph is the same on every server, and no file there is lost
-        open_picture(file)
+        read_image(file)
         return f"l2p-{hash_files([file])[:16]}{file.suffix.lower()}"
 
     for number, (row, files) in enumerate(zip(rows, output_files(rows, count, output))):

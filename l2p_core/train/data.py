@@ -22,12 +22,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ..batch import open_picture, read_rows
+from ..batch import read_rows
 from ..files.atomic import atomic_write, remove_leftovers
 from ..files.header import CheckpointError, hash_files
 from ..files.save import save_tensors
 from ..flow import training_sigmas
-from ..images import to_pixels
+from ..images import read_image, to_pixels
 from ..pipeline import L2PPipeline, draw_noise
 from ..text import LAYER, MAX_TOKENS, TEMPLATE, encoder_files, find_tokenizer
 from .config import TrainConfig
@@ -100,7 +100,7 @@ def read_examples(
         except (ValueError, TypeError):
             return f"{name}: seed is {row['seed']!r}, expected a whole number from 0 to 2^64 - 1"
         try:
-            picture = open_picture(file)
+            picture = read_image(file)
         except (ValueError, OSError) as error:
             return f"{name}: {error}"
         size = fixed or target_size(picture.height, picture.width, max_pixels, multiple)
@@ -298,7 +298,7 @@ class Batches:
             torch.cat(
                 [
                     to_pixels(
-                        crop_and_resize(open_picture(example.file).convert("RGB"), height, width)
+                        crop_and_resize(read_image(example.file).convert("RGB"), height, width)
                     )
                     for example in examples
                 ]

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
-from ..batch import is_drawn, save
+from ..batch import is_drawn
 from ..files.atomic import WAIT, atomic_write, locked
 from ..files.header import CheckpointError
+from ..images import save_image
 from ..pipeline import usable_device
 from .config import Draws
 
@@ -101,7 +102,7 @@ def synthesize(
                         generator=[torch.Generator().manual_seed(seed) for _, _, seed in group],
                     ).images
                     for (file, prompt, seed), picture in zip(group, drawn, strict=True):
-                        save(picture, file, settings(prompt, seed))
+                        save_image(picture, file, settings(prompt, seed))
                     bar.update(len(group))
         if all(file.exists() for file, _, _ in pictures):  # so says the process that ends last
             text = io.StringIO(newline="")
