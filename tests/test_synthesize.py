@@ -158,7 +158,7 @@ def test_what_does_not_fit_is_refused(latent, tmp_path, capsys, more, words):
 
 def test_another_model_is_refused(tmp_path, capsys):
     assert synthesize(BUNDLED_MODEL, tmp_path) == 1
-    assert "is no latent Z-Image that diffusers can open" in capsys.readouterr().err
+    assert "is no latent Z-Image: it has no readable model_index.json" in capsys.readouterr().err
 
 
 def test_the_four_steps_to_a_model(latent, tmp_path):
