@@ -332,7 +332,7 @@ def test_a_width_of_nothing_or_too_much_is_refused_before_it_is_built(
         size,
     )
     monkeypatch.setattr(
-        "comfyui_l2p.l2p_core.checkpoint.L2PTransformer", lambda *_: pytest.fail("it was built")
+        "comfyui_l2p.l2p_core.files.load.L2PTransformer", lambda *_: pytest.fail("it was built")
     )
     layout = read_layout(path)
     with pytest.raises(
