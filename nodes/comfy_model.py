@@ -28,7 +28,7 @@ from ..l2p_core.files.layout import (
     read_marker,
 )
 from ..l2p_core.files.load import check, expected_shapes
-from ..l2p_core.files.naming import PACKED, layer_name, lora_names, name_in
+from ..l2p_core.files.naming import PACKED, layer_name, lora_targets, name_in
 from ..l2p_core.files.quantization import FORMATS, dequantize, split_block_scales
 from ..l2p_core.model import TOKENS_AT_ONCE, Attention, Block, Hooks, L2PTransformer
 from ..l2p_core.text import MAX_TOKENS
@@ -480,14 +480,5 @@ def pack(suffix: str, tensors: list[Tensor], weights: list[Tensor]) -> Tensor | 
 
 def l2p_lora_keys(config: L2PConfig) -> comfyui.LoraKeys:
     """Layers of the model as LoRA files name them → ComfyUI's key of their weight."""
-    found = comfyui.LoraKeys()
-    for weight in expected_shapes(config):
-        if weight.endswith(".weight"):
-            layers = {
-                name.removesuffix(".weight") for name in (weight, name_in("comfyui", weight)[0])
-            }
-            names = [
-                name for layer in layers if not layer.endswith(".qkv") for name in lora_names(layer)
-            ]
-            found |= dict.fromkeys(names, f"diffusion_model.{weight}")
-    return found
+    targets = lora_targets(expected_shapes(config))
+    return comfyui.LoraKeys({name: f"diffusion_model.{weight}" for name, weight in targets.items()})

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from adapters import packed_change
 from comfyui_l2p.l2p_core import load_model
 from comfyui_l2p.l2p_core.model import Hooks, L2PTransformer
 from comfyui_l2p.quant.quantize import Options, quantize
@@ -12,8 +13,6 @@ from helpers import comfyui_naming, int8, rms
 from real_comfyui import Refused
 from safetensors.torch import load_file, save_file
 from test_comfyui_model import INT8_SINCE
-
-RANK = 4
 
 
 @pytest.fixture
@@ -34,38 +33,6 @@ def inputs(tmp_path):
 @pytest.fixture
 def output(tmp_path):
     return tmp_path / "output.safetensors"
-
-
-def packed_change(
-    kind: str, rows: int, inputs: int
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """(what a LoRA file holds for one packed layer, the change it makes, written out longhand)."""
-    generator = torch.Generator().manual_seed(3)
-
-    def draw(*size):
-        return 0.6 * torch.randn(*size, generator=generator)
-
-    alpha = {"alpha": torch.tensor(2.0)}
-    if kind in ("lora_A", "lora_down"):
-        names = ("lora_A", "lora_B") if kind == "lora_A" else ("lora_down", "lora_up")
-        down, up = draw(RANK, inputs), draw(rows, RANK)
-        return {
-            f"{names[0]}.weight": down,
-            f"{names[1]}.weight": up,
-            **alpha,
-        }, 2.0 / RANK * up @ down
-    if kind == "loha":
-        a1, b1, a2, b2 = draw(rows, RANK), draw(RANK, inputs), draw(rows, RANK), draw(RANK, inputs)
-        held = {"hada_w1_a": a1, "hada_w1_b": b1, "hada_w2_a": a2, "hada_w2_b": b2, **alpha}
-        return held, 2.0 / RANK * (a1 @ b1) * (a2 @ b2)
-    if kind == "diff":
-        change = draw(rows, inputs)
-        return {"diff": change}, change
-    first = 6 if kind == "lokr" else 4  # 4 rows of blocks can't be cut in three
-    w1, a, b = draw(first, 8), draw(rows // first, RANK), draw(RANK, inputs // 8)
-    return {"lokr_w1": w1, "lokr_w2_a": a, "lokr_w2_b": b, **alpha}, 2.0 / RANK * torch.kron(
-        w1, a @ b
-    )
 
 
 DOTTED = "diffusion_model.layers.0.attention.qkv"

@@ -9,6 +9,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from adapters import packed_change
 from comfyui_l2p.l2p_core import CheckpointError, load_model, read_layout
 from comfyui_l2p.l2p_core.cli import main
 from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS, L2PConfig
@@ -232,14 +233,14 @@ def test_a_lora_is_added_to_the_weights_it_names(tiny_weights, write, out, namin
             lambda lora: {
                 name: tensor for name, tensor in lora.items() if "to_q.lora_B" not in name
             },
-            "only one factor.*to_q",
+            "has down for layers.0.attention.to_q.weight, but no up",
         ),
         (
             lambda lora: {
                 name: tensor[:, :9] if "to_q.lora_A" in name else tensor
                 for name, tensor in lora.items()
             },
-            r"are \(96, 4\) and \(4, 9\)",
+            r"'down': \(4, 9\).*makes no \(96, 96\)",
         ),
         (
             lambda lora: {name: tensor * torch.inf for name, tensor in lora.items()},
@@ -252,6 +253,55 @@ def test_a_lora_that_does_not_fit_is_refused(tiny_weights, write, out, change, s
     with pytest.raises(CheckpointError, match=said):
         merge(lora, write(tiny_weights, "base.safetensors"), out)
     assert not out.exists()
+
+
+def merged_rows(lora, base, write, out, metadata=None):
+    """What merging added to q, k and v of the first layer, in fp32."""
+    file = write(lora, "lora.safetensors", metadata)
+    merge(file, write(base, "base.safetensors"), out, dtype="fp32")
+    found = load_file(out)
+    names = [f"layers.0.attention.to_{part}.weight" for part in "qkv"]
+    return torch.cat([found[name] - base[name] for name in names])
+
+
+@pytest.mark.parametrize("kind", ["lora_A", "lora_down", "loha", "lokr", "lokr of four", "diff"])
+@pytest.mark.parametrize(
+    "name", ["diffusion_model.layers.0.attention.qkv", "lora_unet_layers_0_attention_qkv"]
+)
+def test_packed_layers_are_merged_as_comfyui_loads_them(tiny_weights, write, out, kind, name):
+    held, change = packed_change(kind, 3 * 96, 96)
+    lora = {f"{name}.{part}": tensor for part, tensor in held.items()}
+    found = merged_rows(lora, tiny_weights, write, out)
+    torch.testing.assert_close(found, change, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("place", ["diffusers metadata", "peft file", "peft file, rslora"])
+def test_a_recorded_alpha_counts(tiny_weights, write, out, place):
+    """Alpha 16 at rank 4: a factor of 4, with rslora of 8."""
+    a, b = torch.randn(4, 96) / 9, torch.randn(96, 4) / 9
+    layer, metadata = "transformer.layers.0.attention.to_k", None
+    config = {"r": 4, "lora_alpha": 16, "use_rslora": "rslora" in place}
+    if place == "diffusers metadata":
+        config = {f"transformer.{name}": value for name, value in config.items()}
+        metadata = {"lora_adapter_metadata": json.dumps(config)}
+    else:
+        (out.parent / "adapter_config.json").write_text(json.dumps(config))
+    lora = {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}
+    found = merged_rows(lora, tiny_weights, write, out, metadata)[96:192]
+    torch.testing.assert_close(found, (8 if "rslora" in place else 4) * b @ a, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "layers.0.attention.to_q.oft_blocks",
+        "layers.0.attention.to_q.lora.down.weight",
+        "diffusion_model.layers.0.attention.qkv.diff",
+        "layers.0.attention.to_q.dora_scale",
+    ],
+)
+def test_other_adapters_are_called_what_they_are(write, key):
+    assert read_layout(write({key: torch.zeros(4, 4)})).kind == "lora"
 
 
 def test_a_lora_does_not_go_into_8_bits(tiny_weights, trained, write, out):

@@ -915,7 +915,7 @@ def test_two_queues_into_one_folder_do_not_collide(tmp_path, fakes, workflow, mo
         str(tmp_path / "out"),
     ]
     with locked(tmp_path / "out", "busy", folder=True), monkeypatch.context() as patch:
-        patch.setattr("comfyui_l2p.l2p_core.generate.WAIT", 0)
+        patch.setattr("comfyui_l2p.l2p_core.batch.WAIT", 0)
         assert main(command) == 1
     assert "another run is writing to" in capsys.readouterr().err and fake.graphs() == []
     both = [

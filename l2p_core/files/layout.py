@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ..config import L2PConfig, block_numbers
 from .header import CheckpointError, Entry, find_files, read_header, reading, stamp
-from .naming import COMFYUI_NAMES, PACKED, layer_name
+from .naming import ADAPTER, COMFYUI_NAMES, PACKED, layer_name
 from .quantization import FORMATS
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -266,7 +266,7 @@ def classify(entries: dict[str, Entry], prefix: str) -> tuple[str, str]:
         if any(".attention.qkv." in name or name.startswith("x_embedder.") for name in names)
         else "published"
     )
-    if any("lora_" in key or ".lokr_" in key or ".hada_" in key for key in entries):
+    if any(ADAPTER.search(key) for key in entries):
         return "lora", naming
     if (
         "x_pad_token" in names

@@ -1,7 +1,7 @@
 """Tensor names: the published ones, ComfyUI's, and those of LoRA files."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -22,9 +22,16 @@ LAYER = re.compile(rf"(?:^|\.)((?:{'|'.join(PARTS)})\..+)")
 
 # A LoRA file's layer that changes q, k and v at once, in names with dots or underscores.
 PACKED_LORA = re.compile(r"(.*attention[._])qkv\.(.+)")
+# Parts of a change whose rows are the layer's.
 LORA_ROWS = re.compile(
-    r"lora_(?:B|up)(?:\.default)?(?:\.weight)?|hada_w[12]_a|diff|set_weight"
-)  # rows are the layer's
+    r"lora_(?:B|up)(?:\.default)?(?:\.weight)?|lora(?:_linear_layer)?\.up\.weight"
+    r"|hada_w[12]_a|diff|set_weight"
+)
+# What only an adapter's tensors are called: LoRA, LoHa, LoKr, OFT, GLoRA, DoRA, a difference.
+ADAPTER = re.compile(
+    r"[._]lora[._]|lora_(?:A|B|up|down)\b|\.(?:lokr_|hada_|b?oft_|glora|[ab][12]\.weight)"
+    r"|\.(?:diff|diff_b|dora_scale|set_weight)$"
+)
 
 
 def layer_name(key: str) -> str:
@@ -59,6 +66,21 @@ def lora_names(layer: str) -> list[str]:
         *(prefix + layer for prefix in dotted),
         *(prefix + layer.replace(".", "_") for prefix in underscored),
     ]
+
+
+def lora_targets(weights: Iterable[str]) -> dict[str, str]:
+    """Return the weights that adapters change, by every name that files have for their layers.
+
+    weights: published names. Packed q, k and v are no layer: see `split_packed_lora`."""
+    targets = {}
+    for weight in weights:
+        if weight.endswith(".weight"):
+            names = {weight, name_in("comfyui", weight)[0]}
+            layers = [name.removesuffix(".weight") for name in sorted(names)]
+            for layer in layers:
+                if not layer.endswith(".qkv"):
+                    targets |= dict.fromkeys(lora_names(layer), weight)
+    return targets
 
 
 def split_packed_lora(lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
