@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from .model import Hooks, L2PTransformer
+from .settings import Settings
 from .step_cache import StepCache
 
 Velocity = Callable[[Tensor, float], Tensor]  # (x, sigma) → dx/dsigma, float32
 Callback = Callable[[int, int, Tensor], None]  # (steps done, steps in all, x0 prediction)
+DEFAULTS = Settings()
 
 
 def interpolate(image: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
@@ -48,10 +50,9 @@ def guided_velocity(
     prompt_embeds: list[Tensor],
     negative_prompt_embeds: list[Tensor],
     scale: float,
+    settings: Settings = DEFAULTS,
     bf16_rounding: bool = False,
-    cfg_truncation: float = 1.0,
     batch_guidance: bool = False,
-    cache_threshold: float = 0.0,
     rope_scale: float = 1.0,
     decoder_tile: int | None = None,
 ) -> Velocity:
@@ -60,19 +61,17 @@ def guided_velocity(
 
     The model computes in its own dtype; the velocity is float32. prompt_embeds,
     negative_prompt_embeds: one (L, cap_feat_dim) for each image. scale: the guidance scale; 1 skips
-    the negative prompt and takes one evaluation a step. bf16_rounding: round the timestep as the
-    published bfloat16 pipeline does, by up to 0.003. cfg_truncation: see `is_guided`.
-    batch_guidance: evaluate both prompts in one batch of twice the size. cache_threshold: above 0,
-    skip layers as `StepCache` does; use such a velocity for one image or batch only. rope_scale:
-    RoPE interpolation factor. decoder_tile: as `LocalDecoder.forward` takes it."""
+    the negative prompt and takes one evaluation a step. settings: those of guidance and of the step
+    cache count; with the cache, use the velocity for one image or batch only. bf16_rounding: round
+    the timestep as the published bfloat16 pipeline does, by up to 0.003. batch_guidance: evaluate
+    both prompts in one batch of twice the size. rope_scale: RoPE interpolation factor.
+    decoder_tile: as `LocalDecoder.forward` takes it."""
     options = {"rope_scale": (rope_scale, rope_scale), "decoder_tile": decoder_tile}
 
     def hooks() -> Hooks:
-        return (
-            StepCache(cache_threshold, model.config.n_layers, **options)
-            if cache_threshold
-            else Hooks(**options)
-        )
+        if settings.cache_threshold:
+            return StepCache(settings.cache_threshold, model.config.n_layers, **options)
+        return Hooks(**options)
 
     of_positive, of_negative, of_both = hooks(), hooks(), hooks()
 
@@ -83,7 +82,7 @@ def guided_velocity(
             t = torch.tensor(1 - sigma, dtype=torch.float32)
         t = t.to(x.device).expand(len(x))
         image = x.to(model.dtype)
-        if not is_guided(sigma, scale, cfg_truncation):
+        if not is_guided(sigma, scale, settings.cfg_truncation):
             return -model(image, t, prompt_embeds, of_positive).float()
         if batch_guidance:
             both = [*prompt_embeds, *negative_prompt_embeds]

@@ -263,10 +263,9 @@ class L2PPipeline:
                 positives,
                 negatives,
                 chosen.cfg_scale,
+                replace(chosen, cache_threshold=0.0) if stage.window else chosen,
                 bf16_rounding,
-                chosen.cfg_truncation,
                 self.batch_guidance,
-                0.0 if stage.window else chosen.cache_threshold,
                 stage.rope_scale,
                 self.decoder_tile,
             )
