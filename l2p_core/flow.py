@@ -92,7 +92,12 @@ def guided_velocity(
         else:
             positive = model(image, t, prompt_embeds, of_positive)
             negative = model(image, t, negative_prompt_embeds, of_negative)
-        return -(negative + scale * (positive - negative)).float()
+        guided = negative + scale * (positive - negative)
+        if settings.cfg_normalization:  # as diffusers' ZImagePipeline does
+            norm, limit = (each.float().flatten(1).norm(dim=1) for each in (guided, positive))
+            limit = settings.cfg_normalization * limit
+            guided = guided * (limit / norm).clamp(max=1).to(guided)[:, None, None, None]
+        return -guided.float()
 
     return velocity
 

@@ -130,6 +130,14 @@ class Settings:
         metavar="0..1",
         inputs=(),
     )
+    cfg_normalization: float = setting(
+        0.0,
+        "limit the guided velocity's norm to this many times that of the prompt's own, which tames"
+        " high guidance scales; 0 is no limit",
+        low=0.0,
+        high=100.0,
+        inputs=(),
+    )
     cache_threshold: float = setting(
         0.0,
         "skip most layers at steps where the first one changes by no more than this share; 0 never"

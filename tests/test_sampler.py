@@ -15,6 +15,7 @@ from comfyui_l2p.l2p_core.flow import (
 )
 from comfyui_l2p.l2p_core.images import to_levels, to_pixels
 from comfyui_l2p.l2p_core.pipeline import draw_noise
+from comfyui_l2p.l2p_core.settings import Settings
 from helpers import rms
 
 
@@ -136,6 +137,30 @@ def test_guidance_of_one_asks_once(tiny_model):
     handle.remove()
     assert torch.equal(one, plus)
     torch.testing.assert_close(three, minus + 3 * (plus - minus))
+
+
+def test_the_norm_of_the_guided_velocity_can_be_limited(tiny_model, golden):
+    """Image by image, to a multiple of the norm that the prompt's own velocity has."""
+    recorded = golden("sampling_fp32")
+    prompts = [recorded["input.prompt.7"]] * 2
+    negatives = [recorded["input.negative.3"]] * 2
+    x = (
+        torch.stack([recorded["input.noise.64x48.seed42"][0]] * 2)
+        * torch.tensor([1.0, 3.0])[:, None, None, None]
+    )
+
+    def velocity(scale, limit):
+        settings = Settings(cfg_normalization=limit)
+        return guided_velocity(tiny_model, prompts, negatives, scale, settings)(x, 0.5)
+
+    with torch.no_grad():
+        own, free, limited, wide = (
+            velocity(*each) for each in ((1.0, 0.0), (30.0, 0.0), (30.0, 1.02), (30.0, 100.0))
+        )
+    for i in range(2):
+        assert free[i].norm() > 1.02 * own[i].norm(), "guidance is too weak to be limited"
+        torch.testing.assert_close(limited[i], free[i] * 1.02 * own[i].norm() / free[i].norm())
+    torch.testing.assert_close(wide, free)
 
 
 def circling(x, sigma):
