@@ -52,6 +52,19 @@ def write(tmp_path):
     return writer
 
 
+COMFYUI_FIXTURES = {"comfyui", "newest_comfyui", "comfyui_server"}
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what needs a ComfyUI or a browser, by what it asks for."""
+    for item in items:
+        asked = set(getattr(item, "fixturenames", ()))
+        if asked & COMFYUI_FIXTURES:
+            item.add_marker("comfyui")
+        if asked & {"page", "browser"}:
+            item.add_marker("browser")
+
+
 def real(kind, folder):
     """That part of a real ComfyUI, until the tests are over; skips where there is none."""
     found = real_comfyui.find()

@@ -1,12 +1,14 @@
 """What the package promises about itself."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import comfyui_l2p
 import pytest
+from comfyui_l2p import l2p_core
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
 
 ROOT = Path(comfyui_l2p.__file__).parent
@@ -15,10 +17,39 @@ SOURCES = [
 ]
 
 
-def test_public_names_are_where_they_are_promised():
-    from comfyui_l2p.l2p_core import L2PConfig, L2PPipeline, L2PTransformer, load_model
+PUBLIC = {
+    "CheckpointError": "Exception",
+    "L2PConfig": "object",
+    "L2PPipeline": "object",
+    "L2PTransformer": "Module",
+    "load_model": "function",
+    "read_layout": "function",
+}
 
-    assert all(map(callable, (L2PConfig, L2PPipeline, L2PTransformer, load_model)))
+
+def test_public_names_stay_what_they_are():
+    """Listed here too, so that one can't go unnoticed."""
+    assert set(l2p_core.__all__) == set(PUBLIC) and set(PUBLIC) <= set(dir(l2p_core))
+    for name, kind in PUBLIC.items():
+        value = getattr(l2p_core, name)
+        found = (
+            [each.__name__ for each in type.mro(value)] if isinstance(value, type) else ["function"]
+        )
+        assert kind in found and value.__doc__
+    with pytest.raises(AttributeError, match="has no attribute nonsense"):
+        l2p_core.nonsense
+
+
+def test_the_version_is_the_same_everywhere():
+    written = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert comfyui_l2p.__version__ == written[1]
+
+
+def test_the_package_runs_as_a_program():
+    run = subprocess.run(
+        [sys.executable, "-m", "comfyui_l2p", "--help"], capture_output=True, text=True
+    )
+    assert run.returncode == 0 and run.stdout.startswith("usage: l2p")
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)

@@ -7,10 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFilter
-from safetensors.torch import load_file
-from torch.utils._pytree import tree_leaves
-
 from comfyui_l2p.l2p_core.cli import main
 from comfyui_l2p.l2p_core.shapes import train as recipe
 from comfyui_l2p.l2p_core.shapes.pictures import (
@@ -23,9 +19,14 @@ from comfyui_l2p.l2p_core.shapes.pictures import (
     draw,
     scenes,
     training_scenes,
+)
+from comfyui_l2p.l2p_core.shapes.pictures import (
     test_scenes as held_out_scenes,
 )
 from comfyui_l2p.l2p_core.shapes.score import contact_sheet, score
+from PIL import Image, ImageFilter
+from safetensors.torch import load_file
+from torch.utils._pytree import tree_leaves
 
 SCENES = held_out_scenes(60)
 CHOICES = {

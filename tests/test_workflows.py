@@ -20,6 +20,7 @@ from workflow_variants import (
     write_models,
 )
 
+ROOT = WORKFLOWS.parent
 THUMBNAIL_BYTES = 60_000
 CANVAS_ONLY = {"MarkdownNote"}
 MODEL_FILE = re.compile(r"[\w.-]+\.(safetensors|png)")
@@ -49,23 +50,19 @@ def links_of(graph: dict) -> dict[tuple[str, str], tuple[str, int]]:
     return found
 
 
-def test_every_task_has_a_workflow():
-    assert {
-        "demo",
-        "text_to_image",
-        "int8",
-        "image_to_image",
-        "inpaint",
-        "lora",
-        "4k_checkpoint",
-        "upscale_to_4k",
-        "batch_of_prompts",
-        "core_nodes",
-    } == set(NAMES)
-    assert {path.stem for path in WORKFLOWS.glob("*.json")} == set(
-        NAMES
-    )  # ComfyUI lists all of these as templates
-    assert set(notes()) == set(NAMES)
+def test_the_docs_list_every_workflow_and_each_has_both_forms_and_a_note():
+    """ComfyUI lists all files of workflows/ as templates."""
+    table = (ROOT / "docs" / "comfyui.md").read_text().split("## Workflows")[1].split("##")[0]
+    listed = set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
+    assert len(listed) >= 10
+    for found in (
+        {path.stem for path in WORKFLOWS.glob("*.json")},
+        {path.stem for path in (WORKFLOWS / "api").glob("*.json")},
+        {path.stem for path in WORKFLOWS.glob("*.jpg")},
+        set(notes()),
+        set(NAMES),
+    ):
+        assert found == listed
 
 
 @pytest.mark.parametrize("name", NAMES)
