@@ -83,11 +83,12 @@ def test_a_background_job_keeps_ignoring_ctrl_c(tmp_path):
 @pytest.mark.parametrize("number", STATUS)
 def test_while_images_are_generated(tmp_path, number):
     process = run_cli(
-        "generate", "a circle", "-o", tmp_path / "out.png", "--steps", "100000", "--device", "cpu"
+        "generate", "a circle", "-o", tmp_path / "out.png", "--steps", "1000", "--device", "cpu"
     )
     seen = ""
     while "step/s" not in seen:
         seen += process.stderr.read(1)
+        assert process.poll() is None, seen
     process.send_signal(number)
     _, wrong = process.communicate(timeout=60)
     assert (
