@@ -1,25 +1,29 @@
-"""ComfyUI nodes, thin adapters over `l2p_core` and `quant`; the only floor that imports ComfyUI."""
+"""ComfyUI nodes: thin adapters over `l2p_core` and `quant`. The only layer that imports ComfyUI."""
 
 import logging
 
 from comfy_api.latest import ComfyExtension, io
-from comfyui_version import __version__ as comfyui_version
 
-OLDEST_COMFYUI = (0, 16)
+from . import versions
 
 
 class L2PExtension(ComfyExtension):
     """The nodes that ComfyUI gets."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        if tuple(map(int, comfyui_version.split(".")[:2])) < OLDEST_COMFYUI:
+        """Import the nodes; none, with one line in the log, where this ComfyUI can't run them."""
+        if tuple(map(int, versions.VERSION.split(".")[:2])) < versions.OLDEST:
+            oldest = ".".join(map(str, versions.OLDEST))
             logging.error(
-                f"ComfyUI-L2P needs ComfyUI v{'.'.join(map(str, OLDEST_COMFYUI))} or newer, this is"
-                f" v{comfyui_version}: its nodes are left out. Update ComfyUI"
+                f"ComfyUI-L2P needs ComfyUI v{oldest} or newer, this is v{versions.VERSION}: its"
+                " nodes are left out. Update ComfyUI"
             )
             return []
-        from . import comfy_model, files, load, prompt, sample
-
+        try:
+            from . import comfy_model, files, load, prompt, sample
+        except (ImportError, AttributeError) as error:  # something private is gone
+            versions.log_unsupported(error)
+            return []
         comfy_model.install()
         return [*load.NODES, *prompt.NODES, *sample.NODES, *files.NODES]
 

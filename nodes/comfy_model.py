@@ -34,7 +34,7 @@ from ..l2p_core.model import TOKENS_AT_ONCE, Attention, Block, Hooks, L2PTransfo
 from ..l2p_core.text import MAX_TOKENS
 from ..quant.export import PREFIXES, marker
 from ..quant.stream import TORCH_DTYPES
-from . import comfyui
+from . import comfyui, versions
 
 LANDMARK = "local_decoder.enc1.0.weight"  # in every L2P model, in no other
 MARGIN = 1.1  # for what is small beside: RoPE tables, modulation, float32 inside norms
@@ -343,7 +343,7 @@ def self_test() -> str | None:
             if difference > 1e-4:
                 raise ValueError(f"its output differs by {difference:.2g}")
         except Exception as error:  # whatever a future ComfyUI does differently
-            return comfyui.log_failed_self_test(error)
+            return versions.log_unsupported(error)
     return None
 
 

@@ -4,9 +4,9 @@ Private is what ComfyUI may change between two releases without notice. Each ent
 needs it. What is documented for node packs (`comfy_api`, `folder_paths`, `comfy.samplers`,
 `ModelPatcher`) is used where it is needed."""
 
-import logging
 from collections.abc import Callable
 
+import comfy.ldm.common_dit
 import comfy.lora
 import comfy.model_detection
 import comfy.ops
@@ -16,15 +16,15 @@ import comfy.supported_models
 import comfy.text_encoders.llama
 import torch
 from comfy.ldm.modules import attention
-from comfyui_version import __version__ as VERSION
 from torch import Tensor
 
 from ..l2p_core.files.naming import split_packed_lora
 from ..l2p_core.model import NORM_EPS, Attention, rotate
 
-TESTED = "v0.16 to v0.33"
 INSTALLED = "_l2p_installed"  # set on ComfyUI's own module: a pack may be imported twice
 INT8_LAYOUT = "TensorWiseINT8Layout"
+
+pad_to_patch_size = comfy.ldm.common_dit.pad_to_patch_size  # as for its other transformers
 
 # The text encoder of the bundled model: ComfyUI builds Qwen3 in the sizes it knows, from these two.
 Llama, Qwen3, Qwen3Config = (
@@ -198,13 +198,3 @@ def reject_controlnet(options: dict, control: object) -> None:
         raise ValueError(
             "a ControlNet is connected, and there is none for L2P models yet. Remove it"
         )
-
-
-def log_failed_self_test(error: Exception) -> str:
-    """Log that this ComfyUI does not run the network, and return the sentence."""
-    sentence = (
-        f"ComfyUI-L2P does not work with ComfyUI v{VERSION}: {type(error).__name__}: {error}. It"
-        f" was tested with {TESTED}. Update the node pack, or use one of these versions"
-    )
-    logging.error(sentence)
-    return sentence

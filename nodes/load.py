@@ -21,7 +21,7 @@ from ..l2p_core.files.layout import read_layout
 from ..l2p_core.files.load import check
 from ..l2p_core.pipeline import BUNDLED_MODEL
 from ..l2p_core.text import LAYER, TEMPLATE, find_tokenizer, qwen3_sizes
-from . import comfyui
+from . import comfyui, versions
 from .comfy_model import published_state_dict
 
 BUNDLED = "L2P shapes (bundled small model)"
@@ -207,9 +207,9 @@ def load_model(
     )
     if model is None:
         raise CheckpointError(
-            f"ComfyUI v{comfyui.VERSION} did not recognise {layout.path.name} as an L2P model,"
+            f"ComfyUI v{versions.VERSION} did not recognise {layout.path.name} as an L2P model,"
             " though it is one. Another node pack may have replaced ComfyUI's model detection;"
-            f" this pack was tested with {comfyui.TESTED}. Try again with the other packs disabled"
+            f" this pack was tested with {versions.TESTED}. Try again with the other packs disabled"
         )
     return model
 

@@ -418,17 +418,26 @@ def quantize_while_stopping(path: str) -> None:
         comfy.model_management.interrupt_current_processing(False)
 
 
-def nodes_under(version: str) -> list[list[str]]:
-    """(nodes that the pack gives a ComfyUI of that version, what it logs)."""
+def nodes_under(version: str | None = None, broken: str | None = None) -> list[list[str]]:
+    """(nodes that the pack gives, what it logs) in a ComfyUI of that version, or without that
+    module of the pack, as where something private of ComfyUI is gone."""
     import logging
 
+    versions, said = of_pack("nodes.versions"), []
     pack_module = of_pack("nodes")
-    said, real, log = [], pack_module.comfyui_version, logging.error
-    pack_module.comfyui_version, logging.error = version, said.append
+    real, log = versions.VERSION, logging.error
+    kept = sys.modules.get(f"{pack_module.__name__}.{broken}") if broken else None
+    versions.VERSION, logging.error = version or real, said.append
+    if broken:
+        sys.modules[f"{pack_module.__name__}.{broken}"] = None
+        attribute = pack_module.__dict__.pop(broken)
     try:
         found = asyncio.run(pack_module.L2PExtension().get_node_list())
     finally:
-        pack_module.comfyui_version, logging.error = real, log
+        versions.VERSION, logging.error = real, log
+        if broken:
+            sys.modules[f"{pack_module.__name__}.{broken}"] = kept
+            setattr(pack_module, broken, attribute)
     return [[node.__name__ for node in found], said]
 
 

@@ -255,6 +255,12 @@ def test_an_old_comfyui_gets_one_plain_line(comfyui):
     assert "L2PKSampler" in comfyui.call("nodes_under", version="0.16.0")[0]
 
 
+def test_a_comfyui_that_lacks_something_private_gets_one_plain_line(comfyui):
+    nodes, (line,) = comfyui.call("nodes_under", broken="sample")
+    assert nodes == [] and line.startswith("ComfyUI-L2P does not work with ComfyUI v")
+    assert "ImportError" in line or "ModuleNotFoundError" in line
+
+
 def test_other_models_are_recognised_as_before(comfyui):
     latent = {
         "cap_embedder.1.weight": (3840, 2560),

@@ -399,3 +399,24 @@ def test_the_preview_is_the_true_picture(comfyui_server):
     )  # ComfyUI enlarges small previews
     assert np.abs(last - final).mean() < np.abs(first - final).mean() / 2
     assert np.abs(last - final).mean() < 8  # JPEG, and the last step
+
+
+@pytest.mark.parametrize("node", ["EasyCache", "LazyCache"])
+def test_step_caches_of_comfyui_change_the_image_a_little(comfyui_server, node):
+    """In float32, where a cache that adds to the sampler's own tensor would spoil the image."""
+    plain = graph(steps=20)
+    cached = graph(steps=20)
+    cached["cache"] = {
+        "class_type": node,
+        "inputs": {
+            "model": ["model", 0],
+            "reuse_threshold": 0.05,
+            "start_percent": 0.15,
+            "end_percent": 0.95,
+            "verbose": False,
+        },
+    }
+    cached["sampler"]["inputs"]["model"] = ["cache", 0]
+    (before,), (after,) = comfyui_server.run(plain), comfyui_server.run(cached)
+    difference = np.abs(levels(before) - levels(after))
+    assert 0 < difference.mean() < 8
