@@ -340,7 +340,7 @@ def test_comfyuis_own_detection_tests_pass_with_the_pack(comfyui):
 
 
 @pytest.mark.parametrize(
-    "patch, size", [(16, 1024), (16, 2048), (16, 4096), (64, 4096), (160, 10240)]
+    "patch, size", [(16, 1024), (16, 2048), (16, 4096), (64, 4096), (128, 8192), (160, 10240)]
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_comfyui_is_told_the_memory_that_a_pass_takes(comfyui, patch, size, dtype):
