@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -13,13 +13,14 @@ from itertools import groupby, islice
 from pathlib import Path
 from threading import Event
 
+from torch import Tensor
 from tqdm import tqdm
 
 from .files.atomic import WAIT, locked, process_rank
 from .files.header import hash_files
 from .images import PNG_KEY, open_image, read_image, save_image
 from .pipeline import L2PPipeline, check_mask
-from .settings import FIELDS, Settings, checked
+from .settings import FIELDS, CompleteSettings, Settings, checked
 from .text import encoder_files
 
 
@@ -28,7 +29,7 @@ class Job:
     """One image to generate: its file and its settings, with nothing left open."""
 
     output: Path
-    settings: Settings
+    settings: CompleteSettings
 
     @property
     def shared(self) -> dict:
@@ -175,7 +176,7 @@ def draw(
             print(f"{len(jobs) - len(missing)} of {len(jobs)} images exist already")
         if not missing:
             return
-        encode = pipe.encode_prompt
+        encode: Callable[[str], Tensor] = pipe.encode_prompt
         encode(missing[0].settings.prompt)  # a fault of the text encoder shows before the bar does
         if free_text_encoder:
             prompts = {
@@ -236,6 +237,7 @@ def read_rows(file: Path, any_column: bool = False) -> list[dict]:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{file.name} is not UTF-8 text; save it as UTF-8") from None
+    rows: list[dict]
     match file.suffix.lower():
         case ".txt":
             rows = [{"prompt": line.strip()} for line in text.split("\n") if line.strip()]

@@ -14,11 +14,12 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from .files.header import CheckpointError
 from .interrupt import STATUS, Terminated, ending_at_once
 from .remote.workflow import PLACES
-from .settings import FIELDS, describe, kind
+from .settings import FIELDS, checked, describe, kind
 
 
 def program() -> None:
@@ -674,7 +675,10 @@ def add_synthesize(commands: argparse._SubParsersAction) -> None:
         if args.batch < 1:
             raise ValueError(f"--batch is {args.batch}; expected 1 or more")
         rank, processes, device = share(args.device)
-        prompts = [row.get("text", row.get("prompt")) for row in read_rows(args.prompts)]
+        prompts = [
+            str(checked("prompt", row["prompt"] if row.get("text") is None else row["text"]))
+            for row in read_rows(args.prompts)
+        ]
         synthesize(
             prompts,
             args.model,
@@ -717,18 +721,18 @@ def add_train(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="say what a step holds in memory, from the checkpoint's header alone",
     )
+    metavars: dict[object, str] = {int: "N", float: "X", str: "TEXT"}
     for each in fields(TrainConfig):
-        kind = (
-            {"action": argparse.BooleanOptionalAction}
-            if each.type is bool
-            else (
-                {"nargs": "*", "metavar": "TEXT"}
-                if each.type == tuple[str, ...]
-                else {"type": each.type, "choices": each.metadata.get("choices")}
-            )
-        )
-        if each.type in (int, float, str) and not each.metadata.get("choices"):
-            kind["metavar"] = {int: "N", float: "X", str: "TEXT"}[each.type]
+        choices = each.metadata.get("choices")
+        kind: dict[str, Any]
+        if each.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif each.type == tuple[str, ...]:
+            kind = {"nargs": "*", "metavar": "TEXT"}
+        elif choices:
+            kind = {"type": each.type, "choices": choices}
+        else:
+            kind = {"type": each.type, "metavar": metavars[each.type]}
         default = (
             ""
             if "default" in each.metadata["help"] or each.default in ("", (), None)

@@ -4,7 +4,7 @@ It is convolutions and pooling only, so a pixel depends on its surroundings alon
 picture can be computed in tiles without a trace: each tile is read with enough around it and only
 the part that knows all it needs is kept."""
 
-from itertools import count, product
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -146,13 +146,15 @@ def tile_side(
     if batch * whole_bytes(config, height, width, dtype) <= budget:
         return 0
     step = 2 ** len(config.decoder)
-    for parts in count(1):
+    parts = 1
+    while True:
         tile = -(-max(height, width) // (parts * step)) * step
         if (
             tile <= 2 * HALO * step
             or whole_bytes(config, *largest(height, width, tile, step), dtype) <= budget
         ):
             return tile
+        parts += 1
 
 
 def decoder_bytes(

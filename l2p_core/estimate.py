@@ -12,7 +12,7 @@ from .flow import SOLVERS, guided_velocity, is_guided, schedule
 from .meter import Meter, shapes_only
 from .model import L2PTransformer, padded
 from .pipeline import L2PPipeline
-from .settings import Settings
+from .settings import CompleteSettings
 from .stages import Stage, in_windows, windows
 from .text import MAX_TOKENS, encoder_files
 
@@ -20,7 +20,7 @@ BLOCKS = ("layers.", "noise_refiner.", "context_refiner.")  # what `offload` str
 
 
 def estimate(
-    pipe: L2PPipeline, picture: Settings, batch: int, free_text_encoder: bool
+    pipe: L2PPipeline, picture: CompleteSettings, batch: int, free_text_encoder: bool
 ) -> tuple[dict[str, int], list[tuple[int, int, int]]]:
     """Bytes held at the peak, by what they are for, with their sum as "in all", and what waits in
     the CPU's memory; and the passes through the model that one batch takes: (how many, height,
@@ -29,7 +29,7 @@ def estimate(
     A text encoder that is not there counts as nothing. Prompts count as 512 tokens. Two steps of
     the last stage are run on tensors that have only a shape."""
     layout, dtype = pipe.layout, pipe.dtype
-    by_block = Counter()  # bytes, by the part of the name that tells a block
+    by_block: Counter[str] = Counter()  # bytes, by the part of the name that tells a block
     for name, size in bytes_in_memory(layout, dtype).items():
         by_block[".".join(name.split(".")[:2]) if name.startswith(BLOCKS) else ""] += size
     weights, elsewhere = by_block.total(), 0
@@ -49,17 +49,15 @@ def estimate(
             torch.empty(MAX_TOKENS, layout.config.cap_feat_dim, dtype=dtype) for _ in range(batch)
         ]
         noise = torch.empty(batch, 3, last.height, last.width)
-        velocity, asked = (
-            guided_velocity(
-                model,
-                captions,
-                captions,
-                picture.cfg_scale,
-                batch_guidance=pipe.batch_guidance,
-                decoder_tile=pipe.decoder_tile,
-            ),
-            set(),
+        velocity = guided_velocity(
+            model,
+            captions,
+            captions,
+            picture.cfg_scale,
+            batch_guidance=pipe.batch_guidance,
+            decoder_tile=pipe.decoder_tile,
         )
+        asked: set[float] = set()
 
         def once(x: Tensor, sigma: float) -> Tensor:
             """The velocity of each step's first window; the others hold the same."""
@@ -83,18 +81,23 @@ def estimate(
     parts = drawing if free_text_encoder else {"text encoder": encoder, **drawing}
     in_all = max(sum(drawing.values()), encoder) if free_text_encoder else sum(parts.values())
     beside = {"in the CPU's memory": elsewhere} if elsewhere else {}
-    passes = [
-        (
-            passes_of(picture, stage) * len(windows(*stage[:2], stage.window, multiple)),
-            *(min(side, stage.window or side) for side in stage[:2]),
+    passes = []
+    for stage in plan:
+        tiles = windows(stage.height, stage.width, stage.window, multiple)
+        passes.append(
+            (
+                passes_of(picture, stage) * len(tiles),
+                min(stage.height, stage.window or stage.height),
+                min(stage.width, stage.window or stage.width),
+            )
         )
-        for stage in plan
-    ]
     return {**parts, "in all": in_all, **beside}, passes
 
 
-def passes_of(picture: Settings, stage: Stage) -> int:
+def passes_of(picture: CompleteSettings, stage: Stage) -> int:
     """Of the model in a stage: two for each step with guidance, be they batched or not, one for
     each without."""
     sigmas = schedule(stage.steps, stage.strength, picture.shift)[:-1].tolist()
-    return sum(1 + is_guided(sigma, picture.cfg_scale, picture.cfg_truncation) for sigma in sigmas)
+    return sum(
+        2 if is_guided(sigma, picture.cfg_scale, picture.cfg_truncation) else 1 for sigma in sigmas
+    )

@@ -66,12 +66,17 @@ def guided_velocity(
     the timestep as the published bfloat16 pipeline does, by up to 0.003. batch_guidance: evaluate
     both prompts in one batch of twice the size. rope_scale: RoPE interpolation factor.
     decoder_tile: as `LocalDecoder.forward` takes it."""
-    options = {"rope_scale": (rope_scale, rope_scale), "decoder_tile": decoder_tile}
+    scales = (rope_scale, rope_scale)
 
     def hooks() -> Hooks:
-        if settings.cache_threshold:
-            return StepCache(settings.cache_threshold, model.config.n_layers, **options)
-        return Hooks(**options)
+        if not settings.cache_threshold:
+            return Hooks(rope_scale=scales, decoder_tile=decoder_tile)
+        return StepCache(
+            settings.cache_threshold,
+            model.config.n_layers,
+            rope_scale=scales,
+            decoder_tile=decoder_tile,
+        )
 
     of_positive, of_negative, of_both = hooks(), hooks(), hooks()
 

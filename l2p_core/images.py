@@ -98,16 +98,19 @@ def size_for(
 ) -> tuple[int, int]:
     """Height and width nearest to a picture's in multiples of `multiple`; where one is wanted
     otherwise, the other in proportion."""
-    scale = (
-        1
-        if wanted_height is wanted_width is None
-        else wanted_width / width
-        if wanted_height is None
-        else wanted_height / height
-    )
-    return tuple(
-        max(round(scale * side / multiple), 1) * multiple if wanted is None else wanted
-        for wanted, side in ((wanted_height, height), (wanted_width, width))
+    if wanted_height is not None:
+        scale = wanted_height / height
+    elif wanted_width is not None:
+        scale = wanted_width / width
+    else:
+        scale = 1.0
+
+    def nearest(side: float) -> int:
+        return max(round(scale * side / multiple), 1) * multiple
+
+    return (
+        nearest(height) if wanted_height is None else wanted_height,
+        nearest(width) if wanted_width is None else wanted_width,
     )
 
 

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from threading import Event, current_thread, main_thread
 from types import FrameType
 
-STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}  # exit statuses, as shells have them
+# Exit statuses by signal number, as shells have them.
+STATUS: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}
 NOTED = b"\nl2p: stopping; the state is saved first. Ctrl-C stops at once, without saving\n"
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -17,7 +17,7 @@ from .files.load import bytes_in_memory, check, load_model
 from .flow import SOLVERS, Callback, guided_velocity, inpaint_velocity, interpolate, schedule
 from .images import check_size, size_for, to_mask, to_pictures, to_pixels
 from .model import L2PTransformer
-from .settings import FIELDS, Settings, checked
+from .settings import FIELDS, CompleteSettings, checked
 from .stages import Stage, in_windows, misfit, plan_stages, run_stages
 from .text import TextEncoder, find_encoder
 
@@ -230,10 +230,9 @@ class L2PPipeline:
             isinstance(prompt, str) or isinstance(prompt_embeds, Tensor)
         )
         if prompt_embeds is None:
-            prompt_embeds = [
-                self.encode_prompt(each)
-                for each in ([prompt] if isinstance(prompt, str) else prompt)
-            ]
+            assert prompt is not None  # one of the two was given
+            prompts = [prompt] if isinstance(prompt, str) else prompt
+            prompt_embeds = [self.encode_prompt(each) for each in prompts]
         elif isinstance(prompt_embeds, Tensor):
             prompt_embeds = [prompt_embeds]
         copies = 1 if num_images is None else num_images
@@ -303,22 +302,26 @@ class L2PPipeline:
         images = to_pictures(x)
         return images[0] if single else images
 
-    def complete(self, values: Mapping[str, object], image: Image.Image | None = None) -> Settings:
+    def complete(
+        self, values: Mapping[str, object], image: Image.Image | None = None
+    ) -> CompleteSettings:
         """Check settings and fill in the checkpoint's defaults for what is left out or None.
 
         image: the input image, whose size counts where none is given. Raises ValueError for a value
         that does not fit."""
-        given = {name: checked(name, value) for name, value in values.items() if value is not None}
+        given: dict[str, Any] = {  # each in the type of its setting
+            name: checked(name, value) for name, value in values.items() if value is not None
+        }
         if image is not None:
             given["height"], given["width"] = self.size_for(
                 image, given.get("height"), given.get("width")
             )
-        settings = Settings(**{**self.defaults._asdict(), **given})
+        settings = CompleteSettings(**{**self.defaults._asdict(), **given})
         self.check_size(settings.height, settings.width)
         usable_device(settings.rand_device)
         return settings
 
-    def plan_stages(self, settings: Settings) -> list[Stage]:
+    def plan_stages(self, settings: CompleteSettings) -> list[Stage]:
         """See `stages.plan_stages`."""
         return plan_stages(settings, self.layout.trained_size, self.layout.config.size_multiple)
 

@@ -7,13 +7,14 @@ is a field here and its effect."""
 import math
 from dataclasses import Field, dataclass, field, fields
 from types import MappingProxyType
+from typing import Any, get_args
 
 MAX_SIDE = 16384  # pixels; the largest published model generates 10240
 REFINEMENTS = SQUEEZED, WINDOWS, WHOLE = "squeezed", "windows", "whole"  # the first is the default
 
 
-def setting(default: object, help: str, **about: object):
-    """A field of `Settings`.
+def setting(default: object, help: str, **about: object) -> Any:
+    """A field of `Settings`; for a type checker a value of any type, as `dataclasses.field` is.
 
     help: one line for flags, tooltips and docs, without the default. low, high: bounds, included.
     above: a bound that is not included. choices: the words it may be. flag: its flag, where that is
@@ -149,6 +150,16 @@ class Settings:
     )
 
 
+@dataclass(frozen=True)
+class CompleteSettings(Settings):
+    """Settings of which none is left to the checkpoint, as `L2PPipeline.complete` returns them."""
+
+    height: int = field(kw_only=True)
+    width: int = field(kw_only=True)
+    num_inference_steps: int = field(kw_only=True)
+    cfg_scale: float = field(kw_only=True)
+
+
 FIELDS: MappingProxyType[str, Field] = MappingProxyType(
     {each.name: each for each in fields(Settings)}
 )
@@ -157,7 +168,7 @@ FIELDS: MappingProxyType[str, Field] = MappingProxyType(
 def kind(name: str) -> type:
     """The type of a setting's value: str, int or float."""
     annotation = FIELDS[name].type
-    return annotation if isinstance(annotation, type) else annotation.__args__[0]
+    return annotation if isinstance(annotation, type) else get_args(annotation)[0]
 
 
 def checked(name: str, value: object) -> str | int | float:

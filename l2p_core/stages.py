@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .flow import Velocity
 from .images import to_pictures, to_pixels
-from .settings import SQUEEZED, WINDOWS, Settings
+from .settings import SQUEEZED, WINDOWS, CompleteSettings
 
 OVERLAP = 4  # neighbouring windows share a quarter of their side
 SMALLEST, LARGEST = (
@@ -33,14 +33,13 @@ class Stage(NamedTuple):
     rope_scale: float  # RoPE interpolation factor of rows and columns
 
 
-def plan_stages(settings: Settings, trained: tuple[int, int], multiple: int) -> list[Stage]:
+def plan_stages(settings: CompleteSettings, trained: tuple[int, int], multiple: int) -> list[Stage]:
     """Return the stages that lead to an image of the settings' size, each twice as large as the one
     before it.
 
-    settings: with height, width and steps filled in. A later stage takes its share of the steps,
-    `stage_strength`. trained: height and width of the trained resolution. multiple: what every
-    height and width is a multiple of. Raises ValueError for so many stages that the first would be
-    smaller than `multiple`."""
+    A later stage takes its share of the settings' steps, `stage_strength`. trained: height and
+    width of the trained resolution. multiple: what every height and width is a multiple of. Raises
+    ValueError for so many stages that the first would be smaller than `multiple`."""
     height, width, count = settings.height, settings.width, settings.stages
     if min(height, width) < multiple << (count - 1):
         most = (min(height, width) // multiple).bit_length()
@@ -65,7 +64,8 @@ def plan_stages(settings: Settings, trained: tuple[int, int], multiple: int) -> 
         interpolated = settings.redraw == SQUEEZED and above > 1
         plan.append(
             Stage(
-                *size,
+                size[0],
+                size[1],
                 steps,
                 strength,
                 max(trained) if tiled else 0,
@@ -159,7 +159,8 @@ def by_windows(function: Callable[[Tensor], Tensor], x: Tensor, window: int, ste
     Where they overlap, each counts by how far inside it a pixel is (MultiDiffusion, arXiv
     2302.08113, with weights that fall to the edge)."""
     total, weights = torch.zeros_like(x), x.new_zeros(x.shape[-2:])
-    for rows, columns in windows(*x.shape[-2:], window, step):
+    height, width = x.shape[-2:]
+    for rows, columns in windows(height, width, window, step):
         weight = ramp(rows.stop - rows.start, x.device)[:, None] * ramp(
             columns.stop - columns.start, x.device
         )

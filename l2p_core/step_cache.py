@@ -40,16 +40,18 @@ class StepCache(Hooks):
             return super().run_block(stack, index, block, x, rope, mask, time)
         if index == 0:
             x = self._begin(x, super().run_block(stack, index, block, x, rope, mask, time))
-        elif self.running.all():
-            x = super().run_block(stack, index, block, x, rope, mask, time)
-        elif self.running.any():
+        else:
             part = self.running
-            rope, mask, time = (
-                each if each is None or len(each) == 1 else each[part]
-                for each in (rope, mask, time)
-            )
-            x = x.clone()
-            x[part] = super().run_block(stack, index, block, x[part], rope, mask, time)
+            assert part is not None  # the first layer has set it
+            if part.all():
+                x = super().run_block(stack, index, block, x, rope, mask, time)
+            elif part.any():
+                rope, mask, time = (
+                    each if each is None or len(each) == 1 else each[part]
+                    for each in (rope, mask, time)
+                )
+                x = x.clone()
+                x[part] = super().run_block(stack, index, block, x[part], rope, mask, time)
         if index == self.last:
             self._end(x)
         return x
@@ -72,5 +74,6 @@ class StepCache(Hooks):
 
     def _end(self, x: Tensor) -> None:
         """Keep what the layers added to images that ran them."""
+        assert self.others is not None  # the first layer has set it
         self.others[self.running] = (x - self.after_first)[self.running]
         self.after_first = None

@@ -79,9 +79,9 @@ def plan(layout: Layout, patch: int, seed: int) -> list[Piece]:
             f" {f'there {found.shape}, ' if found else ''}expected {expected[name]}). If it is one"
             " of several shards, give them all, or their folder"
         )
-    found = [*layout.tensors, *(key.removeprefix(layout.prefix) for key in layout.unused)]
+    names = [*layout.tensors, *(key.removeprefix(layout.prefix) for key in layout.unused)]
     if unknown := [
-        name for name in found if name not in expected and not name.startswith((*NEW, *LATENT_ONLY))
+        name for name in names if name not in expected and not name.startswith((*NEW, *LATENT_ONLY))
     ]:
         raise CheckpointError(
             f"{layout.path.name} has {len(unknown)} tensors that no Z-Image or L2P model has"

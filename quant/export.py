@@ -15,7 +15,7 @@ from ..l2p_core.files.layout import Layout, Source, read_layout
 from ..l2p_core.files.load import check
 from ..l2p_core.files.naming import PACKED, name_in
 from ..l2p_core.files.quantization import FORMATS
-from .stream import TORCH_DTYPES, Piece, Progress, read_scale, write
+from .stream import TORCH_DTYPES, Piece, Progress, read_scale, scale_source, write
 
 PREFIXES = {
     "published": "",
@@ -105,6 +105,7 @@ def arrange(
                 f"{name} packs q, k and v, which are quantized in different ways. Keep the"
                 " published naming, or multiply them out: --dtype bf16"
             )
+        assert kind is not None  # what is not quantized is done
         if FORMATS[kind].block and (len(sources) > 1 or sources[0].third is not None):
             raise CheckpointError(
                 f"{name} is {kind}, whose scales can't be packed or taken apart. Keep the file's"
@@ -137,9 +138,7 @@ def packs(tensors: Mapping[str, Source], naming: str) -> dict[str, tuple[Source,
 def scale_piece(weight: str, sources: tuple[Source, ...]) -> Piece:
     """The scale of a quantized tensor: as it is where it can be, one for each row where q, k and v
     differ."""
-    scales = tuple(
-        Source(source.scale, source.third if source.scale.count > 1 else None) for source in sources
-    )
+    scales = tuple(scale_source(source) for source in sources)
     first = scales[0]
     if len({(scale.entry.dtype, scale.shape) for scale in scales}) == 1:
         if first.entry.count > 1:

@@ -193,7 +193,7 @@ def added(piece: Piece, its: list[tuple[int, Change]], strength: float) -> Piece
             rows = each.rows(strength)
             change[place * len(rows) :][: len(rows)] += rows
         row = 0
-        for source in piece.origin:
+        for source in piece.sources:
             for block in read_floats(source, torch.float32):
                 block = block + change[row : row + len(block)].view_as(block)
                 block = block.to(TORCH_DTYPES[piece.dtype])
@@ -206,4 +206,4 @@ def added(piece: Piece, its: list[tuple[int, Change]], strength: float) -> Piece
                     )
                 yield block
 
-    return piece._replace(origin=made, read=piece.origin)
+    return piece._replace(origin=made, read=piece.sources)

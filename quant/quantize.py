@@ -198,10 +198,12 @@ def quantized(piece: Piece, options: Options, tallies: list[Tally]) -> list[Piec
     groupsize = 0
     if options.granularity == "convrot":
         groupsize = next((size for size in PREFERRED_GROUPSIZES if inputs % size == 0), 0)
-    scale_shape = {"tensor": (), "block": kind.scale_shapes(rows, inputs)[0]}.get(
-        options.granularity, (rows, 1)
-    )
-    if options.format == "convrot_w4a4":
+    scale_shape: tuple[int, ...] = (rows, 1)
+    if options.granularity == "tensor":
+        scale_shape = ()
+    elif options.granularity == "block":
+        scale_shape = kind.scale_shapes(rows, inputs)[0]
+    elif options.format == "convrot_w4a4":
         scale_shape = (rows,)  # as its kernels want them
     scale_dtype = kind.scale_dtypes[0]
     stored = (
@@ -209,7 +211,7 @@ def quantized(piece: Piece, options: Options, tallies: list[Tally]) -> list[Piec
         + math.prod(scale_shape) * DTYPE_BYTES[scale_dtype]
     )
     before = sum(
-        math.prod(source.shape) * DTYPE_BYTES[source.entry.dtype] for source in piece.origin
+        math.prod(source.shape) * DTYPE_BYTES[source.entry.dtype] for source in piece.sources
     )
     tally = Tally(piece.name, piece.shape, before, stored, groupsize)
     tallies.append(tally)
@@ -260,7 +262,7 @@ def quantized(piece: Piece, options: Options, tallies: list[Tally]) -> list[Piec
         return hand_over
 
     pieces = [
-        Piece(piece.name, kind.dtype, (rows, inputs // kind.packed), numbers, piece.origin),
+        Piece(piece.name, kind.dtype, (rows, inputs // kind.packed), numbers, piece.sources),
         Piece(
             f"{piece.name}_scale",
             scale_dtype,
@@ -303,14 +305,14 @@ def in_tiles(blocks: Iterator[Tensor]) -> Iterator[Tensor]:
         if count:
             yield block[:count]
         rest = block[count:]
-    if len(rest):
+    if rest is not None and len(rest):
         yield rest
 
 
 def floats(piece: Piece) -> Iterator[Tensor]:
     """The source's numbers in blocks of rows, float32. Raises CheckpointError for NaN and
     infinities."""
-    for source in piece.origin:
+    for source in piece.sources:
         for block in read_floats(source, torch.float32):
             if not math.isfinite(float(block.sum())):
                 raise CheckpointError(
@@ -347,7 +349,11 @@ def compare(layout: Layout, output: Path, tallies: list[Tally]) -> None:
     noted = {tally.name: tally.snr_db for tally in tallies}
     for key, tally in found.items():
         wanted, there = noted.get(key), tally.snr_db
-        if (wanted is None) != (there is None) or wanted is not None and abs(wanted - there) > 0.1:
+        if wanted is None or there is None:
+            differ = wanted is not there
+        else:
+            differ = abs(wanted - there) > 0.1
+        if differ:
             raise CheckpointError(
                 f"{output.name} does not hold what was written: {key} reads with"
                 f" {there and round(there, 1)} dB of signal to noise, expected"

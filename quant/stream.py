@@ -14,6 +14,7 @@ import json
 import math
 import os
 import struct
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -51,7 +52,8 @@ STRIDE = (
     1 << 26
 )  # bytes that are put on the disk at a time, and that hashing reads ahead of the next tensor
 FORMAT_VERSION = "1"  # of the l2p.* metadata below
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all); raise from it to stop
 PENDING_HASH = (
     "0" * 64
@@ -186,8 +188,8 @@ def write(
             stop.set()
 
 
-Span = tuple[float, float]  # where in a file the next tensors to be read begin and end
-NOTHING = (math.inf, math.inf)
+Span = tuple[int, int]  # where in a file the next tensors to be read begin and end
+NOTHING = (sys.maxsize, sys.maxsize)  # where nothing more is to be read
 
 
 def reading_order(pieces: list[Piece], files: list[Path]) -> list[tuple[Piece, dict[Path, Span]]]:
@@ -350,10 +352,14 @@ def read_floats(source: Source, dtype: torch.dtype) -> Iterator[Tensor]:
 def read_scale(source: Source) -> Tensor:
     """The scales of a quantized tensor whose rows, or all of it, share one: float32, (1,) or
     (rows,)."""
-    third = source.third if source.scale.count > 1 else None
-    return torch.cat(
-        [block.flatten() for block in read_blocks(Source(source.scale, third))]
-    ).float()
+    return torch.cat([block.flatten() for block in read_blocks(scale_source(source))]).float()
+
+
+def scale_source(source: Source) -> Source:
+    """The scales of a quantized tensor as a tensor: of packed q, k and v its third, save where all
+    share one number."""
+    assert source.scale is not None  # `quantized_source` saw to that
+    return Source(source.scale, source.third if source.scale.count > 1 else None)
 
 
 def read_blocks(source: Source, times: int = 1) -> Iterator[Tensor]:

@@ -189,7 +189,7 @@ def test_a_renamed_file_is_the_same_file(tmp_path, capsys):
             {"input_image": "start.png", "inpaint_mask": "absent.png"},
             "prompt 2: there is no absent.png",
         ),
-        ({"input_image": "p.json"}, "prompt 2: p.json is no picture"),
+        ({"input_image": "p.json"}, "prompt 2: p.json is not a readable image"),
     ],
 )
 def test_start_pictures_are_looked_at_before_anything_is_drawn(
@@ -389,7 +389,7 @@ def test_start_picture_gives_the_size_and_mask_keeps_it(tmp_path):
         (["a", "--rand-device", "abacus"], "device abacus can't be used"),
         (["a", "--seed", "-1"], "seed is -1"),
         (["a", "--cfg-scale", "nan"], "cfg_scale is 'nan'"),
-        (["a", "--input-image", __file__], "is no picture"),
+        (["a", "--input-image", __file__], "is not a readable image"),
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
         (["a", "--sampler", "heun"], "expected one of euler, ab2"),
         (["a", "--batch", "0"], "expected 1 or more"),

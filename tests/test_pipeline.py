@@ -2,6 +2,7 @@
 do what they say."""
 
 import warnings
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS
 from comfyui_l2p.l2p_core.flow import euler, guided_velocity, schedule
 from comfyui_l2p.l2p_core.images import to_pictures, to_pixels
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
+from comfyui_l2p.l2p_core.settings import FIELDS
 from comfyui_l2p.l2p_core.text import TextEncoder
 from helpers import apart
 from PIL import Image
@@ -56,6 +58,12 @@ def test_defaults_are_the_checkpoints(pipe):
 
         pipe(PROMPT, callback=stop)
     assert seen == [(30, (1, 3, 96, 96))]
+
+
+def test_complete_settings_leave_nothing_open_and_keep_the_order_of_records(pipe):
+    record = asdict(pipe.complete({"prompt": PROMPT}))
+    assert list(record) == list(FIELDS)
+    assert None not in record.values()
 
 
 @pytest.mark.parametrize("patch", [16, 64, 128, 160])

@@ -396,7 +396,7 @@ def test_what_is_no_api_workflow_is_refused_with_what_to_do(tmp_path, capsys, co
         (["--count", "0"], "expected 1 or more"),
         (["--server", "ftp://x"], "expected an address"),
         (["--set", "5.seed"], "expected NODE.INPUT=VALUE"),
-        (["--input-image", __file__], "is no picture"),
+        (["--input-image", __file__], "is not a readable image"),
     ],
 )
 def test_mistakes_get_one_line(tmp_path, monkeypatch, workflow, capsys, arguments, said):

@@ -2,6 +2,7 @@
 hand."""
 
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
@@ -60,12 +61,12 @@ def latent(tmp_path_factory) -> Path:
     return folder
 
 
-def synthesize(latent, tmp_path, *more):
+def synthesize(latent, tmp_path, *more, prompts="prompts.txt"):
     (tmp_path / "prompts.txt").write_text("a red circle\na blue star, small\n")
     return main(
         [
             "synthesize",
-            str(tmp_path / "prompts.txt"),
+            str(tmp_path / prompts),
             "--model",
             str(latent),
             "-o",
@@ -109,6 +110,14 @@ def test_a_folder_to_train_on(latent, tmp_path):
         )
         assert difference.mean() < 2, "alone and in a batch differ by bfloat16's rounding"
     assert len({Image.open(example.file).tobytes() for example in examples}) == 4
+
+
+def test_a_row_with_an_empty_text_has_its_prompt(latent, tmp_path):
+    rows = [{"prompt": "a red circle", "text": None}, {"prompt": "unused", "text": "a star"}]
+    (tmp_path / "prompts.json").write_text(json.dumps(rows))
+    assert synthesize(latent, tmp_path, "--count", "1", prompts="prompts.json") == 0
+    examples = read_examples(tmp_path / "data", None, 64 * 64, 16)
+    assert [example.captions[0] for example in examples] == ["a red circle", "a star"]
 
 
 def test_a_stopped_run_goes_on(latent, tmp_path):

@@ -24,12 +24,15 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 try:
     import fcntl
 except ImportError:  # Windows, where an open file can't be removed or renamed
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # the name of a module has no optional type
     import msvcrt
 
 TEMPORARY, LOCK = ".l2p-part", ".l2p-lock"
@@ -54,7 +57,7 @@ class WriteError(OSError):
         super().__init__(number or errno.EIO, message)
 
     def __str__(self) -> str:
-        return self.strerror
+        return str(self.strerror)
 
 
 class AlreadyRunning(WriteError):
@@ -185,7 +188,7 @@ class _Output(io.FileIO):
 
     failed: OSError | None = None
 
-    def write(self, content: object) -> int:
+    def write(self, content: "ReadableBuffer") -> int:
         try:
             return super().write(content)
         except OSError as error:
@@ -221,11 +224,12 @@ def _write_error(error: BaseException, raw: _Output, temporary: Path) -> OSError
         return None
     if raw.failed:
         return raw.failed
-    of_stream = isinstance(error, OSError) and error.filename in (None, str(temporary))
-    return error if of_stream else None
+    if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+        return error
+    return None
 
 
-def _abandon(stream: io.BufferedWriter, temporary: Path) -> None:
+def _abandon(stream: BinaryIO, temporary: Path) -> None:
     """Remove the temporary file. Windows must close it first; elsewhere it stays locked until it
     is gone."""
     if fcntl:
@@ -300,7 +304,7 @@ def _lock(descriptor: int) -> bool | None:
         if fcntl:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         else:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]  # Windows
     except OSError as error:
         if error.errno in NO_LOCKS:
             return None

@@ -13,6 +13,7 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from threading import Event
 from typing import BinaryIO, NamedTuple
@@ -68,7 +69,7 @@ class Entry(NamedTuple):
     end: int
 
     @property
-    def count(self) -> int:
+    def count(self) -> int:  # type: ignore[override]  # stands for elements, not tuple.count
         """Number of elements."""
         return math.prod(self.shape)
 
@@ -81,10 +82,10 @@ def find_files(path: Path) -> tuple[list[Path], set[str]]:
     if path.is_dir():
         indexes = sorted(path.glob("*.safetensors.index.json"))
         files = sorted(path.glob("*.safetensors"))
-        shards = [SHARD_NAME.search(file.name) for file in files]
+        shards = [shard for file in files if (shard := SHARD_NAME.search(file.name))]
         if len(indexes) == 1:
             path = indexes[0]
-        elif shards and all(shards):
+        elif shards and len(shards) == len(files):
             if len(files) < (count := int(shards[0][1])):
                 raise CheckpointError(
                     f"{path} holds {len(files)} of the model's {count} shards. Download the rest"
@@ -127,7 +128,7 @@ def stamp(file: Path) -> tuple[int, ...]:
 
 
 @contextmanager
-def reading(file: Path) -> Iterator[BinaryIO]:
+def reading(file: Path) -> Iterator[BufferedReader]:
     """The file, opened. Raises CheckpointError where the system can't read it, now or later."""
     if file.exists() and not file.is_file():  # a FIFO would wait for ever
         raise CheckpointError(f"{file} is no file, so it can't be read. Give the checkpoint's file")

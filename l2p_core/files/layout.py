@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -127,7 +128,7 @@ class Layout:
 
 
 def read_layout(
-    path: str | Path | list[str | Path], convrot_groupsize: int | None = None
+    path: str | Path | Sequence[str | Path], convrot_groupsize: int | None = None
 ) -> Layout:
     """Describe a checkpoint: a .safetensors file, a shard index (.index.json), a folder that holds
     either, or a list of shards.
@@ -136,7 +137,7 @@ def read_layout(
     file, and none is assumed. Raises CheckpointError where the file is missing, truncated,
     inconsistent or no safetensors file. A whole file that is not an L2P model is described, not
     refused: see `kind`."""
-    paths = [Path(part) for part in path] if isinstance(path, list) else [Path(path)]
+    paths = [Path(path)] if isinstance(path, (str, Path)) else [Path(part) for part in path]
     path, files, promised = paths[0], [], set()
     for each in paths:
         more_files, more_promised = find_files(each)
@@ -334,10 +335,8 @@ def quantized_source(
         )
         groupsize = convrot_groupsize or 0 if dtype == "I8" and len(shape) == 2 else 0
     else:
-        options = {
-            **(marker.get("params") if isinstance(marker.get("params"), dict) else {}),
-            **marker,
-        }
+        params = marker.get("params")
+        options = {**(params if isinstance(params, dict) else {}), **marker}
         name = marker.get("format")
         groupsize = (
             options.get("convrot_groupsize", 256)

@@ -57,10 +57,8 @@ def load_model(
                 tensor = tensor.chunk(3)[third]
             return tensor.to(device, dtype)
 
-        multiplied_out = (
-            None,
-            None,
-        )  # key and weights of the last that were: q, k and v packed are read once
+        # Key and weights of the last that were multiplied out: packed q, k and v are read once.
+        multiplied_out: tuple[str, Tensor] | None = None
         for name, source in tqdm(
             layout.tensors.items(),
             desc=f"loading {layout.path.name}",
@@ -91,7 +89,7 @@ def load_model(
                 )
                 _refuse_nan(layout, source.scale.key, scale)
             else:
-                if multiplied_out[0] != source.entry.key:
+                if multiplied_out is None or multiplied_out[0] != source.entry.key:
                     multiplied_out = (
                         source.entry.key,
                         dequantize(
@@ -147,10 +145,10 @@ def check(layout: Layout) -> None:
             + ". Give an L2P checkpoint, such as model-1k-merge"
         )
     if layout.kind == "part":
-        missing = missing_layers(layout)
+        layers = missing_layers(layout)
         raise CheckpointError(
             f"{name} holds {len(layout.tensors)} tensors but lacks "
-            + (f"main layers {missing}" if missing else "parts of the transformer")
+            + (f"main layers {layers}" if layers else "parts of the transformer")
             + ": it is a trained part. Merge it with the pixel initialisation it was trained from"
             " first: l2p merge"
         )

@@ -72,7 +72,7 @@ def lora_targets(weights: Iterable[str]) -> dict[str, str]:
     """Return the weights that adapters change, by every name that files have for their layers.
 
     weights: published names. Packed q, k and v are no layer: see `split_packed_lora`."""
-    targets = {}
+    targets: dict[str, str] = {}
     for weight in weights:
         if weight.endswith(".weight"):
             names = {weight, name_in("comfyui", weight)[0]}

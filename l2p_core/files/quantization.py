@@ -51,6 +51,10 @@ class Int8Linear(nn.Module):
     weights were by a matrix that spreads outliers. weight: (N, K) int8. weight_scale: (1,) or (N,
     1) float32. convrot_groupsize: 0 for none."""
 
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+
     def __init__(
         self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, convrot_groupsize: int = 0
     ):

@@ -15,6 +15,7 @@ from functools import cache
 from http.client import HTTPException
 from pathlib import Path
 from threading import Event, Lock
+from typing import TYPE_CHECKING
 from urllib.error import HTTPError
 from urllib.parse import urlencode, urlsplit
 from urllib.request import Request, urlopen
@@ -26,6 +27,9 @@ from ..files.atomic import atomic_write
 from ..files.header import hash_files
 from ..images import PNG_KEY, read_image
 from .workflow import fill, places, read_workflow, title
+
+if TYPE_CHECKING:
+    from websocket import WebSocket
 
 PICTURES = ("input_image", "inpaint_mask")  # files of ours, uploaded
 SECONDS = 1.0  # between two looks at a server that says nothing
@@ -185,7 +189,8 @@ class Server:
                 f"--server is {url}; expected an address such as http://127.0.0.1:8188"
             )
         self.mark = f"_{parts.netloc.replace(':', '-')}" if several else ""
-        self.client, self.socket = str(uuid.uuid4()), None
+        self.client = str(uuid.uuid4())
+        self.socket: WebSocket | None = None
 
     def draw(
         self, job: Job, stop: Event, timeout: float, say: Callable[[str], None]
@@ -273,11 +278,13 @@ class Server:
         import websocket
 
         until = time.monotonic() + SECONDS
-        node = ""
         try:
-            self.socket = self.socket or websocket.create_connection(
-                f"ws{self.url[4:]}/ws?clientId={self.client}", timeout=SECONDS, suppress_origin=True
-            )
+            if self.socket is None:
+                self.socket = websocket.create_connection(
+                    f"ws{self.url[4:]}/ws?clientId={self.client}",
+                    timeout=SECONDS,
+                    suppress_origin=True,
+                )
             while (rest := until - time.monotonic()) > 0:
                 self.socket.settimeout(rest)
                 message = self.socket.recv()
@@ -380,8 +387,15 @@ def draw(jobs: list[Job], servers: list[Server], timeout: float, progress: bool 
     more. A job goes to another server where one is away or refuses it, and where one fails it that
     has drawn nothing. Raises ValueError, once nothing more can be done, where pictures are
     missing."""
-    todo = [(job, set()) for job in jobs]  # with the servers that can't draw it
-    done, reasons, stop, states, picking, busy = [], [], Event(), {}, Lock(), set()
+    # Each with the servers that can't draw it.
+    todo: list[tuple[Job, set[Server]]] = [(job, set()) for job in jobs]
+    busy: set[Server] = set()
+    picking = Lock()  # held while a job goes from `todo` to a busy server
+
+    done: list[Job] = []
+    reasons: list[str] = []
+    states: dict[str, str] = {}
+    stop = Event()
 
     def work(server: Server) -> None:
         def say(text: str) -> None:
@@ -487,7 +501,9 @@ def explain(reply: dict, graph: dict) -> str:
         )
         for error in facts["errors"]:
             extra = error.get("extra_info") or {}
-            key, kind, limits = extra.get("input_name"), *(extra.get("input_config") or ["", {}])
+            key = extra.get("input_name")
+            config: list = extra.get("input_config") or ["", {}]
+            kind, limits = config
             match error["type"]:
                 case "value_not_in_list":
                     options = kind if isinstance(kind, list) else limits.get("options")

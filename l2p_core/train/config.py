@@ -7,6 +7,7 @@ import math
 import sys
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 # Recipes of this program itself, which a settings file may name: they are no code of others.
 OWN_RECIPES = (
@@ -15,8 +16,9 @@ OWN_RECIPES = (
 )
 
 
-def knob(default: object, says: str, **choices: object) -> object:
-    """A field with its default, its help and, where it has them, its choices."""
+def knob(default: object, says: str, **choices: object) -> Any:
+    """A field with its default, its help and, where it has them, its choices; for a type checker a
+    value of any type, as `dataclasses.field` is."""
     return field(default=default, metadata={"help": says, **choices})
 
 
@@ -322,7 +324,7 @@ def read_config(
     )
 
 
-def cast(setting: Field, value: object) -> object:
+def cast(setting: Field, value: object) -> Any:
     """A value from TOML as the setting's type. Raises ValueError where it is of another."""
     if (
         setting.type == tuple[str, ...]
@@ -333,7 +335,7 @@ def cast(setting: Field, value: object) -> object:
     if setting.type is float and type(value) is int:
         return float(value)
     if type(value) is not setting.type:
-        expected = {
+        expected: dict[object, str] = {
             str: "text in quotes",
             int: "a whole number",
             float: "a number",

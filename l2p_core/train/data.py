@@ -310,12 +310,19 @@ class Batches:
             draw_noise(
                 (len(examples), 3, height, width),
                 [
-                    example.seed if self.paired else self.generator(number, place).initial_seed()
+                    self._noise_seed(number, place, example)
                     for place, example in enumerate(examples, self.own.start)
                 ],
             ),
             sigma[self.own],
         )
+
+    def _noise_seed(self, number: int, place: int, example: Example) -> int:
+        """The seed of the noise that an example meets at one place of one batch."""
+        if not self.paired:
+            return self.generator(number, place).initial_seed()
+        assert example.seed is not None  # of all examples or of none, and the first has one
+        return example.seed
 
     def generator(self, *number: int) -> torch.Generator:
         """For the draws of one batch, or of one place in it."""

@@ -2,6 +2,8 @@
 tensor at a time."""
 
 from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from .config import TrainConfig
 NF4_BLOCK = 64  # weights that share a scale
 
 
-def bitsandbytes() -> object:
+def bitsandbytes() -> ModuleType:
     """The bitsandbytes module. Raises ImportError with the command that installs it."""
     try:
         import bitsandbytes
@@ -66,7 +68,7 @@ class _Multiply(torch.autograd.Function):
     """x W^T, keeping neither."""
 
     @staticmethod
-    def forward(ctx: object, x: Tensor, unpacked: Callable[[torch.dtype], Tensor]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, unpacked: Callable[[torch.dtype], Tensor]) -> Tensor:
         """(..., K) → (..., N)."""
         ctx.unpacked = unpacked
         kind = x.device.type
@@ -74,7 +76,7 @@ class _Multiply(torch.autograd.Function):
         return x.to(dtype) @ unpacked(dtype).T
 
     @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient @ ctx.unpacked(gradient.dtype), None
 
 
@@ -118,12 +120,9 @@ class FrugalAdamW(torch.optim.Optimizer):
         kind = (
             bitsandbytes().optim.AdamW8bit if config.optimizer == "adamw8bit" else torch.optim.AdamW
         )
-        self.seed, self.home, self.steps, self.squares = (
-            config.seed,
-            torch.device(host) if config.offload_state else None,
-            0,
-            [],
-        )
+        self.seed, self.steps = config.seed, 0
+        self.home = torch.device(host) if config.offload_state else None
+        self.squares: list[Tensor] = []
         self.each = {
             parameter: kind([nn.Parameter(self.empty(parameter))], **settings)
             for parameter in self.parameters()

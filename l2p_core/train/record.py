@@ -6,11 +6,15 @@ import math
 from contextlib import suppress
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, get_type_hints
 
 from PIL import Image, ImageDraw
 
 from ..files.atomic import append, atomic_write
 from ..images import open_image
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 WINDOW, DIVERGED = (
     100,
@@ -40,16 +44,11 @@ class Log:
 
     def __init__(self, folder: Path, step: int, writes: bool):
         """step: where the run goes on; what was logged after it is forgotten."""
-        self.folder, self.writes, self.rows, self.lowest, self.board = (
-            folder,
-            writes,
-            [],
-            math.inf,
-            None,
-        )
-        for row in read_table(
-            folder / "log.csv", [each.type for each in fields(Row)]
-        ):  # by all: they must agree on when to stop
+        self.folder, self.writes, self.lowest = folder, writes, math.inf
+        self.rows: list[Row] = []
+        self.board: SummaryWriter | None = None
+        # Every process reads it: they must agree on when to stop.
+        for row in read_table(folder / "log.csv", list(get_type_hints(Row).values())):
             if row[0] <= step:
                 self.note(Row(*row))
         self.held_out = [
@@ -61,9 +60,9 @@ class Log:
                 folder / "log.csv", [[each.name for each in fields(Row)], *map(astuple, self.rows)]
             )
             with suppress(ImportError):
-                from torch.utils.tensorboard import SummaryWriter
+                from torch.utils import tensorboard
 
-                self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+                self.board = tensorboard.SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
     def __enter__(self) -> "Log":
         return self
@@ -162,16 +161,17 @@ def draw_curves(curves: list[list[tuple[int, float]]], file: Path) -> None:
                 MARGIN + round((step - first) / max(last - first, 1) * (WIDTH - 2 * MARGIN)), []
             ).append(loss)
         means.append({x: sum(losses) / len(losses) for x, losses in columns.items()})
-    high = max(mean for curve in means for mean in curve.values()) or 1.0
+    high = max(mean for by_column in means for mean in by_column.values()) or 1.0
     picture = Image.new("RGB", (WIDTH, HEIGHT), "white")
     pen = ImageDraw.Draw(picture)
     pen.line(
         [(MARGIN, MARGIN), (MARGIN, HEIGHT - MARGIN), (WIDTH - MARGIN, HEIGHT - MARGIN)],
         fill="grey",
     )
-    for curve, colour in zip(means, ("black", "red")):
+    for by_column, colour in zip(means, ("black", "red")):
         if line := [
-            (x, HEIGHT - MARGIN - mean / high * (HEIGHT - 2 * MARGIN)) for x, mean in curve.items()
+            (x, HEIGHT - MARGIN - mean / high * (HEIGHT - 2 * MARGIN))
+            for x, mean in by_column.items()
         ]:
             pen.line(line if len(line) > 1 else line * 2, fill=colour, width=2)
     pen.text((MARGIN, MARGIN - 16), f"loss {high:.3g}", fill="black")

@@ -5,6 +5,7 @@ import warnings
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -187,7 +188,7 @@ def damaged(file: Path, why: str) -> CheckpointError:
     )
 
 
-def compare_inputs(file: Path, before: object, now: dict[str, object]) -> None:
+def compare_inputs(file: Path, before: object, now: dict[str, Any]) -> None:
     """Raise ValueError, saying what changed, where a run would resume on other contents than it
     began with."""
     if not isinstance(before, dict):
@@ -204,7 +205,8 @@ def compare_inputs(file: Path, before: object, now: dict[str, object]) -> None:
                 f"{run} holds a run with another {name}: its contents have changed. Give the one it"
                 " began with, or another output"
             )
-    was, images = before.get("images"), now["images"]
+    was: list = before.get("images", [])
+    images: list = now["images"]
     if was == images:
         return
     digests = [[digest for _, digest in rows] for rows in (was, images)]

@@ -19,6 +19,7 @@ from importlib import import_module
 from itertools import count
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -202,12 +203,10 @@ class Run:
         self.batches = Batches(
             learned, self.encodings, config, layout.config.patch_size, processes, rank
         )
-        self.held_out = held_out and Batches(
-            held_out,
-            self.encodings,
-            replace(config, caption_dropout=0.0, batch=1),
-            layout.config.patch_size,
-        )
+        self.held_out: Batches | None = None
+        if held_out:
+            one_by_one = replace(config, caption_dropout=0.0, batch=1)
+            self.held_out = Batches(held_out, self.encodings, one_by_one, layout.config.patch_size)
 
         if (
             config.shard or config.quantize_frozen
@@ -379,11 +378,9 @@ class Run:
 
     def validate(self) -> None:
         """Log the loss of the validation set."""
-        pictures, processes, total = (
-            self.held_out.per_epoch,
-            self.accelerator.num_processes,
-            torch.zeros((), device=self.device),
-        )
+        assert self.held_out is not None  # else nothing asks for it
+        pictures, processes = self.held_out.per_epoch, self.accelerator.num_processes
+        total = torch.zeros((), device=self.device)
         with torch.no_grad(), self.drawing():
             for first in range(0, pictures, processes):  # all processes run the model as often
                 self.stop_together(processes > 1)
@@ -500,7 +497,7 @@ class Run:
             yield
             reshard(self.model)
 
-    def state(self) -> dict[str, object]:
+    def state(self) -> dict[str, Any]:
         """What resume.pt holds; whole tensors in the main process."""
         return {
             "step": self.step,

@@ -1,12 +1,19 @@
 """A model in training, split over processes by torch's FSDP2, and put together again for its
 files."""
 
+from typing import TYPE_CHECKING, TypeGuard, TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..model import L2PTransformer
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+T = TypeVar("T")
 
 
 def shard(model: L2PTransformer, device: torch.device, weights: bool) -> None:
@@ -41,12 +48,12 @@ def reshard(model: torch.nn.Module) -> None:
             part.reshard()
 
 
-def is_split(value: object) -> bool:
+def is_split(value: object) -> TypeGuard["DTensor"]:
     """Whether a tensor is split over processes."""
     return hasattr(value, "full_tensor")
 
 
-def gather(tree: object, keep: bool) -> object:
+def gather(tree: T, keep: bool) -> T:
     """The same dictionaries and lists with every split tensor whole, in the CPU's memory: for the
     process that keeps it, and nothing for the others, which must all take part."""
 
