@@ -275,8 +275,8 @@ def _open_lock(lock: Path) -> int:
                 return _open_regular(lock, os.O_RDWR | os.O_CREAT)
             except PermissionError:  # another user's; it can still be locked
                 return _open_regular(lock, os.O_RDONLY)
-        except FileNotFoundError as error:  # the run before removed the folder that it had created
-            missing = error
+        except (FileNotFoundError, FileExistsError) as error:
+            failed = error  # the run before removes, or removed, the folder that it had created
         except OSError as error:
             if not os.path.lexists(lock):
                 raise _explained(error, lock.parent) from None
@@ -285,7 +285,7 @@ def _open_lock(lock: Path) -> int:
                 f"{lock} can't be used as a lock file ({error.strerror}). Remove it if no other "
                 "run is writing there, or give another output",
             ) from None
-    raise _explained(missing, lock)
+    raise _explained(failed, lock.parent)
 
 
 def _release(lock: Path, descriptor: int) -> None:
