@@ -17,7 +17,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from comfyui_l2p.l2p_core.cli import main
 from comfyui_l2p.l2p_core.files.atomic import locked
-from comfyui_l2p.l2p_core.remote import queue as queue_module
+from comfyui_l2p.l2p_core.remote import server as server_module
 from comfyui_l2p.l2p_core.remote.queue import plan
 from comfyui_l2p.l2p_core.remote.workflow import fill, read_workflow
 from PIL import Image, PngImagePlugin
@@ -182,7 +182,7 @@ def picture(number, graph):
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(queue_module, "SECONDS", 0.02)
+    monkeypatch.setattr(server_module.Server, "poll", 0.02)
 
 
 @pytest.fixture
@@ -850,14 +850,14 @@ def test_progress_is_read_off_the_socket_until_the_job_ends(tmp_path):
         ]
 
         def settimeout(self, seconds):
-            assert 0 < seconds <= queue_module.SECONDS
+            assert 0 < seconds <= server_module.Server.poll
 
         def recv(self):
             return self.messages.pop(0)
 
-    server, said = queue_module.Server("127.0.0.1:1"), []
+    server, said = server_module.Server("127.0.0.1:1"), []
     server.socket = Socket()
-    queue_module.SECONDS = 60
+    server_module.Server.poll = 60
     server.listen(job, said.append)
     assert said == ["Sampler", "Sampler 2/9"] and len(Socket.messages) == 1
 
@@ -866,7 +866,7 @@ def test_another_ones_job_is_not_interrupted(tmp_path, fakes, workflow):
     fake = fakes()
     (job,) = plan(read_workflow(tmp_path / "flow.json"), [{}], [], 1, tmp_path / "out.png")
     fake.hold, fake.running = True, {"somebody": {}}
-    queue_module.Server(fake.url).cancel(job)
+    server_module.Server(fake.url).cancel(job)
     assert [path for path, _ in fake.asked] == ["/queue"] and fake.running
 
 
@@ -935,4 +935,4 @@ def test_two_queues_into_one_folder_do_not_collide(tmp_path, fakes, workflow, mo
 
 def test_a_servers_answer_of_deeply_nested_json_is_refused():
     with pytest.raises(ValueError, match="is it a ComfyUI server"):
-        queue_module.read_json(b"[" * 100_000, "http://x")
+        server_module.read_json(b"[" * 100_000, "http://x")
