@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from comfyui_l2p.l2p_core.interrupt import Terminated, noted
+from comfyui_l2p.l2p_core.model import L2PTransformer
 from comfyui_l2p.l2p_core.train import run as training
 from small_runs import config
 
@@ -148,7 +149,7 @@ def test_the_first_is_noted_and_says_which_it_was(number, error):
 def test_sigterm_while_sampling_ends_within_a_pass_and_keeps_every_step(
     data, monkeypatch, sample_every, save_every, saved
 ):
-    passes, real, model = [], training.Run.draw, training.L2PTransformer.forward
+    passes, real, model = [], training.Run.draw, L2PTransformer.forward
 
     def draw(self):
         if self.step:
@@ -164,7 +165,7 @@ def test_sigterm_while_sampling_ends_within_a_pass_and_keeps_every_step(
         return model(self, *args, **kwargs)
 
     monkeypatch.setattr(training.Run, "draw", draw)
-    monkeypatch.setattr(training.L2PTransformer, "forward", counted)
+    monkeypatch.setattr(L2PTransformer, "forward", counted)
     with pytest.raises(Terminated):
         training.train(
             config(
