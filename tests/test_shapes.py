@@ -1,4 +1,5 @@
-"""The judge of the small model is judged: true pictures pass, and one wrong attribute fails. And its recipe runs."""
+"""The judge of the small model is judged: true pictures pass, and one wrong attribute fails. And
+its recipe runs."""
 
 import random
 from dataclasses import replace

@@ -1,4 +1,5 @@
-"""Captioned pictures of one shape on a plain background: what the small model learns, and the measure of its score."""
+"""Captioned pictures of one shape on a plain background: what the small model learns, and the
+measure of its score."""
 
 import math
 import random
@@ -33,7 +34,8 @@ COLOUR_RADIUS = (
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. A size or place that the caption does not mention is still some size and place."""
+    """What a picture shows. A size or place that the caption does not mention is still some size
+    and place."""
 
     shape: str
     colour: str
@@ -43,7 +45,8 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """One in six triples of shape, colour and background is never trained on, whatever its size and place."""
+        """One in six triples of shape, colour and background is never trained on, whatever its size
+        and place."""
         return zlib.crc32(f"{self.shape} {self.colour} {self.background}".encode()) % 6 == 0
 
     def caption(self, with_size: bool = True, with_place: bool = True) -> str:
@@ -58,6 +61,7 @@ class Scene:
 
 
 def with_article(noun: str) -> str:
+    """The noun behind a or an."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
@@ -71,6 +75,7 @@ def scenes() -> list[Scene]:
 
 
 def training_scenes() -> list[Scene]:
+    """The scenes that the model is trained on."""
     return [scene for scene in scenes() if not scene.held_out]
 
 

@@ -1,7 +1,8 @@
 """Score a model on prompts it was never trained on: `python -m comfyui_l2p.l2p_core.shapes.score`
 
-Pictures drawn elsewhere, by ComfyUI for one, are judged in two steps: `--write-prompts prompts.csv` writes what to draw,
-with seeds and file names, and `--pictures FOLDER` judges the folder that holds them."""
+Pictures drawn elsewhere, by ComfyUI for one, are judged in two steps: `--write-prompts prompts.csv`
+writes what to draw, with seeds and file names, and `--pictures FOLDER` judges the folder that holds
+them."""
 
 import argparse
 import csv
@@ -23,7 +24,8 @@ BATCH = 25
 
 
 def score(pictures: list[Image.Image], scenes: list[Scene]) -> dict[str, float]:
-    """Percent of pictures in which each attribute is right, the background clean, and all of them at once ("right")."""
+    """Percent of pictures in which each attribute is right, the background clean, and all of them
+    at once ("right")."""
     counts: Counter[str] = Counter()
     for picture, scene in zip(pictures, scenes, strict=True):
         checks = judge(picture).compare(scene)
@@ -59,7 +61,8 @@ def contact_sheet(
 def draw(
     pipe: L2PPipeline, captions: list[str], progress: bool = True, **settings: object
 ) -> list[Image.Image]:
-    """A picture for each caption, with its number as the seed. settings: as the pipeline takes them."""
+    """A picture for each caption, with its number as the seed. settings: as the pipeline takes
+    them."""
     pictures = []
     for start in tqdm(range(0, len(captions), BATCH), unit="batch", disable=not progress):
         batch = captions[start : start + BATCH]
@@ -68,6 +71,7 @@ def draw(
 
 
 def main() -> None:
+    """Generate, judge and print the score."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", nargs="?", help="default: the bundled model")
     parser.add_argument("--text-encoder", help="default: beside the checkpoint")

@@ -17,8 +17,8 @@ from ..config import L2PConfig, Level
 from ..decoder import LocalDecoder
 from ..files.atomic import TEMPORARY, atomic_write, locked
 from ..files.save import save_tensors
-from ..model import L2PTransformer
 from ..flow import shifted
+from ..model import L2PTransformer
 from ..text import TEMPLATE, TextEncoder
 from ..train.config import TrainConfig
 from ..train.data import Batch
@@ -58,9 +58,11 @@ GATED, QUIET = (
 
 
 def make_text_encoder(folder: Path, captions: list[str]) -> TextEncoder:
-    """A byte-level BPE tokenizer fitted to the captions and a Qwen3 encoder with random weights, saved as Z-Image's are.
+    """A byte-level BPE tokenizer fitted to the captions and a Qwen3 encoder with random weights,
+    saved as Z-Image's are.
 
-    The encoder stays as it was drawn: its token embeddings tell words apart, and the transformer learns the rest."""
+    The encoder stays as it was drawn: its token embeddings tell words apart, and the transformer
+    learns the rest."""
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(
         (TEMPLATE.format(prompt=caption) for caption in captions),
         vocab_size=512,
@@ -105,7 +107,8 @@ def make_text_encoder(folder: Path, captions: list[str]) -> TextEncoder:
 
 
 def move_files(source: Path, target: Path) -> None:
-    """Move all files of a folder into another, each atomically and with the permissions of a new file."""
+    """Move all files of a folder into another, each atomically and with the permissions of a new
+    file."""
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
         with atomic_write(target / file.name) as stream:
@@ -114,12 +117,14 @@ def move_files(source: Path, target: Path) -> None:
 
 
 def initialise(model: L2PTransformer) -> None:
-    """Let captions reach the layout from the first steps: patches whisper over a constant, and every gate is open."""
+    """Let captions reach the layout from the first steps: patches whisper over a constant, and
+    every gate is open."""
     initialise_ends(model)
     open_gates(model)
 
 
 def initialise_ends(model: L2PTransformer) -> None:
+    """Start the patch embedding small and the decoder as `initialise_decoder` says."""
     (embedder,) = model.all_x_embedder.values()
     torch.nn.init.normal_(embedder.weight, std=0.002)
     torch.nn.init.normal_(embedder.bias, std=0.5)
@@ -127,6 +132,7 @@ def initialise_ends(model: L2PTransformer) -> None:
 
 
 def open_gates(model: L2PTransformer) -> None:
+    """Open the adaLN gates of all blocks: at 0 a block would learn nothing at first."""
     for block in (*model.noise_refiner, *model.layers):
         _, gate_a, _, gate_f = block.adaLN_modulation[0].bias.data.chunk(4)
         gate_a.fill_(1)
@@ -135,19 +141,23 @@ def open_gates(model: L2PTransformer) -> None:
 
 @torch.no_grad()
 def initialise_decoder(decoder: LocalDecoder) -> None:
-    """Start as a linear network that gives the noise back, with a gate by which it can give back more.
+    """Start as a linear network that gives the noise back, with a gate by which it can give back
+    more.
 
-    Channels come in pairs of opposite sign ("looks linear", Balduzzi et al. 2017, arXiv 1702.08591): a pair passes x on
-    whole, as SiLU(x) - SiLU(-x) = x. The outermost level's first three pairs carry the noisy pixels. The next six multiply
-    them: the sum of a pair is A(x) = SiLU(x) + SiLU(-x), about x^2 / 2 near 0 and |x| far from it, so that A(x + g) - A(x - g)
-    is about 2 x g for small ones, 2 x for a large g and nothing for none. The last steps, where the noise must be scaled up
-    by 1 / sigma, learn to open that gate, and backgrounds come out clean."""
+    Channels come in pairs of opposite sign ("looks linear", Balduzzi et al. 2017, arXiv
+    1702.08591): a pair passes x on whole, as SiLU(x) - SiLU(-x) = x. The outermost level's first
+    three pairs carry the noisy pixels. The next six multiply them: the sum of a pair is A(x) =
+    SiLU(x) + SiLU(-x), about x^2 / 2 near 0 and |x| far from it, so that A(x + g) - A(x - g) is
+    about 2 x g for small ones, 2 x for a large g and nothing for none. The last steps, where the
+    noise must be scaled up by 1 / sigma, learn to open that gate, and backgrounds come out
+    clean."""
 
     def pairs(channels: int) -> torch.Tensor:
         return torch.cat([torch.eye(channels // 2), -torch.eye(channels // 2)], dim=1)
 
     def draw(conv: torch.nn.Conv2d, reads: torch.Tensor, paired: bool = True) -> torch.Tensor:
-        """One of each pair of the outputs, by one of each pair of the inputs; `reads` is (those, all inputs)."""
+        """One of each pair of the outputs, by one of each pair of the inputs; `reads` is (those,
+        all inputs)."""
         weight = torch.randn(
             conv.out_channels // (2 if paired else 1), len(reads), *conv.kernel_size
         )
@@ -200,10 +210,11 @@ def initialise_decoder(decoder: LocalDecoder) -> None:
 
 
 class Guide(torch.nn.Linear):
-    """Reads each patch of the clean picture off the transformer's features, and is thrown away after training.
+    """Reads each patch of the clean picture off the transformer's features, and is thrown away
+    after training.
 
-    Its error reaches the transformer straight, where the decoder's comes through nine convolutions that are themselves
-    still learning."""
+    Its error reaches the transformer straight, where the decoder's comes through nine convolutions
+    that are themselves still learning."""
 
     def __init__(self, model: L2PTransformer):
         super().__init__(model.config.dim, 3 * model.config.patch_size**2)
@@ -219,7 +230,8 @@ class Guide(torch.nn.Linear):
 
 
 class Muon(torch.optim.Muon):
-    """torch's, and it takes convolutions: as matrices with a row for each output channel, in the memory they lie in."""
+    """torch's, and it takes convolutions: as matrices with a row for each output channel, in the
+    memory they lie in."""
 
     def __init__(self, parameters: list[torch.nn.Parameter], rate_factor: float, decay: float):
         self.matrices = [
@@ -233,12 +245,14 @@ class Muon(torch.optim.Muon):
         )
 
     def step(self) -> None:
+        """Update all matrices."""
         for parameter, matrix in self.matrices:
             matrix.grad, parameter.grad = as_matrix(parameter.grad), None
         super().step()
 
 
 def as_matrix(weight: torch.Tensor) -> torch.Tensor:
+    """A weight as (rows, columns)."""
     return (
         weight if weight.dim() == 2 else weight.permute(0, 2, 3, 1).flatten(1)
     )  # a view, as channels lie last
@@ -252,23 +266,27 @@ class CombinedOptimizer(torch.optim.Optimizer):
         super().__init__([group for one in each for group in one.param_groups], {})
 
     def step(self, closure: None = None) -> None:
+        """Step all optimizers."""
         for one in self.each:
             one.step()
 
     def state_dict(self) -> dict:
+        """The states of all optimizers."""
         return {"each": [one.state_dict() for one in self.each]}
 
     def load_state_dict(self, state: dict) -> None:
+        """Continue from saved states."""
         for one, its in zip(self.each, state["each"], strict=True):
             one.load_state_dict(its)
         self.param_groups = [group for one in self.each for group in one.param_groups]
 
 
 def uneven(noise: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Noise (B, 3, H, W) as sampling meets it in its last steps: here stronger and there weaker, over faint clouds.
+    """Noise (B, 3, H, W) as sampling meets it in its last steps: here stronger and there weaker,
+    over faint clouds.
 
-    The steps before leave it so. A decoder that has only seen even noise tells its strength by looking rather than by the time,
-    and takes such places for finished."""
+    The steps before leave it so. A decoder that has only seen even noise tells its strength by
+    looking rather than by the time, and takes such places for finished."""
     batch, _, height, width = noise.shape
     louder, clouds = (
         F.interpolate(
@@ -282,15 +300,17 @@ def uneven(noise: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def noise_levels(batch: int, finishing: bool, generator: torch.Generator) -> torch.Tensor:
-    """(batch,) levels. At first most are near pure noise, where the caption alone tells what to draw; then as sampling has them.
-    One in four, later every other one, is of the last steps, so that a narrow decoder learns to leave backgrounds clean."""
+    """(batch,) levels. At first most are near pure noise, where the caption alone tells what to
+    draw; then as sampling has them. One in four, later every other one, is of the last steps, so
+    that a narrow decoder learns to leave backgrounds clean."""
     shift = torch.full((batch,), SHIFT if finishing else LAYOUT_SHIFT)
     shift[:: 2 if finishing else 4] = FINISH_SHIFT
     return shifted(torch.rand(batch, generator=generator), shift)
 
 
 def make_files(checkpoint: Path, data: Path, seed: int) -> None:
-    """What a run begins with: tokenizer, text encoder and an untrained model, and a picture of every scene to train on."""
+    """What a run begins with: tokenizer, text encoder and an untrained model, and a picture of
+    every scene to train on."""
     data.parent.mkdir(parents=True, exist_ok=True)
     leftovers = [
         *data.parent.glob(f".{data.name}.*{TEMPORARY}"),
@@ -335,7 +355,8 @@ def make_files(checkpoint: Path, data: Path, seed: int) -> None:
 
 
 def captions_of(scene: Scene) -> list[str]:
-    """What a picture is called, as often as it should be: one time in ten without the size, and one without the place."""
+    """What a picture is called, as often as it should be: one time in ten without the size, and one
+    without the place."""
     return [scene.caption()] * 8 + [scene.caption(with_size=False), scene.caption(with_place=False)]
 
 
@@ -343,6 +364,7 @@ class ScoredRun(Run):
     """A run whose samples come with a score, on prompts that were never trained on."""
 
     def draw(self) -> None:
+        """Generate samples and score them."""
         super().draw()
         if self.step == 0:
             return
@@ -376,11 +398,13 @@ class ShapesRun(ScoredRun):
         if checkpoint.exists() != data.exists():
             there, missing = (checkpoint, data) if checkpoint.exists() else (data, checkpoint)
             raise ValueError(
-                f"{there} is there and {missing} is not; the recipe makes both or neither. Take it away, or give others"
+                f"{there} is there and {missing} is not; the recipe makes both or neither. Take it"
+                " away, or give others"
             )
         if not data.exists() and config.text_encoder:
             raise ValueError(
-                f"{checkpoint} and {data} are not there, which another run leaves: l2p train l2p_core/shapes/shapes.toml"
+                f"{checkpoint} and {data} are not there, which another run leaves: l2p train"
+                " l2p_core/shapes/shapes.toml"
             )
         if not data.exists():
             busy = (
@@ -392,8 +416,8 @@ class ShapesRun(ScoredRun):
         super().__init__(config, progress)
 
     def make_optimizer(self) -> CombinedOptimizer:
-        """Muon for the blocks' matrices and the decoder's convolutions, AdamW for all else; slower in the decoder, where a gate
-        makes much of little."""
+        """Muon for the blocks' matrices and the decoder's convolutions, AdamW for all else; slower
+        in the decoder, where a gate makes much of little."""
         model = self.pipe.transformer.to(memory_format=torch.channels_last)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
