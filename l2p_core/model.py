@@ -69,7 +69,8 @@ class Hooks:
     ) -> tuple[Tensor, Tensor]:
         """Normalize queries and keys, each (B, S, heads, head), and rotate them by their
         positions."""
-        return rotate(attention.norm_q(q), rope), rotate(attention.norm_k(k), rope)
+        rotated = rotate(attention.norm_q(q), rope).to(q.dtype)  # each cast before the next is made
+        return rotated, rotate(attention.norm_k(k), rope).to(k.dtype)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Attention over (B, heads, S, head) → (B, S, D). mask: True where a key may be attended

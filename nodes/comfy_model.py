@@ -37,6 +37,7 @@ from ..quant.stream import TORCH_DTYPES
 from . import comfyui, versions
 
 LANDMARK = "local_decoder.enc1.0.weight"  # in every L2P model, in no other
+ROTATED = 10  # times a run of tokens that rotating them in float32 holds beside, counted
 MARGIN = 1.1  # for what is small beside: RoPE tables, modulation, float32 inside norms
 # float32 images that ComfyUI's samplers hold for each one in a pass, counted: 13 with euler
 IMAGES_IN_FLIGHT = 14
@@ -223,6 +224,8 @@ class L2PModel(comfy.model_base.BaseModel):
         image_tokens = -(-height // config.patch_size) * -(-width // config.patch_size)
         tokens = image_tokens + MAX_TOKENS
         attention = 5 * tokens * config.dim  # x, q, k, v and the result
+        if comfyui.fused_rotation() is None:  # then queries and keys are rotated in float32
+            attention += ROTATED * min(tokens, TOKENS_AT_ONCE) * config.dim
         feed_forward = 3 * tokens * config.dim + 4 * min(tokens, TOKENS_AT_ONCE) * config.ffn_dim
         decoder = (
             decoder_bytes(config, height, width, dtype, batch) / dtype.itemsize

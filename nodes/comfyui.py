@@ -19,7 +19,7 @@ from comfy.ldm.modules import attention
 from torch import Tensor
 
 from ..l2p_core.files.naming import split_packed_lora
-from ..l2p_core.model import NORM_EPS, Attention, rotate
+from ..l2p_core.model import NORM_EPS, PUBLISHED, Attention
 
 INSTALLED = "_l2p_installed"  # set on ComfyUI's own module: a pack may be imported twice
 INT8_LAYOUT = "TensorWiseINT8Layout"
@@ -117,12 +117,17 @@ def rotation_matrices(rope: Tensor) -> Tensor:
     return torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2))[:, :, None]
 
 
+def fused_rotation() -> Callable | None:
+    """comfy-kitchen's kernel that normalizes and rotates queries and keys; None before v0.29."""
+    return getattr(getattr(comfy.quant_ops, "ck", None), "rms_rope", None)
+
+
 def norm_and_rotate(layer: Attention, q: Tensor, k: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
     """`Hooks.norm_and_rotate` by comfy-kitchen's fused kernel, which ComfyUI has since v0.29 and
     uses for Z-Image."""
-    fused = getattr(getattr(comfy.quant_ops, "ck", None), "rms_rope", None)
+    fused = fused_rotation()
     if fused is None or q.requires_grad:
-        return rotate(layer.norm_q(q), rope), rotate(layer.norm_k(k), rope)
+        return PUBLISHED.norm_and_rotate(layer, q, k, rope)
     q_weight, _, q_stream = comfy.ops.cast_bias_weight(layer.norm_q, q, offloadable=True)
     k_weight, _, k_stream = comfy.ops.cast_bias_weight(layer.norm_k, k, offloadable=True)
     q, k = fused(q, k, rotation_matrices(rope), q_weight, k_weight, NORM_EPS)

@@ -294,13 +294,6 @@ def with_reference_image(path: str) -> None:
     )
 
 
-def formats() -> list[str]:
-    """The quantized formats that this ComfyUI computes with."""
-    import comfy.quant_ops
-
-    return sorted(comfy.quant_ops.QUANT_ALGOS)
-
-
 def vae_round_trip(path: str) -> float:
     """The largest change of a picture that went through Load Checkpoint's VAE and back."""
     vae = load(path, "checkpoint")[2]

@@ -56,7 +56,12 @@ def test_quantize_writes_what_the_library_writes(
         preset="small",
         filename="small",
     )
-    entry = comfyui_server.wait(comfyui_server.queue(request))
+    try:
+        entry = comfyui_server.wait(comfyui_server.queue(request))
+    except Refused as refused:  # a comfy-kitchen of before it could write INT8 by rows
+        assert "installed comfy-kitchen is too old" in str(refused)
+        assert not (folder / "small.safetensors").exists()
+        pytest.skip("this ComfyUI's comfy-kitchen can't quantize to that")
     assert "signal to noise" in entry["outputs"]["node"]["text"][0]
     quantize(
         folder / "whole.safetensors",
