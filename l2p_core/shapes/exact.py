@@ -10,6 +10,7 @@ those with the masks. Letters: B batch, M masks (shape, size and position), C co
 """
 import math
 import random
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -17,7 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .world import COLOURS, Background, Object, Prompt, Scene, World, object_mask
+from ..image import to_pixels
+from .world import (
+    ATTRIBUTES, COLOURS, Background, Choice, Object, Prompt, Scene, World, object_mask, prompt_for,
+)
 
 
 @dataclass
@@ -158,3 +162,40 @@ def readable_share(model: Tensor, exact: Tensor, blind: Tensor) -> float:
     (blind - model) / (blind - exact) in mean squared error to x0. Since exact is the mean of x0, that
     is 1 - |model - exact|^2 / |blind - exact|^2 in the mean, which needs fewer samples."""
     return 1 - float((model - exact).square().sum() / (blind - exact).square().sum())
+
+
+# What a prompt leaves out, for `readable_table`; attributes that are not named here are mentioned.
+OPEN = {
+    "no place": {"place"}, "no size": {"size"}, "neither": {"size", "place"}, "no shape": {"shape"},
+    "shape alone": {"size", "place", "colour", "background"},
+}
+Predict = Callable[[Tensor, Tensor, list[Prompt]], Tensor]  # (x_t, sigma, prompts) → x0
+
+
+@torch.no_grad()
+def readable_table(predict: Predict, exact: ExactDenoiser, levels: Sequence[float], count: int = 64,
+                   kinds: Mapping[str, set[str]] = OPEN, seed: int = 0,
+                   batch: int = 32) -> dict[str, list[float]]:
+    """Return R at each level for each kind of prompt, on `count` scenes at the same noise each time.
+
+    predict: the x0 prediction of a model. levels: a / sigma, with a = 1 - sigma."""
+    world, table = exact.world, {}
+    for kind, left_open in kinds.items():
+        rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+        named = frozenset(ATTRIBUTES) - left_open
+        choice = Choice((named,), "background" not in left_open)
+        scenes = [world.scene(rng) for _ in range(count)]
+        prompts = [prompt_for(world, scene, rng, choice) for scene in scenes]
+        x0 = torch.cat([to_pixels(world.image(scene)) for scene in scenes])
+        noise = torch.randn(x0.shape, generator=generator)
+        table[kind] = []
+        for level in levels:
+            sigma = torch.full((count,), 1 / (1 + level))
+            noisy = (1 - sigma[0]) * x0 + sigma[0] * noise
+            rows = [slice(start, start + batch) for start in range(0, count, batch)]
+            predicted, best, blind = (torch.cat(each) for each in zip(*(
+                (predict(noisy[row], sigma[row], prompts[row]),
+                 exact(noisy[row], sigma[row], prompts[row]).image(),
+                 exact.blind(prompts[row]).image()) for row in rows)))
+            table[kind].append(round(readable_share(predicted, best, blind), 3))
+    return table

@@ -354,8 +354,8 @@ def rate_at(step: int, config: TrainConfig) -> float:
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
-    return Batch(batch.pictures.to(device), [caption.to(device) for caption in batch.captions], batch.noise.to(device),
-                 batch.sigma.to(device))
+    return replace(batch, pictures=batch.pictures.to(device), captions=[caption.to(device) for caption in batch.captions],
+                   noise=batch.noise.to(device), sigma=batch.sigma.to(device))
 
 
 def step_file(output: Path, step: int) -> Path:

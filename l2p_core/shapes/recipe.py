@@ -1,0 +1,311 @@
+"""Train a small model of a `World` from nothing, in two runs:
+
+    l2p train l2p_core/shapes/layout.toml     # the transformer alone, where the layout is decided
+    l2p train l2p_core/shapes/world.toml      # the whole model, from where that ends
+
+Scenes and prompts are drawn anew for every batch. Three things make a small network pool its patches'
+evidence instead of letting each patch choose by itself (see docs/training.md):
+
+- the target is the exact denoiser's E[x0 | x_t, prompt] in place of the image that was noised: the same
+  expected gradient without the variance of the image;
+- a linear guide reads the clean patch and the scene's attributes off every token, and is thrown away
+  after training. The attributes are those of the whole scene, so a patch cannot answer from its own
+  pixels;
+- levels are drawn where meanings are chosen: a / sigma = (1 - sigma) / sigma between 0.0075 and 0.15.
+"""
+import json
+import math
+import os
+import random
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..header import whole
+from ..image import to_pixels
+from ..model import L2PTransformer
+from ..sampler import shifted
+from ..text import LAYER, TEMPLATE, TextEncoder
+from ..train.config import TrainConfig
+from ..train.data import Batch
+from ..train.record import samples_file
+from ..train.trainer import Run
+from .exact import ExactDenoiser, Posterior, readable_table
+from .judge import score
+from .train import CONFIG, CombinedOptimizer, Muon, initialise, make_text_encoder, uneven
+from .world import PLACES_WORLD, Prompt, Scene, Stated, World, choose, prompt_for
+
+WINDOW = (0.0075, 0.15)  # of a / sigma
+GATE_LEVELS = (0.02, 0.04, 0.08)  # a / sigma at which R is logged; the gate is 0.95 at 0.04
+SETTLED = 0.6  # sigma below which the exact denoiser is the image itself
+ATTRIBUTE_WEIGHT = 0.3  # of the guide's attribute loss beside its patch loss
+EMPTY_SHARE = 0.1  # of prompts that are empty
+SHIFT, FINISH_SHIFT = 4.0, 0.35  # of the levels outside the window: even steps, the last steps
+VOCABULARY_PROMPTS = 20_000  # that the tokenizer is fitted to
+EXAMPLES = 16  # images of the data folder, whose first prompts are the samples
+
+
+@dataclass(frozen=True)
+class WorldBatch(Batch):
+    """A batch that knows the exact denoiser's answers.
+
+    target: (B, 3, H, W) E[x0 | x_t, prompt]. marginals: each attribute's probabilities, (B, values)."""
+    target: Tensor
+    marginals: dict[str, Tensor]
+
+
+class Guide(nn.Module):
+    """Reads the clean patch and the scene's attributes linearly off each token's features."""
+
+    def __init__(self, dim: int, patch: int, values: dict[str, int]):
+        """values: how many values each attribute has."""
+        super().__init__()
+        self.patch, self.values = patch, values
+        self.pixels = nn.Linear(dim, 3 * patch**2)
+        self.attributes = nn.Linear(dim, sum(values.values()))
+
+    def image(self, features: Tensor) -> Tensor:
+        """(B, D, h, w) → (B, 3, H, W)."""
+        return F.pixel_shuffle(self.pixels(features.movedim(1, -1)).movedim(-1, 1), self.patch)
+
+    def loss(self, features: Tensor, target: Tensor, marginals: dict[str, Tensor]) -> Tensor:
+        """Mean squared error to the target, and the divergence of the attributes' probabilities."""
+        loss = F.mse_loss(self.image(features).float(), target)
+        logits = self.attributes(features.movedim(1, -1)).float()  # (B, h, w, values)
+        parts = logits.split(list(self.values.values()), -1)
+        for part, name in zip(parts, self.values):
+            wanted = marginals[name][:, None, None].expand_as(part)
+            divergence = F.kl_div(part.log_softmax(-1), wanted, reduction="none").sum(-1).mean()
+            loss = loss + ATTRIBUTE_WEIGHT * divergence
+        return loss
+
+
+class LayoutRun(Run):
+    """The transformer and the guide, in the window of levels alone. The decoder stays as it is."""
+
+    world: World = PLACES_WORLD
+    trains_decoder = False
+
+    def __init__(self, config: TrainConfig, progress: bool):
+        if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+            raise ValueError(f"found {processes} processes; the small model's recipe runs in one. "
+                             "Start it without accelerate launch")
+        checkpoint, data = Path(config.checkpoint), Path(config.data)
+        if not checkpoint.exists() and not data.exists() and not config.text_encoder:
+            make_files(self.world, checkpoint, data, config.seed)
+        elif not checkpoint.exists() or not data.exists():
+            missing = data if checkpoint.exists() else checkpoint
+            raise ValueError(f"{missing} does not exist, and the recipe makes it only together with "
+                             "the other files of a first run. Run l2p_core/shapes/layout.toml first, "
+                             "or give another checkpoint and data")
+        self.exact = ExactDenoiser(self.world)
+        super().__init__(config, progress)
+        self.encoder = self.pipe.text_encoder
+        self.pipe.unload_text_encoder()
+        if compiler_exists():
+            model = self.pipe.transformer
+            for block in (*model.noise_refiner, *model.context_refiner, *model.layers):
+                block.compile()
+
+    def make_optimizer(self) -> CombinedOptimizer:
+        """Muon for matrices and convolutions, AdamW for the rest; slower in the decoder."""
+        model = self.pipe.transformer
+        if self.trains_decoder:
+            model.to(memory_format=torch.channels_last)
+        one = self.exact.blind([prompt_for(self.world, self.world.scene(random.Random(0)),
+                                           random.Random(0))])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            self.guide = Guide(model.config.dim, model.config.patch_size, {
+                name: part.shape[1] for name, part in one.marginals().items()})
+        self.guide.to(self.device)
+        self.saved_tensors |= {f"guide.{name}": each for name, each in self.guide.named_parameters()}
+        matrices, convolutions, ends, rest = [], [], [], [*self.guide.parameters()]
+        for name, parameter in self.trained.items():
+            if name.startswith("local_decoder."):
+                inner = parameter.dim() == 4 and "out_conv" not in name
+                (convolutions if inner else ends).append(parameter)
+            else:
+                matrix = ".attention.to_" in name or ".feed_forward." in name
+                (matrices if matrix else rest).append(parameter)
+        decay = self.config.weight_decay
+        groups = [{"params": rest}]
+        optimizers = [Muon(matrices, 1.5, decay)]
+        if self.trains_decoder:
+            groups.append({"params": ends, "rate_factor": 0.25})
+            optimizers.append(Muon(convolutions, 1.0, decay))
+        return CombinedOptimizer(
+            *optimizers, torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=decay))
+
+    def batch(self, number: int) -> WorldBatch:
+        """Draw scenes, prompts, noise and levels from the seed and the batch's number."""
+        generator = self.batches.generator(number, "world")
+        rng = random.Random(generator.initial_seed())
+        scenes = [self.world.scene(rng) for _ in range(self.config.batch)]
+        prompts = [self.prompt(scene, rng) for scene in scenes]
+        images = torch.cat([to_pixels(self.world.image(scene)) for scene in scenes])
+        noise = torch.randn(images.shape, generator=generator)
+        sigma = self.levels(len(scenes), generator)
+        noise = self.with_uneven(noise, sigma, generator)
+        posterior = self.posterior(images, noise, sigma, prompts)
+        settled = (sigma < SETTLED)[:, None, None, None]
+        return WorldBatch(
+            images, encode(self.encoder, [prompt.text for prompt in prompts]), noise, sigma,
+            torch.where(settled, images, posterior.image()), posterior.marginals())
+
+    def prompt(self, scene: Scene, rng: random.Random) -> Prompt:
+        """Describe the scene, with the empty prompt now and then, which guidance needs."""
+        if rng.random() < EMPTY_SHARE:
+            return Prompt("", (Stated(),))
+        return prompt_for(self.world, scene, rng, choose(self.world, rng))
+
+    def posterior(self, images: Tensor, noise: Tensor, sigma: Tensor,
+                  prompts: list[Prompt]) -> Posterior:
+        blend = sigma[:, None, None, None]
+        return self.exact((1 - blend) * images + blend * noise, sigma, prompts)
+
+    def levels(self, count: int, generator: torch.Generator) -> Tensor:
+        """(count,) sigmas, all in the window."""
+        return window_levels(count, generator)
+
+    def with_uneven(self, noise: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
+        return noise
+
+    def loss(self, batch: WorldBatch) -> Tensor:
+        blend = batch.sigma[:, None, None, None]
+        noisy = (1 - blend) * batch.pictures + blend * batch.noise
+        with sdpa_kernel(SDPBackend.MATH):  # its backward pass is faster on a CPU
+            features = self.model.features(noisy, 1 - batch.sigma, batch.captions)
+        return self.guide.loss(features, batch.target, batch.marginals)
+
+    def draw(self) -> None:
+        """Write the table of R in place of samples: the decoder has learned nothing yet."""
+        if self.step == 0:
+            return
+        with self.drawing():
+            table = readable_table(self.predict, self.exact, GATE_LEVELS)
+        write_json(samples_file(self.output, self.step).with_suffix(".json"), {"R": table})
+
+    def predict(self, noisy: Tensor, sigma: Tensor, prompts: list[Prompt]) -> Tensor:
+        """The x0 prediction, by the guide."""
+        captions = encode(self.encoder, [prompt.text for prompt in prompts])
+        with sdpa_kernel(SDPBackend.MATH):
+            features = self.pipe.transformer.features(noisy, 1 - sigma, captions)
+        return self.guide.image(features).float()
+
+
+class WholeRun(LayoutRun):
+    """The whole model: a third of the levels in the window, the rest over all steps of sampling."""
+
+    trains_decoder = True
+    SCORED = 50  # prompts, each time samples are drawn
+
+    def make_optimizer(self) -> CombinedOptimizer:
+        optimizer = super().make_optimizer()
+        self.pipe.transformer.local_decoder.register_forward_pre_hook(
+            lambda _, inputs: setattr(self, "features", inputs[1]))
+        return optimizer
+
+    def levels(self, count: int, generator: torch.Generator) -> Tensor:
+        """35 % in the window, then half of the rest on the last steps of sampling."""
+        inside = round(0.35 * count)
+        shift = torch.full((count - inside,), SHIFT)
+        shift[::2] = FINISH_SHIFT
+        others = shifted(1 - torch.rand(count - inside, generator=generator), shift)
+        return torch.cat([window_levels(inside, generator), others])
+
+    def with_uneven(self, noise: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
+        """Make the noise of every other member below SETTLED uneven, as sampling leaves it."""
+        low = torch.nonzero(sigma < SETTLED).flatten()[::2]
+        noise[low] = uneven(noise[low], generator)
+        return noise
+
+    def loss(self, batch: WorldBatch) -> Tensor:
+        """The published objective with the exact target, and the guide's gradient beside it."""
+        blend = batch.sigma[:, None, None, None]
+        noisy = (1 - blend) * batch.pictures + blend * batch.noise
+        with sdpa_kernel(SDPBackend.MATH):
+            velocity = -self.model(noisy, 1 - batch.sigma, batch.captions)
+        wanted = batch.noise - batch.pictures + (batch.pictures - batch.target) / blend
+        loss = F.mse_loss(velocity.float(), wanted)
+        guiding = self.guide.loss(self.features, batch.target, batch.marginals)
+        return loss + guiding - guiding.detach()
+
+    def draw(self) -> None:
+        Run.draw(self)
+        if self.step == 0:
+            return
+        rng = random.Random(0)
+        scenes = [self.world.scene(rng, held_out=True) for _ in range(self.SCORED)]
+        prompts = [prompt_for(self.world, scene, rng) for scene in scenes]
+        with self.drawing():
+            table = readable_table(self.predict, self.exact, GATE_LEVELS)
+            embeds = encode(self.encoder, [prompt.text for prompt in prompts])
+            images = self.pipe(prompt_embeds=embeds, negative_prompt_embeds=self.encodings[""],
+                               height=self.world.side, width=self.world.side, sampler="ab2",
+                               seed=list(range(len(prompts))), num_inference_steps=20, shift=SHIFT,
+                               cfg_scale=1.0)
+        write_json(samples_file(self.output, self.step).with_suffix(".json"),
+                   {"R": table, "score": score(images, prompts, self.world)})
+
+
+def window_levels(count: int, generator: torch.Generator) -> Tensor:
+    """(count,) sigmas whose a / sigma is log-uniform in WINDOW."""
+    low, high = map(math.log, WINDOW)
+    return 1 / (1 + (low + (high - low) * torch.rand(count, generator=generator)).exp())
+
+
+@torch.no_grad()
+def encode(encoder: TextEncoder, texts: Sequence[str]) -> list[Tensor]:
+    """Return the prompt embeddings of many texts in one pass, (L, width) each."""
+    ids = [encoder.tokenizer(TEMPLATE.replace("{prompt}", text), add_special_tokens=False)["input_ids"]
+           for text in texts]
+    longest = max(map(len, ids))
+    padded = torch.tensor([row + [0] * (longest - len(row)) for row in ids])  # it reads left to right
+    model = encoder.model
+    embeds = model(padded.to(model.device), output_hidden_states=True, use_cache=False)
+    return [row[:len(each)] for row, each in zip(embeds.hidden_states[LAYER], ids)]
+
+
+def compiler_exists() -> bool:
+    """Whether torch.compile can be used; it halves a step's time. L2P_COMPILE=0 turns it off."""
+    return os.environ.get("L2P_COMPILE", "1") != "0" and shutil.which("g++") is not None
+
+
+def write_json(file: Path, content: object) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with whole(file) as part:
+        part.write_text(json.dumps(content), encoding="utf-8")
+
+
+def make_files(world: World, checkpoint: Path, data: Path, seed: int) -> None:
+    """Write what a first run begins with: tokenizer, text encoder, untrained model, some images."""
+    rng = random.Random(seed)
+    scenes = [world.scene(rng) for _ in range(VOCABULARY_PROMPTS)]
+    texts = sorted({prompt_for(world, scene, rng).text for scene in scenes})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        make_text_encoder(checkpoint.parent, texts)
+        model = L2PTransformer(CONFIG)
+        initialise(model)
+    unfinished = data.with_name(f"{data.name}.part")
+    (unfinished / "images").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number, scene in enumerate(scenes[:EXAMPLES]):
+        text = prompt_for(world, scene, rng).text or "a shape"
+        rows.append({"file_name": f"{number:04d}.png", "text": text})
+        world.image(scene).save(unfinished / "images" / rows[-1]["file_name"])
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (unfinished / "metadata.jsonl").write_text(lines, encoding="utf-8")
+    with whole(checkpoint) as part:
+        save_file(model.state_dict(), part, metadata={
+            "format": "pt", "modelspec.title": "L2P shapes", "modelspec.license": "Apache-2.0",
+            "modelspec.resolution": f"{world.side}x{world.side}"})
+    unfinished.rename(data)
