@@ -8,9 +8,10 @@ evidence instead of letting each patch choose by itself (see docs/training.md):
 
 - the target is the exact denoiser's E[x0 | x_t, prompt] in place of the image that was noised: the same
   expected gradient without the variance of the image;
-- a linear guide reads the clean patch and the scene's attributes off every token, and is thrown away
-  after training. The attributes are those of the whole scene, so a patch cannot answer from its own
-  pixels;
+- a linear guide reads three things off every token, and is thrown away after training: its clean
+  patch, its own row and column, and the scene's attributes. In noise a token's position follows from
+  attention alone, and nothing else makes the network keep it; the attributes are those of the whole
+  scene, so a patch cannot answer from its own pixels;
 - levels are drawn where meanings are chosen: a / sigma = (1 - sigma) / sigma between 0.0075 and 0.15.
 """
 import json
@@ -21,6 +22,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +39,7 @@ from ..train.config import TrainConfig
 from ..train.data import Batch
 from ..train.record import samples_file
 from ..train.trainer import Run
-from .exact import ExactDenoiser, Posterior, readable_table
+from .exact import ExactDenoiser, readable_table
 from .judge import score
 from .train import CONFIG, CombinedOptimizer, Muon, initialise, make_text_encoder, uneven
 from .world import PLACES_WORLD, Prompt, Scene, Stated, World, choose, prompt_for
@@ -45,7 +47,7 @@ from .world import PLACES_WORLD, Prompt, Scene, Stated, World, choose, prompt_fo
 WINDOW = (0.0075, 0.15)  # of a / sigma
 GATE_LEVELS = (0.02, 0.04, 0.08)  # a / sigma at which R is logged; the gate is 0.95 at 0.04
 SETTLED = 0.6  # sigma below which the exact denoiser is the image itself
-ATTRIBUTE_WEIGHT = 0.3  # of the guide's attribute loss beside its patch loss
+ATTRIBUTE_WEIGHT, POSITION_WEIGHT = 0.3, 0.3  # of the guide's losses beside that of its patches
 EMPTY_SHARE = 0.1  # of prompts that are empty
 SHIFT, FINISH_SHIFT = 4.0, 0.35  # of the levels outside the window: even steps, the last steps
 VOCABULARY_PROMPTS = 20_000  # that the tokenizer is fitted to
@@ -54,20 +56,31 @@ EXAMPLES = 16  # images of the data folder, whose first prompts are the samples
 
 @dataclass(frozen=True)
 class WorldBatch(Batch):
-    """A batch that knows the exact denoiser's answers.
+    """A batch that knows its prompts, for the exact denoiser. Its `captions` are empty: a batch is made
+    in a thread beside training, where matrix products are not the same bit for bit."""
+    prompts: list[Prompt]
 
-    target: (B, 3, H, W) E[x0 | x_t, prompt]. marginals: each attribute's probabilities, (B, values)."""
+
+class Question(NamedTuple):
+    """What the model is given, and the exact denoiser's answer.
+
+    noisy, target: (B, 3, H, W); target is E[x0 | x_t, prompt]. embeds: B tensors (L, width).
+    marginals: each attribute's probabilities, (B, values)."""
+    noisy: Tensor
+    embeds: list[Tensor]
     target: Tensor
     marginals: dict[str, Tensor]
 
 
 class Guide(nn.Module):
-    """Reads the clean patch and the scene's attributes linearly off each token's features."""
+    """Reads the clean patch, the token's position and the scene's attributes linearly off each token's
+    features."""
 
-    def __init__(self, dim: int, patch: int, values: dict[str, int]):
-        """values: how many values each attribute has."""
+    def __init__(self, dim: int, patch: int, side: int, values: dict[str, int]):
+        """side: pixels of the square images. values: how many values each attribute has."""
         super().__init__()
         self.patch, self.values = patch, values
+        self.position = nn.Linear(dim, 2 * (side // patch))  # row, then column
         self.pixels = nn.Linear(dim, 3 * patch**2)
         self.attributes = nn.Linear(dim, sum(values.values()))
 
@@ -75,9 +88,19 @@ class Guide(nn.Module):
         """(B, D, h, w) → (B, 3, H, W)."""
         return F.pixel_shuffle(self.pixels(features.movedim(1, -1)).movedim(-1, 1), self.patch)
 
+    def position_loss(self, features: Tensor) -> Tensor:
+        """The cross-entropy of each token's row and column."""
+        side = features.shape[-1]
+        number = torch.arange(side, device=features.device).expand(len(features), side, side)
+        row, column = self.position(features.movedim(1, -1)).float().split(side, -1)
+        return sum(F.cross_entropy(logits.flatten(0, 2), wanted.flatten())
+                   for logits, wanted in ((row, number.mT), (column, number)))
+
     def loss(self, features: Tensor, target: Tensor, marginals: dict[str, Tensor]) -> Tensor:
-        """Mean squared error to the target, and the divergence of the attributes' probabilities."""
+        """Mean squared error to the target, the divergence of the attributes' probabilities, and the
+        loss of the positions."""
         loss = F.mse_loss(self.image(features).float(), target)
+        loss = loss + POSITION_WEIGHT * self.position_loss(features)
         logits = self.attributes(features.movedim(1, -1)).float()  # (B, h, w, values)
         parts = logits.split(list(self.values.values()), -1)
         for part, name in zip(parts, self.values):
@@ -123,7 +146,7 @@ class LayoutRun(Run):
                                            random.Random(0))])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
-            self.guide = Guide(model.config.dim, model.config.patch_size, {
+            self.guide = Guide(model.config.dim, model.config.patch_size, self.world.side, {
                 name: part.shape[1] for name, part in one.marginals().items()})
         self.guide.to(self.device)
         self.saved_tensors |= {f"guide.{name}": each for name, each in self.guide.named_parameters()}
@@ -154,22 +177,13 @@ class LayoutRun(Run):
         noise = torch.randn(images.shape, generator=generator)
         sigma = self.levels(len(scenes), generator)
         noise = self.with_uneven(noise, sigma, generator)
-        posterior = self.posterior(images, noise, sigma, prompts)
-        settled = (sigma < SETTLED)[:, None, None, None]
-        return WorldBatch(
-            images, encode(self.encoder, [prompt.text for prompt in prompts]), noise, sigma,
-            torch.where(settled, images, posterior.image()), posterior.marginals())
+        return WorldBatch(images, [], noise, sigma, prompts)
 
     def prompt(self, scene: Scene, rng: random.Random) -> Prompt:
         """Describe the scene, with the empty prompt now and then, which guidance needs."""
         if rng.random() < EMPTY_SHARE:
             return Prompt("", (Stated(),))
         return prompt_for(self.world, scene, rng, choose(self.world, rng))
-
-    def posterior(self, images: Tensor, noise: Tensor, sigma: Tensor,
-                  prompts: list[Prompt]) -> Posterior:
-        blend = sigma[:, None, None, None]
-        return self.exact((1 - blend) * images + blend * noise, sigma, prompts)
 
     def levels(self, count: int, generator: torch.Generator) -> Tensor:
         """(count,) sigmas, all in the window."""
@@ -179,11 +193,21 @@ class LayoutRun(Run):
         return noise
 
     def loss(self, batch: WorldBatch) -> Tensor:
+        question = self.question(batch)
+        with sdpa_kernel(SDPBackend.MATH):  # its backward pass is faster on a CPU
+            features = self.model.features(question.noisy, 1 - batch.sigma, question.embeds)
+        return self.guide.loss(features, question.target, question.marginals)
+
+    def question(self, batch: WorldBatch) -> "Question":
+        """What the model is given for a batch, and the exact denoiser's answer."""
         blend = batch.sigma[:, None, None, None]
         noisy = (1 - blend) * batch.pictures + blend * batch.noise
-        with sdpa_kernel(SDPBackend.MATH):  # its backward pass is faster on a CPU
-            features = self.model.features(noisy, 1 - batch.sigma, batch.captions)
-        return self.guide.loss(features, batch.target, batch.marginals)
+        with torch.autocast(self.device.type, enabled=False), torch.no_grad():
+            posterior = self.exact(noisy.cpu(), batch.sigma.cpu(), batch.prompts)
+            embeds = encode(self.encoder, [prompt.text for prompt in batch.prompts])
+        target = torch.where(blend < SETTLED, batch.pictures, posterior.image().to(self.device))
+        return Question(noisy, embeds, target, {
+            name: part.to(self.device) for name, part in posterior.marginals().items()})
 
     def draw(self) -> None:
         """Write the table of R in place of samples: the decoder has learned nothing yet."""
@@ -229,13 +253,12 @@ class WholeRun(LayoutRun):
 
     def loss(self, batch: WorldBatch) -> Tensor:
         """The published objective with the exact target, and the guide's gradient beside it."""
-        blend = batch.sigma[:, None, None, None]
-        noisy = (1 - blend) * batch.pictures + blend * batch.noise
+        question = self.question(batch)
         with sdpa_kernel(SDPBackend.MATH):
-            velocity = -self.model(noisy, 1 - batch.sigma, batch.captions)
-        wanted = batch.noise - batch.pictures + (batch.pictures - batch.target) / blend
-        loss = F.mse_loss(velocity.float(), wanted)
-        guiding = self.guide.loss(self.features, batch.target, batch.marginals)
+            velocity = -self.model(question.noisy, 1 - batch.sigma, question.embeds)
+        off = (batch.pictures - question.target) / batch.sigma[:, None, None, None]
+        loss = F.mse_loss(velocity.float(), batch.noise - batch.pictures + off)
+        guiding = self.guide.loss(self.features, question.target, question.marginals)
         return loss + guiding - guiding.detach()
 
     def draw(self) -> None:
