@@ -13,6 +13,7 @@ readable signal that the model reads. 1 is all of it, 0 the mean image of the pr
 import argparse
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -20,12 +21,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from comfyui_l2p.l2p_core import L2PPipeline
+from comfyui_l2p.l2p_core.shapes import judge
 from comfyui_l2p.l2p_core.shapes.exact import ExactDenoiser, Predict, readable_table
 from comfyui_l2p.l2p_core.shapes.faults import FAULTS
 from comfyui_l2p.l2p_core.shapes.judge import CHECKS, examine, scene_of, score
 from comfyui_l2p.l2p_core.shapes.variety import fit
 from comfyui_l2p.l2p_core.shapes.world import (
-    ATTRIBUTES, WORLDS, Choice, Prompt, World, prompt_for,
+    ATTRIBUTES, PLACES_WORLD, WORLDS, Choice, Prompt, World, prompt_for, read_prompts,
 )
 
 LEVELS = (0.02, 0.03, 0.04, 0.06, 0.08, 0.15)  # a / sigma
@@ -87,8 +89,11 @@ def print_readable(pipe: L2PPipeline, world: World, count: int) -> None:
 
 def print_score(pipe: L2PPipeline, world: World, count: int, settings: dict) -> None:
     row("prompts", "right", *CHECKS)
-    for kind, choice in (("full", full_choice), ("partial", partial_choice)):
-        prompts = prompts_of(world, count, choice)
+    sets = {"full": prompts_of(world, count, full_choice),
+            "partial": prompts_of(world, count, partial_choice)}
+    if world is PLACES_WORLD:
+        sets["prompts.jsonl"] = read_prompts(Path(judge.__file__).with_name("prompts.jsonl"))
+    for kind, prompts in sets.items():
         result = score(generate(pipe, prompts, world.side, **settings), prompts, world)
         row(kind, *(result.get(name, "") for name in ("right", *CHECKS)))
 

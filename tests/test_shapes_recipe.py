@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from comfyui_l2p.l2p_core.cli import main
+from comfyui_l2p.l2p_core.model import L2PTransformer
 from comfyui_l2p.l2p_core.shapes import recipe
 from comfyui_l2p.l2p_core.shapes.recipe import WINDOW, Guide, encode, window_levels
 from comfyui_l2p.l2p_core.shapes.world import PLACES_WORLD, prompt_for
@@ -79,16 +80,18 @@ def test_prompts_encoded_together_are_those_encoded_alone(tmp_path):
 
 
 def test_the_guide_reads_patches_positions_and_attributes():
-    guide = Guide(dim=96, patch=16, side=64, values={"size": 2, "place": 5})
-    features = torch.randn(2, 96, 4, 4, requires_grad=True)
-    assert guide.image(features).shape == (2, 3, 64, 64)
+    model = L2PTransformer(recipe.CONFIG)
+    guide = Guide(model, side=64, values={"size": 2, "place": 5})
+    model.features(torch.randn(2, 3, 64, 64), torch.rand(2), [torch.randn(5, 96)] * 2)
+    assert guide.image().shape == (2, 3, 64, 64)
     marginals = {"size": torch.tensor([[1.0, 0], [0.5, 0.5]]), "place": torch.full((2, 5), 0.2)}
-    guide.loss(features, torch.zeros(2, 3, 64, 64), marginals).backward()
+    guide.loss(torch.zeros(2, 3, 64, 64), marginals).backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in guide.parameters())
     known = torch.cat([torch.eye(4).repeat_interleave(4, 0), torch.eye(4).repeat(4, 1)], 1)  # (16, 8)
     with torch.no_grad():
         guide.position.weight.zero_()
         guide.position.weight[:, :8] = 20 * torch.eye(8)
-    placed = torch.zeros(2, 96, 4, 4)
-    placed[:, :8] = known.T.unflatten(1, (4, 4))
-    assert guide.position_loss(placed) < 0.01 < 1 < guide.position_loss(placed.mT)
+    guide.heard["first"] = torch.cat([known, torch.zeros(16, 152)], 1).expand(2, -1, -1)
+    assert guide.position_loss() < 0.01
+    guide.heard["first"] = guide.heard["first"].flip(1)
+    assert guide.position_loss() > 1

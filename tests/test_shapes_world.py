@@ -1,16 +1,18 @@
 """The small model's world and its judge: the generator's own images pass, one wrong attribute fails."""
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
 from comfyui_l2p.l2p_core.shapes import pictures
+from comfyui_l2p.l2p_core.shapes import world as world_module
 from comfyui_l2p.l2p_core.shapes.judge import examine, holds, scene_of, score
 from comfyui_l2p.l2p_core.shapes.world import (
     COLOURS, FREE_WORLD, FULL_WORLD, PLACES_WORLD, RELATIONS, WORLDS, Background, Choice, Object,
-    Prompt, Scene, Stated, prompt_for, unknown_words, unknown_words_message, vocabulary, words_of,
+    Prompt, Scene, Stated, prompt_for, read_prompts, unknown_words, unknown_words_message, vocabulary, words_of,
 )
 
 ALL = frozenset(("size", "colour", "shape", "place"))
@@ -192,6 +194,25 @@ def test_every_position_has_one_name_in_each_group_of_places():
             for x, y in world.positions(size):
                 for group in range(len(world.places)):
                     assert world.is_at(world.place(group, x, y), x, y)
+
+
+def test_the_fixed_prompts_are_of_the_first_world(tmp_path):
+    prompts = read_prompts(Path(world_module.__file__).with_name("prompts.jsonl"))
+    assert len({prompt.text for prompt in prompts}) == 30
+    for prompt in prompts:
+        stated, = prompt.objects
+        place = stated.place or "left"
+        x, y = next(each for each in PLACES_WORLD.centres if PLACES_WORLD.is_at(place, *each))
+        background = prompt.background or Background("plain", ("green",))
+        left = [each for each in ("red", "blue") if each not in background.colours]
+        only = Object(stated.shape or "circle", stated.colour or left[0], stated.size or "small",
+                      x, y)
+        found = examine(PLACES_WORLD.image(Scene((only,), background)), PLACES_WORLD)
+        assert all(found.check(prompt).values()), prompt.text
+        assert not unknown_words(prompt.text)
+    (tmp_path / "bad.jsonl").write_text('{"text": "a circle", "form": "circle"}')
+    with pytest.raises(ValueError, match="line 1 is no prompt .*form"):
+        read_prompts(tmp_path / "bad.jsonl")
 
 
 def test_unknown_words_are_named():

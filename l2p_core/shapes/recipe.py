@@ -8,8 +8,8 @@ evidence instead of letting each patch choose by itself (see docs/training.md):
 
 - the target is the exact denoiser's E[x0 | x_t, prompt] in place of the image that was noised: the same
   expected gradient without the variance of the image;
-- a linear guide reads three things off every token, and is thrown away after training: its clean
-  patch, its own row and column, and the scene's attributes. In noise a token's position follows from
+- a linear guide reads three things off every token, and is thrown away after training: its row and
+  column, the scene's attributes, and its clean patch. In noise a token's position follows from
   attention alone, and nothing else makes the network keep it; the attributes are those of the whole
   scene, so a patch cannot answer from its own pixels;
 - levels are drawn where meanings are chosen: a / sigma = (1 - sigma) / sigma between 0.0075 and 0.15.
@@ -20,7 +20,8 @@ import os
 import random
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,14 +42,18 @@ from ..train.record import samples_file
 from ..train.trainer import Run
 from .exact import ExactDenoiser, readable_table
 from .judge import score
-from .train import CONFIG, CombinedOptimizer, Muon, initialise, make_text_encoder, uneven
+from .train import CONFIG as BUNDLED_CONFIG
+from .train import CombinedOptimizer, Muon, initialise, make_text_encoder, uneven
 from .world import PLACES_WORLD, Prompt, Scene, Stated, World, choose, prompt_for
 
 WINDOW = (0.0075, 0.15)  # of a / sigma
 GATE_LEVELS = (0.02, 0.04, 0.08)  # a / sigma at which R is logged; the gate is 0.95 at 0.04
 SETTLED = 0.6  # sigma below which the exact denoiser is the image itself
-ATTRIBUTE_WEIGHT, POSITION_WEIGHT = 0.3, 0.3  # of the guide's losses beside that of its patches
+PIXEL_WEIGHT, ATTRIBUTE_WEIGHT, POSITION_WEIGHT = 5.0, 0.3, 0.1  # of the guide's losses
 EMPTY_SHARE = 0.1  # of prompts that are empty
+# Depth before width: reading the prompt, finding the position, weighing a patch's evidence, pooling it
+# and rendering the answer each take a layer.
+CONFIG = replace(BUNDLED_CONFIG, dim=160, n_heads=5, n_layers=6, ffn_dim=480)
 SHIFT, FINISH_SHIFT = 4.0, 0.35  # of the levels outside the window: even steps, the last steps
 VOCABULARY_PROMPTS = 20_000  # that the tokenizer is fitted to
 EXAMPLES = 16  # images of the data folder, whose first prompts are the samples
@@ -73,41 +78,55 @@ class Question(NamedTuple):
 
 
 class Guide(nn.Module):
-    """Reads the clean patch, the token's position and the scene's attributes linearly off each token's
-    features."""
+    """Reads linearly off each token: its position after the first main layer, the scene's attributes
+    before and after the last one, and the clean patch after it.
 
-    def __init__(self, dim: int, patch: int, side: int, values: dict[str, int]):
+    It listens to the model's main layers and keeps what the last forward pass gave."""
+
+    def __init__(self, model: L2PTransformer, side: int, values: dict[str, int]):
         """side: pixels of the square images. values: how many values each attribute has."""
         super().__init__()
-        self.patch, self.values = patch, values
-        self.position = nn.Linear(dim, 2 * (side // patch))  # row, then column
-        self.pixels = nn.Linear(dim, 3 * patch**2)
-        self.attributes = nn.Linear(dim, sum(values.values()))
+        dim, self.patch = model.config.dim, model.config.patch_size
+        self.side, self.values = side // self.patch, values
+        self.pixels = nn.Linear(dim, 3 * self.patch**2)
+        self.position = nn.Linear(dim, 2 * self.side)  # row, then column
+        self.attributes = nn.ModuleList(nn.Linear(dim, sum(values.values())) for _ in range(2))
+        self.heard: dict[str, Tensor] = {}
+        for name, number in (("first", 0), ("next to last", -2), ("last", -1)):
+            model.layers[number].register_forward_hook(partial(self._hear, name))
 
-    def image(self, features: Tensor) -> Tensor:
-        """(B, D, h, w) → (B, 3, H, W)."""
-        return F.pixel_shuffle(self.pixels(features.movedim(1, -1)).movedim(-1, 1), self.patch)
+    def _hear(self, name: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        self.heard[name] = output[:, :self.side**2]  # (B, h * w, D)
 
-    def position_loss(self, features: Tensor) -> Tensor:
-        """The cross-entropy of each token's row and column."""
-        side = features.shape[-1]
-        number = torch.arange(side, device=features.device).expand(len(features), side, side)
-        row, column = self.position(features.movedim(1, -1)).float().split(side, -1)
-        return sum(F.cross_entropy(logits.flatten(0, 2), wanted.flatten())
-                   for logits, wanted in ((row, number.mT), (column, number)))
+    def image(self) -> Tensor:
+        """Return the clean image that it reads, (B, 3, H, W)."""
+        patches = self.pixels(self.heard["last"]).transpose(1, 2)
+        return F.pixel_shuffle(patches.unflatten(2, (self.side, self.side)), self.patch).float()
 
-    def loss(self, features: Tensor, target: Tensor, marginals: dict[str, Tensor]) -> Tensor:
-        """Mean squared error to the target, the divergence of the attributes' probabilities, and the
-        loss of the positions."""
-        loss = F.mse_loss(self.image(features).float(), target)
-        loss = loss + POSITION_WEIGHT * self.position_loss(features)
-        logits = self.attributes(features.movedim(1, -1)).float()  # (B, h, w, values)
-        parts = logits.split(list(self.values.values()), -1)
-        for part, name in zip(parts, self.values):
-            wanted = marginals[name][:, None, None].expand_as(part)
-            divergence = F.kl_div(part.log_softmax(-1), wanted, reduction="none").sum(-1).mean()
-            loss = loss + ATTRIBUTE_WEIGHT * divergence
+    def position_loss(self) -> Tensor:
+        """Return the cross-entropy of the tokens' rows and columns."""
+        row, column = self.position(self.heard["first"]).float().transpose(1, 2).split(self.side, 1)
+        number = torch.arange(self.side, device=row.device)
+        return sum(F.cross_entropy(logits, wanted.expand(len(logits), -1)) for logits, wanted in (
+            (row, number.repeat_interleave(self.side)), (column, number.repeat(self.side))))
+
+    def attribute_loss(self, marginals: dict[str, Tensor]) -> Tensor:
+        """Return the divergence of the read probabilities from the given ones, summed over the
+        attributes. marginals: (B, values) for each."""
+        loss = torch.zeros((), device=self.pixels.bias.device)
+        for read, name in zip(self.attributes, ("next to last", "last")):
+            logits = read(self.heard[name]).float().split(list(self.values.values()), -1)
+            for part, attribute in zip(logits, self.values):
+                wanted = marginals[attribute][:, None].expand_as(part)
+                divergence = F.kl_div(part.log_softmax(-1), wanted, reduction="none")
+                loss = loss + divergence.sum(-1).mean() / len(self.attributes)
         return loss
+
+    def loss(self, target: Tensor, marginals: dict[str, Tensor]) -> Tensor:
+        """Return the weighted sum of all, of the last forward pass. target: (B, 3, H, W)."""
+        return (PIXEL_WEIGHT * F.mse_loss(self.image(), target)
+                + ATTRIBUTE_WEIGHT * self.attribute_loss(marginals)
+                + POSITION_WEIGHT * self.position_loss())
 
 
 class LayoutRun(Run):
@@ -146,7 +165,7 @@ class LayoutRun(Run):
                                            random.Random(0))])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
-            self.guide = Guide(model.config.dim, model.config.patch_size, self.world.side, {
+            self.guide = Guide(model, self.world.side, {
                 name: part.shape[1] for name, part in one.marginals().items()})
         self.guide.to(self.device)
         self.saved_tensors |= {f"guide.{name}": each for name, each in self.guide.named_parameters()}
@@ -195,8 +214,8 @@ class LayoutRun(Run):
     def loss(self, batch: WorldBatch) -> Tensor:
         question = self.question(batch)
         with sdpa_kernel(SDPBackend.MATH):  # its backward pass is faster on a CPU
-            features = self.model.features(question.noisy, 1 - batch.sigma, question.embeds)
-        return self.guide.loss(features, question.target, question.marginals)
+            self.model.features(question.noisy, 1 - batch.sigma, question.embeds)
+        return self.guide.loss(question.target, question.marginals)
 
     def question(self, batch: WorldBatch) -> "Question":
         """What the model is given for a batch, and the exact denoiser's answer."""
@@ -221,8 +240,8 @@ class LayoutRun(Run):
         """The x0 prediction, by the guide."""
         captions = encode(self.encoder, [prompt.text for prompt in prompts])
         with sdpa_kernel(SDPBackend.MATH):
-            features = self.pipe.transformer.features(noisy, 1 - sigma, captions)
-        return self.guide.image(features).float()
+            self.pipe.transformer.features(noisy, 1 - sigma, captions)
+        return self.guide.image()
 
 
 class WholeRun(LayoutRun):
@@ -230,12 +249,6 @@ class WholeRun(LayoutRun):
 
     trains_decoder = True
     SCORED = 50  # prompts, each time samples are drawn
-
-    def make_optimizer(self) -> CombinedOptimizer:
-        optimizer = super().make_optimizer()
-        self.pipe.transformer.local_decoder.register_forward_pre_hook(
-            lambda _, inputs: setattr(self, "features", inputs[1]))
-        return optimizer
 
     def levels(self, count: int, generator: torch.Generator) -> Tensor:
         """35 % in the window, then half of the rest on the last steps of sampling."""
@@ -258,7 +271,7 @@ class WholeRun(LayoutRun):
             velocity = -self.model(question.noisy, 1 - batch.sigma, question.embeds)
         off = (batch.pictures - question.target) / batch.sigma[:, None, None, None]
         loss = F.mse_loss(velocity.float(), batch.noise - batch.pictures + off)
-        guiding = self.guide.loss(self.features, question.target, question.marginals)
+        guiding = self.guide.loss(question.target, question.marginals)
         return loss + guiding - guiding.detach()
 
     def draw(self) -> None:

@@ -8,6 +8,7 @@ What a prompt leaves out is left open: a prompt is drawn without looking at the 
 mention, so that all scenes that agree with a prompt are equally likely, given the prompt. Training
 needs this, and so does the exact denoiser in `exact.py`.
 """
+import json
 import math
 import random
 import re
@@ -15,6 +16,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -513,6 +515,22 @@ def _arranged(subject: str, where: str, behind: str, rng: random.Random) -> str:
     if rng.random() < 0.5:
         return comma.join(filter(None, (f"{subject} {backing}".strip(), where)))
     return " ".join(filter(None, (f"{subject}{comma}{where}" if where else subject, backing)))
+
+
+def read_prompts(file: Path) -> list[Prompt]:
+    """Read prompts of one object on a plain background: a JSON object in each line, with `text` and what
+    it says. Raises ValueError for a line that is not one."""
+    prompts = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            text, background = row.pop("text"), row.pop("background", None)
+            plain = Background("plain", (background,)) if background else None
+            prompts.append(Prompt(text, (Stated(**row),), plain))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file}, line {number} is no prompt ({error}); expected a JSON object "
+                             "with text and any of shape, colour, size, place, background") from None
+    return prompts
 
 
 def vocabulary() -> frozenset[str]:
