@@ -203,7 +203,8 @@ def test_the_fixed_prompts_are_of_the_first_world(tmp_path):
         stated, = prompt.objects
         place = stated.place or "left"
         x, y = next(each for each in PLACES_WORLD.centres if PLACES_WORLD.is_at(place, *each))
-        background = prompt.background or Background("plain", ("green",))
+        other = "black" if stated.colour == "green" else "green"
+        background = prompt.background or Background("plain", (other,))
         left = [each for each in ("red", "blue") if each not in background.colours]
         only = Object(stated.shape or "circle", stated.colour or left[0], stated.size or "small",
                       x, y)
