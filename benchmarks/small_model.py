@@ -6,6 +6,7 @@
     python benchmarks/small_model.py --faults 100          the score that each deliberate fault leaves
 
 --checkpoint and --text-encoder name another model than the bundled one, --world another world.
+--complete fills in at random what a prompt leaves open before the model reads it.
 
 R = (blind - model) / (blind - exact) in mean squared error of the x0 prediction: the share of the
 readable signal that the model reads. 1 is all of it, 0 the mean image of the prompt.
@@ -25,6 +26,7 @@ from comfyui_l2p.l2p_core.shapes import judge
 from comfyui_l2p.l2p_core.shapes.exact import ExactDenoiser, Predict, readable_table
 from comfyui_l2p.l2p_core.shapes.faults import FAULTS
 from comfyui_l2p.l2p_core.shapes.judge import CHECKS, examine, scene_of, score
+from comfyui_l2p.l2p_core.shapes.parse import complete
 from comfyui_l2p.l2p_core.shapes.variety import fit
 from comfyui_l2p.l2p_core.shapes.world import (
     ATTRIBUTES, PLACES_WORLD, WORLDS, Choice, Prompt, World, prompt_for, read_prompts,
@@ -66,12 +68,16 @@ def prompts_of(world: World, count: int, choice: Callable[[random.Random], Choic
 
 
 def generate(pipe: L2PPipeline, prompts: Sequence[Prompt], side: int, first_seed: int = 0,
-             **settings: object) -> list[Image.Image]:
-    """One image for each prompt, its seed the prompt's number from `first_seed`."""
+             completed: World | None = None, **settings: object) -> list[Image.Image]:
+    """One image for each prompt, its seed the prompt's number from `first_seed`.
+
+    completed: fill in what prompts leave open, in this world's terms."""
     images = []
     for start in tqdm(range(0, len(prompts), BATCH), unit="batch", leave=False):
         texts = [prompt.text for prompt in prompts[start:start + BATCH]]
         seeds = list(range(first_seed + start, first_seed + start + len(texts)))
+        if completed:
+            texts = [complete(text, completed, seed) for text, seed in zip(texts, seeds)]
         images += pipe(texts, seed=seeds, height=side, width=side, **settings)
     return images
 
@@ -136,6 +142,8 @@ def main() -> None:
     parser.add_argument("--score", type=int, metavar="N", help="score N full, N partial prompts")
     parser.add_argument("--fit", type=int, metavar="N", help="test the fit on N prompts")
     parser.add_argument("--faults", type=int, metavar="N", help="score N prompts with each fault")
+    parser.add_argument("--complete", action="store_true",
+                        help="fill in what prompts leave open before the model reads them")
     parser.add_argument("--steps", type=int, help="default: the checkpoint's")
     parser.add_argument("--shift", type=float, default=3.0, help="of the schedule (default 3)")
     parser.add_argument("--sampler", default="euler")
@@ -147,6 +155,8 @@ def main() -> None:
     settings = {"num_inference_steps": args.steps, "shift": args.shift, "sampler": args.sampler,
                 "cfg_scale": args.guidance}
     world = WORLDS[args.world]
+    if args.complete:
+        settings["completed"] = world
     if args.score:
         print_score(pipe, world, args.score, settings)
     if args.fit:

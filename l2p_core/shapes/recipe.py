@@ -54,6 +54,8 @@ EMPTY_SHARE = 0.1  # of prompts that are empty
 # Depth before width: reading the prompt, finding the position, weighing a patch's evidence, pooling it
 # and rendering the answer each take a layer.
 CONFIG = replace(BUNDLED_CONFIG, dim=160, n_heads=5, n_layers=6, ffn_dim=480)
+FREQUENCIES = 4  # of a patch's rows, and of its columns, that the embedder reads at first
+EMBEDDER_GAIN, EMBEDDER_RATE = 0.12, 0.05  # of each frequency; of the embedder's learning rate
 SHIFT, FINISH_SHIFT = 4.0, 0.35  # of the levels outside the window: even steps, the last steps
 VOCABULARY_PROMPTS = 20_000  # that the tokenizer is fitted to
 EXAMPLES = 16  # images of the data folder, whose first prompts are the samples
@@ -170,15 +172,18 @@ class LayoutRun(Run):
         self.guide.to(self.device)
         self.saved_tensors |= {f"guide.{name}": each for name, each in self.guide.named_parameters()}
         matrices, convolutions, ends, rest = [], [], [], [*self.guide.parameters()]
+        embedder = []
         for name, parameter in self.trained.items():
-            if name.startswith("local_decoder."):
+            if name.startswith("all_x_embedder.") and name.endswith(".weight"):
+                embedder.append(parameter)
+            elif name.startswith("local_decoder."):
                 inner = parameter.dim() == 4 and "out_conv" not in name
                 (convolutions if inner else ends).append(parameter)
             else:
                 matrix = ".attention.to_" in name or ".feed_forward." in name
                 (matrices if matrix else rest).append(parameter)
         decay = self.config.weight_decay
-        groups = [{"params": rest}]
+        groups = [{"params": rest}, {"params": embedder, "rate_factor": EMBEDDER_RATE}]
         optimizers = [Muon(matrices, 1.5, decay)]
         if self.trains_decoder:
             groups.append({"params": ends, "rate_factor": 0.25})
@@ -292,6 +297,24 @@ class WholeRun(LayoutRun):
                    {"R": table, "score": score(images, prompts, self.world)})
 
 
+@torch.no_grad()
+def initialise_embedder(model: L2PTransformer) -> None:
+    """Let the embedder read a patch's lowest frequencies alone.
+
+    In the window all of a patch's signal is in a few of its 768 numbers, and a random projection to
+    160 takes in the noise of all. The matching slow rate keeps the filters from being shaken apart by
+    gradients that are mostly noise."""
+    embedder, = model.all_x_embedder.values()
+    patch, dim = model.config.patch_size, model.config.dim
+    position, number = torch.arange(patch) + 0.5, torch.arange(FREQUENCIES)[:, None]
+    waves = torch.cos(math.pi * number * position / patch)
+    waves = waves / waves.norm(dim=1, keepdim=True)  # (frequencies, patch)
+    planes = torch.einsum("ip,jq->ijpq", waves, waves).reshape(FREQUENCIES**2, patch**2)
+    filters = torch.einsum("fp,cd->fcpd", planes, torch.eye(3)).reshape(3 * FREQUENCIES**2, -1)
+    directions = torch.linalg.qr(torch.randn(dim, len(filters)))[0]  # (D, filters)
+    embedder.weight.copy_(EMBEDDER_GAIN * directions @ filters)
+
+
 def window_levels(count: int, generator: torch.Generator) -> Tensor:
     """(count,) sigmas whose a / sigma is log-uniform in WINDOW."""
     low, high = map(math.log, WINDOW)
@@ -331,6 +354,7 @@ def make_files(world: World, checkpoint: Path, data: Path, seed: int) -> None:
         make_text_encoder(checkpoint.parent, texts)
         model = L2PTransformer(CONFIG)
         initialise(model)
+        initialise_embedder(model)
     unfinished = data.with_name(f"{data.name}.part")
     (unfinished / "images").mkdir(parents=True, exist_ok=True)
     rows = []
