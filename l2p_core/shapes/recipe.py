@@ -49,7 +49,7 @@ from .world import PLACES_WORLD, Prompt, Scene, Stated, World, choose, prompt_fo
 WINDOW = (0.0075, 0.15)  # of a / sigma
 GATE_LEVELS = (0.02, 0.04, 0.08)  # a / sigma at which R is logged; the gate is 0.95 at 0.04
 SETTLED = 0.6  # sigma below which the exact denoiser is the image itself
-PIXEL_WEIGHT, ATTRIBUTE_WEIGHT, POSITION_WEIGHT = 5.0, 0.3, 0.1  # of the guide's losses
+PIXEL_WEIGHT, ATTRIBUTE_WEIGHT, POSITION_WEIGHT = 12.0, 0.3, 0.1  # of the guide's losses
 EMPTY_SHARE = 0.1  # of prompts that are empty
 # Depth before width: reading the prompt, finding the position, weighing a patch's evidence, pooling it
 # and rendering the answer each take a layer.
