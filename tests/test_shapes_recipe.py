@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from comfyui_l2p.l2p_core.cli import main
@@ -53,6 +54,17 @@ def test_both_runs_train_and_a_stopped_one_resumes_bit_for_bit(tmp_path, monkeyp
                            one["local_decoder.out_conv.weight"])
     table = json.loads((tmp_path / "whole/world/run/samples/step-0000002.json").read_text())
     assert "right" in table["score"]
+
+
+def test_the_free_world_trains_too(tmp_path, monkeypatch):
+    run(tmp_path, monkeypatch, LAYOUT, "--steps", "1", "--sample-every", "1", "--recipe",
+        "comfyui_l2p.l2p_core.shapes.recipe:FreeLayoutRun")
+    run(tmp_path, monkeypatch, WHOLE, "--steps", "1", "--sample-every", "1", "--sample-steps", "2",
+        "--checkpoint", "world/layout/step-1.safetensors", "--recipe",
+        "comfyui_l2p.l2p_core.shapes.recipe:FreeWholeRun")
+    table = json.loads((tmp_path / "world/run/samples/step-0000001.json").read_text())
+    assert table["R"] is None and "right" in table["score"]
+    assert Image.open(tmp_path / "world/data/images/0000.png").size == (128, 128)
 
 
 def test_the_second_run_names_the_first(tmp_path, monkeypatch, capsys):

@@ -40,11 +40,12 @@ from ..train.config import TrainConfig
 from ..train.data import Batch
 from ..train.record import samples_file
 from ..train.trainer import Run
-from .exact import ExactDenoiser, readable_table
+from .candidates import CandidateDenoiser, Candidates, attribute_values
+from .exact import ExactDenoiser, Posterior, readable_table
 from .judge import score
 from .train import CONFIG as BUNDLED_CONFIG
 from .train import CombinedOptimizer, Muon, initialise, make_text_encoder, uneven
-from .world import PLACES_WORLD, Prompt, Scene, Stated, World, choose, prompt_for
+from .world import FREE_WORLD, PLACES_WORLD, Prompt, Scene, Stated, World, choose, prompt_for
 
 WINDOW = (0.0075, 0.15)  # of a / sigma
 GATE_LEVELS = (0.02, 0.04, 0.08)  # a / sigma at which R is logged; the gate is 0.95 at 0.04
@@ -64,8 +65,11 @@ EXAMPLES = 16  # images of the data folder, whose first prompts are the samples
 @dataclass(frozen=True)
 class WorldBatch(Batch):
     """A batch that knows its prompts, for the exact denoiser. Its `captions` are empty: a batch is made
-    in a thread beside training, where matrix products are not the same bit for bit."""
+    in a thread beside training, where matrix products are not the same bit for bit. seed: of the
+    candidates, where there are some."""
     prompts: list[Prompt]
+    scenes: list[Scene]
+    seed: int
 
 
 class Question(NamedTuple):
@@ -135,6 +139,7 @@ class LayoutRun(Run):
     """The transformer and the guide, in the window of levels alone. The decoder stays as it is."""
 
     world: World = PLACES_WORLD
+    candidates = 0  # beside the true scene, for worlds that are too large to sum over; 0: all scenes
     trains_decoder = False
 
     def __init__(self, config: TrainConfig, progress: bool):
@@ -149,7 +154,8 @@ class LayoutRun(Run):
             raise ValueError(f"{missing} does not exist, and the recipe makes it only together with "
                              "the other files of a first run. Run l2p_core/shapes/layout.toml first, "
                              "or give another checkpoint and data")
-        self.exact = ExactDenoiser(self.world)
+        self.exact = None if self.candidates else ExactDenoiser(self.world)
+        self.few = CandidateDenoiser(self.world, self.candidates)
         super().__init__(config, progress)
         self.encoder = self.pipe.text_encoder
         self.pipe.unload_text_encoder()
@@ -163,12 +169,10 @@ class LayoutRun(Run):
         model = self.pipe.transformer
         if self.trains_decoder:
             model.to(memory_format=torch.channels_last)
-        one = self.exact.blind([prompt_for(self.world, self.world.scene(random.Random(0)),
-                                           random.Random(0))])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             self.guide = Guide(model, self.world.side, {
-                name: part.shape[1] for name, part in one.marginals().items()})
+                name: len(values) for name, values in attribute_values(self.world).items()})
         self.guide.to(self.device)
         self.saved_tensors |= {f"guide.{name}": each for name, each in self.guide.named_parameters()}
         matrices, convolutions, ends, rest = [], [], [], [*self.guide.parameters()]
@@ -201,7 +205,7 @@ class LayoutRun(Run):
         noise = torch.randn(images.shape, generator=generator)
         sigma = self.levels(len(scenes), generator)
         noise = self.with_uneven(noise, sigma, generator)
-        return WorldBatch(images, [], noise, sigma, prompts)
+        return WorldBatch(images, [], noise, sigma, prompts, scenes, rng.getrandbits(32))
 
     def prompt(self, scene: Scene, rng: random.Random) -> Prompt:
         """Describe the scene, with the empty prompt now and then, which guidance needs."""
@@ -227,15 +231,21 @@ class LayoutRun(Run):
         blend = batch.sigma[:, None, None, None]
         noisy = (1 - blend) * batch.pictures + blend * batch.noise
         with torch.autocast(self.device.type, enabled=False), torch.no_grad():
-            posterior = self.exact(noisy.cpu(), batch.sigma.cpu(), batch.prompts)
+            posterior = self.posterior(noisy.cpu(), batch.sigma.cpu(), batch)
             embeds = encode(self.encoder, [prompt.text for prompt in batch.prompts])
         target = torch.where(blend < SETTLED, batch.pictures, posterior.image().to(self.device))
         return Question(noisy, embeds, target, {
             name: part.to(self.device) for name, part in posterior.marginals().items()})
 
+    def posterior(self, noisy: Tensor, sigma: Tensor, batch: WorldBatch) -> Posterior | Candidates:
+        if self.exact:
+            return self.exact(noisy, sigma, batch.prompts)
+        return self.few(noisy, sigma, batch.prompts, batch.scenes, random.Random(batch.seed))
+
     def draw(self) -> None:
-        """Write the table of R in place of samples: the decoder has learned nothing yet."""
-        if self.step == 0:
+        """Write the table of R, where the exact denoiser is known, in place of samples: the decoder has
+        learned nothing yet."""
+        if self.step == 0 or not self.exact:
             return
         with self.drawing():
             table = readable_table(self.predict, self.exact, GATE_LEVELS)
@@ -287,7 +297,7 @@ class WholeRun(LayoutRun):
         scenes = [self.world.scene(rng, held_out=True) for _ in range(self.SCORED)]
         prompts = [prompt_for(self.world, scene, rng) for scene in scenes]
         with self.drawing():
-            table = readable_table(self.predict, self.exact, GATE_LEVELS)
+            table = self.exact and readable_table(self.predict, self.exact, GATE_LEVELS)
             embeds = encode(self.encoder, [prompt.text for prompt in prompts])
             images = self.pipe(prompt_embeds=embeds, negative_prompt_embeds=self.encodings[""],
                                height=self.world.side, width=self.world.side, sampler="ab2",
@@ -295,6 +305,20 @@ class WholeRun(LayoutRun):
                                cfg_scale=1.0)
         write_json(samples_file(self.output, self.step).with_suffix(".json"),
                    {"R": table, "score": score(images, prompts, self.world)})
+
+
+class FreeLayoutRun(LayoutRun):
+    """The first run in the world of free positions, with a few candidates for the target."""
+
+    world = FREE_WORLD
+    candidates = 8
+
+
+class FreeWholeRun(WholeRun):
+    """The second run in the world of free positions."""
+
+    world = FREE_WORLD
+    candidates = 8
 
 
 @torch.no_grad()
