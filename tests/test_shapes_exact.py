@@ -68,6 +68,24 @@ def test_it_is_the_softmax_over_the_images(level):
                 assert difference.abs() < 1e-3
 
 
+def test_patches_are_independent_given_the_scene():
+    """The product of the patches' likelihoods is the image's, and no patch knows of the others."""
+    rng, generator = random.Random(3), torch.Generator().manual_seed(3)
+    exact = ExactDenoiser(SMALL)
+    prompts = [prompt_for(SMALL, SMALL.scene(rng), rng) for _ in range(6)]
+    noisy = torch.randn(6, 3, 32, 32, generator=generator)
+    sigma = torch.full((6,), 1 / 1.05)
+    prior = exact.blind(prompts).weights.flatten(1)
+    local = exact.patchwise(noisy, sigma, prompts, 16).weights.flatten(1).unflatten(0, (6, 4))
+    together = exact(noisy, sigma, prompts).weights.flatten(1)
+    product = (prior.log() + (local.log() - prior.log()[:, None]).nan_to_num(0).sum(1)).softmax(1)
+    assert torch.allclose(product, together, atol=1e-4)
+    changed = noisy.clone()
+    changed[:, :, 16:] = 0
+    other = exact.patchwise(changed, sigma, prompts, 16).weights.flatten(1).unflatten(0, (6, 4))
+    assert torch.allclose(other[:, :2], local[:, :2], atol=1e-6)
+
+
 def test_sampling_with_it_gives_clear_scenes_of_the_prompt_that_vary():
     exact = ExactDenoiser(PLACES_WORLD)
     prompts = [Prompt("a red circle", (Stated("circle", "red"),))] * 24

@@ -16,6 +16,7 @@ from itertools import product
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..image import to_pixels
@@ -84,7 +85,7 @@ class ExactDenoiser:
         self.index = {name: torch.tensor([self.values[name].index(value) for value in values])
                       for name, values in named.items()}
         self.log_prior = self._log_prior(held_out)  # (M, C, C)
-        self.norms = self._norms()
+        self.norms = self._norms_of(world.side**2, self.area, self.square)
 
     def _mask(self, shape: str, size: str, position: tuple[int, int]) -> Tensor:
         side, half = self.world.side, self.world.sizes[size]
@@ -105,14 +106,15 @@ class ExactDenoiser:
             known[i, j, k] = one != two and (held_out or not scene.held_out)
         return (weights[:, None, None] * known[self.index["shape"]]).log()
 
-    def _norms(self) -> Tensor:
-        """The squared length of every image, (M, C, C)."""
+    def _norms_of(self, pixels: int, area: Tensor, square: Tensor) -> Tensor:
+        """The squared length of each image of so many pixels, (..., C, C). area, square: sums of its
+        mask and of the mask's square."""
         rgb = self.rgb
         step = rgb[:, None] - rgb[None]  # (C, C, 3), colour less background
-        plain = self.world.side**2 * rgb.square().sum(1)  # (C,)
-        cross, square = (rgb[None] * step).sum(-1), step.square().sum(-1)
-        return (plain[None, None] + 2 * self.area[:, None, None] * cross
-                + self.square[:, None, None] * square)
+        plain = pixels * rgb.square().sum(1)  # (C,)
+        cross = (rgb[None] * step).sum(-1)
+        return (plain + 2 * area[..., None, None] * cross
+                + square[..., None, None] * step.square().sum(-1))
 
     def scene(self, mask: int, colour: int, background: int) -> Scene:
         shape, size, (x, y) = self.keys[mask]
@@ -154,6 +156,25 @@ class ExactDenoiser:
         logits = signal * (inner - (1 - sigma)[:, None, None, None] / 2 * self.norms)
         logits = (self.given(prompts) + logits).flatten(1)
         return Posterior(self, logits.softmax(1).view(len(prompts), *self.log_prior.shape))
+
+    def patchwise(self, noisy: Tensor, sigma: Tensor, prompts: list[Prompt],
+                  patch: int) -> Posterior:
+        """What prompt and each patch of the noisy image by itself tell.
+
+        noisy, sigma: as above; patch: pixels. Returns a posterior for B * h * w patches, row by row."""
+        rgb, side = self.rgb, self.world.side
+        flat = F.unfold(noisy, patch, stride=patch)  # (B, 3 * p * p, h * w)
+        flat = flat.unflatten(1, (3, -1)).permute(0, 3, 1, 2)  # (B, h * w, 3, p * p)
+        masks = F.unfold(self.masks.view(-1, 1, side, side), patch, stride=patch)
+        masks = masks.transpose(1, 2)  # (M, h * w, p * p)
+        on_mask = torch.einsum("bncp,mnp->bnmc", flat, masks) @ rgb.T  # (B, h * w, M, C)
+        on_all = flat.sum(3) @ rgb.T  # (B, h * w, C)
+        inner = on_mask[..., None] - on_mask[..., None, :] + on_all[:, :, None, None]
+        norms = self._norms_of(patch**2, masks.sum(2).T, masks.square().sum(2).T)
+        blend = sigma[:, None, None, None, None]
+        logits = (1 - blend) / blend**2 * (inner - (1 - blend) / 2 * norms)
+        logits = (self.given(prompts)[:, None] + logits).flatten(0, 1)  # (B * h * w, M, C, C)
+        return Posterior(self, logits.flatten(1).softmax(1).view_as(logits))
 
 
 def readable_share(model: Tensor, exact: Tensor, blind: Tensor) -> float:

@@ -50,7 +50,8 @@ from .world import FREE_WORLD, PLACES_WORLD, Prompt, Scene, Stated, World, choos
 WINDOW = (0.0075, 0.15)  # of a / sigma
 GATE_LEVELS = (0.02, 0.04, 0.08)  # a / sigma at which R is logged; the gate is 0.95 at 0.04
 SETTLED = 0.6  # sigma below which the exact denoiser is the image itself
-PIXEL_WEIGHT, ATTRIBUTE_WEIGHT, POSITION_WEIGHT = 12.0, 0.3, 0.1  # of the guide's losses
+# Of the guide's losses.
+PIXEL_WEIGHT, ATTRIBUTE_WEIGHT, LOCAL_WEIGHT, POSITION_WEIGHT = 12.0, 0.3, 0.3, 0.1
 EMPTY_SHARE = 0.1  # of prompts that are empty
 # Depth before width: reading the prompt, finding the position, weighing a patch's evidence, pooling it
 # and rendering the answer each take a layer.
@@ -76,16 +77,20 @@ class Question(NamedTuple):
     """What the model is given, and the exact denoiser's answer.
 
     noisy, target: (B, 3, H, W); target is E[x0 | x_t, prompt]. embeds: B tensors (L, width).
-    marginals: each attribute's probabilities, (B, values)."""
+    marginals: each attribute's probabilities, (B, values). local: those that each patch alone tells,
+    (B, h * w, values), or None."""
     noisy: Tensor
     embeds: list[Tensor]
     target: Tensor
     marginals: dict[str, Tensor]
+    local: dict[str, Tensor] | None
 
 
 class Guide(nn.Module):
-    """Reads linearly off each token: its position after the first main layer, the scene's attributes
-    before and after the last one, and the clean patch after it.
+    """Reads linearly off each token what one step of the way needs from the one before:
+
+    after the first main layer its position; after the middle one what its patch alone tells of the
+    scene's attributes; before and after the last one what all patches tell of them; and its clean patch.
 
     It listens to the model's main layers and keeps what the last forward pass gave."""
 
@@ -96,9 +101,11 @@ class Guide(nn.Module):
         self.side, self.values = side // self.patch, values
         self.pixels = nn.Linear(dim, 3 * self.patch**2)
         self.position = nn.Linear(dim, 2 * self.side)  # row, then column
+        self.local = nn.Linear(dim, sum(values.values()))
         self.attributes = nn.ModuleList(nn.Linear(dim, sum(values.values())) for _ in range(2))
         self.heard: dict[str, Tensor] = {}
-        for name, number in (("first", 0), ("next to last", -2), ("last", -1)):
+        middle = len(model.layers) // 2 - 1
+        for name, number in (("first", 0), ("middle", middle), ("next to last", -2), ("last", -1)):
             model.layers[number].register_forward_hook(partial(self._hear, name))
 
     def _hear(self, name: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
@@ -116,23 +123,29 @@ class Guide(nn.Module):
         return sum(F.cross_entropy(logits, wanted.expand(len(logits), -1)) for logits, wanted in (
             (row, number.repeat_interleave(self.side)), (column, number.repeat(self.side))))
 
-    def attribute_loss(self, marginals: dict[str, Tensor]) -> Tensor:
+    def divergence(self, logits: Tensor, marginals: dict[str, Tensor]) -> Tensor:
         """Return the divergence of the read probabilities from the given ones, summed over the
-        attributes. marginals: (B, values) for each."""
-        loss = torch.zeros((), device=self.pixels.bias.device)
-        for read, name in zip(self.attributes, ("next to last", "last")):
-            logits = read(self.heard[name]).float().split(list(self.values.values()), -1)
-            for part, attribute in zip(logits, self.values):
-                wanted = marginals[attribute][:, None].expand_as(part)
-                divergence = F.kl_div(part.log_softmax(-1), wanted, reduction="none")
-                loss = loss + divergence.sum(-1).mean() / len(self.attributes)
+        attributes. logits: (B, h * w, sum of values). marginals: (B or B, h * w, values) for each."""
+        loss = logits.new_zeros(())
+        for part, name in zip(logits.float().split(list(self.values.values()), -1), self.values):
+            wanted = marginals[name]
+            wanted = (wanted[:, None] if wanted.dim() == 2 else wanted).expand_as(part)
+            loss = loss + F.kl_div(part.log_softmax(-1), wanted, reduction="none").sum(-1).mean()
         return loss
 
-    def loss(self, target: Tensor, marginals: dict[str, Tensor]) -> Tensor:
-        """Return the weighted sum of all, of the last forward pass. target: (B, 3, H, W)."""
-        return (PIXEL_WEIGHT * F.mse_loss(self.image(), target)
-                + ATTRIBUTE_WEIGHT * self.attribute_loss(marginals)
-                + POSITION_WEIGHT * self.position_loss())
+    def loss(self, target: Tensor, marginals: dict[str, Tensor],
+             local: dict[str, Tensor] | None = None) -> Tensor:
+        """Return the weighted sum of all, of the last forward pass.
+
+        target: (B, 3, H, W). marginals: (B, values) for each attribute. local: (B, h * w, values), what
+        each patch alone tells."""
+        loss = PIXEL_WEIGHT * F.mse_loss(self.image(), target)
+        loss = loss + POSITION_WEIGHT * self.position_loss()
+        for read, name in zip(self.attributes, ("next to last", "last")):
+            loss = loss + ATTRIBUTE_WEIGHT / 2 * self.divergence(read(self.heard[name]), marginals)
+        if local:
+            loss = loss + LOCAL_WEIGHT * self.divergence(self.local(self.heard["middle"]), local)
+        return loss
 
 
 class LayoutRun(Run):
@@ -224,7 +237,7 @@ class LayoutRun(Run):
         question = self.question(batch)
         with sdpa_kernel(SDPBackend.MATH):  # its backward pass is faster on a CPU
             self.model.features(question.noisy, 1 - batch.sigma, question.embeds)
-        return self.guide.loss(question.target, question.marginals)
+        return self.guide.loss(question.target, question.marginals, question.local)
 
     def question(self, batch: WorldBatch) -> "Question":
         """What the model is given for a batch, and the exact denoiser's answer."""
@@ -233,9 +246,18 @@ class LayoutRun(Run):
         with torch.autocast(self.device.type, enabled=False), torch.no_grad():
             posterior = self.posterior(noisy.cpu(), batch.sigma.cpu(), batch)
             embeds = encode(self.encoder, [prompt.text for prompt in batch.prompts])
+            local = self.local(noisy.cpu(), batch.sigma.cpu(), batch.prompts)
         target = torch.where(blend < SETTLED, batch.pictures, posterior.image().to(self.device))
-        return Question(noisy, embeds, target, {
-            name: part.to(self.device) for name, part in posterior.marginals().items()})
+        marginals = {name: part.to(self.device) for name, part in posterior.marginals().items()}
+        return Question(noisy, embeds, target, marginals, local)
+
+    def local(self, noisy: Tensor, sigma: Tensor, prompts: list[Prompt]) -> dict[str, Tensor] | None:
+        """What each patch alone tells of the attributes, (B, h * w, values)."""
+        if not self.exact:
+            return None
+        found = self.exact.patchwise(noisy, sigma, prompts, self.guide.patch).marginals()
+        return {name: part.unflatten(0, (len(noisy), -1)).to(self.device)
+                for name, part in found.items()}
 
     def posterior(self, noisy: Tensor, sigma: Tensor, batch: WorldBatch) -> Posterior | Candidates:
         if self.exact:
@@ -286,7 +308,7 @@ class WholeRun(LayoutRun):
             velocity = -self.model(question.noisy, 1 - batch.sigma, question.embeds)
         off = (batch.pictures - question.target) / batch.sigma[:, None, None, None]
         loss = F.mse_loss(velocity.float(), batch.noise - batch.pictures + off)
-        guiding = self.guide.loss(question.target, question.marginals)
+        guiding = self.guide.loss(question.target, question.marginals, question.local)
         return loss + guiding - guiding.detach()
 
     def draw(self) -> None:
