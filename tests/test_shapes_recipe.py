@@ -98,7 +98,7 @@ def test_the_guide_reads_patches_positions_and_attributes():
     assert guide.image().shape == (2, 3, 64, 64)
     marginals = {"size": torch.tensor([[1.0, 0], [0.5, 0.5]]), "place": torch.full((2, 5), 0.2)}
     local = {name: part[:, None].expand(2, 16, -1) for name, part in marginals.items()}
-    guide.loss(torch.zeros(2, 3, 64, 64), marginals, local).backward()
+    guide.loss(torch.zeros(2, 3, 64, 64), marginals, torch.randn(2, 16), local).backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in guide.parameters())
     known = torch.cat([torch.eye(4).repeat_interleave(4, 0), torch.eye(4).repeat(4, 1)], 1)  # (16, 8)
     with torch.no_grad():

@@ -45,13 +45,16 @@ from .exact import ExactDenoiser, Posterior, readable_table
 from .judge import score
 from .train import CONFIG as BUNDLED_CONFIG
 from .train import CombinedOptimizer, Muon, initialise, make_text_encoder, uneven
-from .world import FREE_WORLD, PLACES_WORLD, Prompt, Scene, Stated, World, choose, prompt_for
+from .world import (
+    COLOURS, FREE_WORLD, PLACES_WORLD, Prompt, Scene, Stated, World, choose, prompt_for,
+)
 
 WINDOW = (0.0075, 0.15)  # of a / sigma
 GATE_LEVELS = (0.02, 0.04, 0.08)  # a / sigma at which R is logged; the gate is 0.95 at 0.04
 SETTLED = 0.6  # sigma below which the exact denoiser is the image itself
 # Of the guide's losses.
 PIXEL_WEIGHT, ATTRIBUTE_WEIGHT, LOCAL_WEIGHT, POSITION_WEIGHT = 12.0, 0.3, 0.3, 0.1
+EVIDENCE_WEIGHT = 0.3
 EMPTY_SHARE = 0.1  # of prompts that are empty
 # Depth before width: reading the prompt, finding the position, weighing a patch's evidence, pooling it
 # and rendering the answer each take a layer.
@@ -77,20 +80,23 @@ class Question(NamedTuple):
     """What the model is given, and the exact denoiser's answer.
 
     noisy, target: (B, 3, H, W); target is E[x0 | x_t, prompt]. embeds: B tensors (L, width).
-    marginals: each attribute's probabilities, (B, values). local: those that each patch alone tells,
-    (B, h * w, values), or None."""
+    marginals: each attribute's probabilities, (B, values). evidence: (B, h * w), each noisy patch's
+    mean colour, brought to about 1, along object less background. local: the probabilities that each
+    patch alone tells, (B, h * w, values), or None."""
     noisy: Tensor
     embeds: list[Tensor]
     target: Tensor
     marginals: dict[str, Tensor]
+    evidence: Tensor
     local: dict[str, Tensor] | None
 
 
 class Guide(nn.Module):
     """Reads linearly off each token what one step of the way needs from the one before:
 
-    after the first main layer its position; after the middle one what its patch alone tells of the
-    scene's attributes; before and after the last one what all patches tell of them; and its clean patch.
+    after the first main layer its position; after the second how much its patch's mean colour speaks for
+    the object and against the background; after the middle one what its patch alone tells of the scene's
+    attributes; before and after the last one what all patches tell of them; and its clean patch.
 
     It listens to the model's main layers and keeps what the last forward pass gave."""
 
@@ -102,10 +108,12 @@ class Guide(nn.Module):
         self.pixels = nn.Linear(dim, 3 * self.patch**2)
         self.position = nn.Linear(dim, 2 * self.side)  # row, then column
         self.local = nn.Linear(dim, sum(values.values()))
+        self.evidence = nn.Linear(dim, 1)
         self.attributes = nn.ModuleList(nn.Linear(dim, sum(values.values())) for _ in range(2))
         self.heard: dict[str, Tensor] = {}
         middle = len(model.layers) // 2 - 1
-        for name, number in (("first", 0), ("middle", middle), ("next to last", -2), ("last", -1)):
+        for name, number in (("first", 0), ("second", 1), ("middle", middle), ("next to last", -2),
+                             ("last", -1)):
             model.layers[number].register_forward_hook(partial(self._hear, name))
 
     def _hear(self, name: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
@@ -133,13 +141,15 @@ class Guide(nn.Module):
             loss = loss + F.kl_div(part.log_softmax(-1), wanted, reduction="none").sum(-1).mean()
         return loss
 
-    def loss(self, target: Tensor, marginals: dict[str, Tensor],
+    def loss(self, target: Tensor, marginals: dict[str, Tensor], evidence: Tensor,
              local: dict[str, Tensor] | None = None) -> Tensor:
         """Return the weighted sum of all, of the last forward pass.
 
-        target: (B, 3, H, W). marginals: (B, values) for each attribute. local: (B, h * w, values), what
-        each patch alone tells."""
+        target: (B, 3, H, W). marginals: (B, values) for each attribute. evidence: (B, h * w). local:
+        (B, h * w, values), what each patch alone tells."""
         loss = PIXEL_WEIGHT * F.mse_loss(self.image(), target)
+        read = self.evidence(self.heard["second"]).float().squeeze(-1)
+        loss = loss + EVIDENCE_WEIGHT * F.mse_loss(read, evidence)
         loss = loss + POSITION_WEIGHT * self.position_loss()
         for read, name in zip(self.attributes, ("next to last", "last")):
             loss = loss + ATTRIBUTE_WEIGHT / 2 * self.divergence(read(self.heard[name]), marginals)
@@ -237,7 +247,8 @@ class LayoutRun(Run):
         question = self.question(batch)
         with sdpa_kernel(SDPBackend.MATH):  # its backward pass is faster on a CPU
             self.model.features(question.noisy, 1 - batch.sigma, question.embeds)
-        return self.guide.loss(question.target, question.marginals, question.local)
+        return self.guide.loss(question.target, question.marginals, question.evidence,
+                               question.local)
 
     def question(self, batch: WorldBatch) -> "Question":
         """What the model is given for a batch, and the exact denoiser's answer."""
@@ -249,7 +260,17 @@ class LayoutRun(Run):
             local = self.local(noisy.cpu(), batch.sigma.cpu(), batch.prompts)
         target = torch.where(blend < SETTLED, batch.pictures, posterior.image().to(self.device))
         marginals = {name: part.to(self.device) for name, part in posterior.marginals().items()}
-        return Question(noisy, embeds, target, marginals, local)
+        return Question(noisy, embeds, target, marginals, self.evidence(noisy, batch.sigma, marginals),
+                        local)
+
+    def evidence(self, noisy: Tensor, sigma: Tensor, marginals: dict[str, Tensor]) -> Tensor:
+        """How much each patch's mean colour speaks for the object, (B, h * w)."""
+        rgb = torch.tensor([COLOURS[name] for name in self.world.colours], device=self.device)
+        apart = (marginals["colour"] - marginals["background"]) @ (rgb / 127.5)  # (B, 3)
+        patch = self.guide.patch
+        means = patch * F.avg_pool2d(noisy, patch).flatten(2)  # (B, 3, h * w), noise of 1 at sigma 1
+        largest = sigma + patch * (1 - sigma)  # about, of noise and signal
+        return torch.einsum("bc,bcn->bn", apart, means / largest[:, None, None]).float()
 
     def local(self, noisy: Tensor, sigma: Tensor, prompts: list[Prompt]) -> dict[str, Tensor] | None:
         """What each patch alone tells of the attributes, (B, h * w, values)."""
@@ -308,7 +329,8 @@ class WholeRun(LayoutRun):
             velocity = -self.model(question.noisy, 1 - batch.sigma, question.embeds)
         off = (batch.pictures - question.target) / batch.sigma[:, None, None, None]
         loss = F.mse_loss(velocity.float(), batch.noise - batch.pictures + off)
-        guiding = self.guide.loss(question.target, question.marginals, question.local)
+        guiding = self.guide.loss(question.target, question.marginals, question.evidence,
+                               question.local)
         return loss + guiding - guiding.detach()
 
     def draw(self) -> None:
