@@ -53,7 +53,7 @@ WINDOW = (0.0075, 0.15)  # of a / sigma
 GATE_LEVELS = (0.02, 0.04, 0.08)  # a / sigma at which R is logged; the gate is 0.95 at 0.04
 SETTLED = 0.6  # sigma below which the exact denoiser is the image itself
 # Of the guide's losses.
-PIXEL_WEIGHT, ATTRIBUTE_WEIGHT, LOCAL_WEIGHT, POSITION_WEIGHT = 12.0, 0.3, 0.3, 0.1
+PIXEL_WEIGHT, ATTRIBUTE_WEIGHT, LOCAL_WEIGHT, POSITION_WEIGHT = 12.0, 0.3, 3.0, 0.1
 EVIDENCE_WEIGHT = 0.3
 EMPTY_SHARE = 0.1  # of prompts that are empty
 # Depth before width: reading the prompt, finding the position, weighing a patch's evidence, pooling it
