@@ -13,6 +13,10 @@ from typing import Any
 OWN_RECIPES = (
     "comfyui_l2p.l2p_core.shapes.train:ShapesRun",
     "comfyui_l2p.l2p_core.shapes.train:ScoredRun",
+    "comfyui_l2p.l2p_core.shapes.recipe:LayoutRun",
+    "comfyui_l2p.l2p_core.shapes.recipe:WholeRun",
+    "comfyui_l2p.l2p_core.shapes.recipe:FreeLayoutRun",
+    "comfyui_l2p.l2p_core.shapes.recipe:FreeWholeRun",
 )
 
 

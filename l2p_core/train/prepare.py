@@ -1,6 +1,7 @@
 """What a run trains, in which dtype, and with which optimizer and learning rate."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -127,9 +128,10 @@ def rate_at(step: int, config: TrainConfig) -> float:
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """The batch, moved."""
-    return Batch(
-        batch.pictures.to(device),
-        [caption.to(device) for caption in batch.captions],
-        batch.noise.to(device),
-        batch.sigma.to(device),
+    return replace(
+        batch,
+        pictures=batch.pictures.to(device),
+        captions=[caption.to(device) for caption in batch.captions],
+        noise=batch.noise.to(device),
+        sigma=batch.sigma.to(device),
     )

@@ -79,7 +79,8 @@ def find_recipe(name: str) -> type["Run"]:
     module, _, attribute = name.partition(":")
     try:
         if name in OWN_RECIPES:
-            found = getattr(import_module("..shapes.train", __package__), attribute)
+            name_here = module.rpartition(".")[2]
+            found = getattr(import_module(f"..shapes.{name_here}", __package__), attribute)
         else:
             found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
