@@ -30,6 +30,7 @@ class Job:
 
     output: Path
     settings: CompleteSettings
+    prompt: str  # as it is encoded: see `L2PPipeline.read_prompt`
 
     @property
     def shared(self) -> dict:
@@ -74,14 +75,14 @@ def plan(
             )
             checked("seed", complete.seed + count - 1)
             pipe.plan_stages(complete)
+            for copy, file in enumerate(files):
+                seed = complete.seed + copy
+                read = pipe.read_prompt(complete.prompt, seed)
+                jobs.append(Job(file, replace(complete, seed=seed), read))
         except ValueError as error:
             raise ValueError(
                 f"prompt {number + 1}: {error}" if len(rows) > 1 else str(error)
             ) from None
-        jobs += [
-            Job(file, replace(complete, seed=complete.seed + copy))
-            for copy, file in enumerate(files)
-        ]
     return jobs
 
 
@@ -156,6 +157,8 @@ def draw(
                 if facts[name]:  # store the hash, not the local path
                     facts[f"{name}_sha256"] = hash_once(facts[name])
                     facts[name] = Path(facts[name]).name
+            if job.prompt != job.settings.prompt:
+                facts["completed_prompt"] = job.prompt
             return {
                 **facts,
                 "dtype": str(pipe.dtype).removeprefix("torch."),
@@ -177,12 +180,10 @@ def draw(
         if not missing:
             return
         encode: Callable[[str], Tensor] = pipe.encode_prompt
-        encode(missing[0].settings.prompt)  # a fault of the text encoder shows before the bar does
+        encode(missing[0].prompt)  # a fault of the text encoder shows before the bar does
         if free_text_encoder:
             prompts = {
-                prompt
-                for job in missing
-                for prompt in (job.settings.prompt, job.settings.negative_prompt)
+                prompt for job in missing for prompt in (job.prompt, job.settings.negative_prompt)
             }
             encode = {prompt: pipe.encode_prompt(prompt).cpu() for prompt in prompts}.__getitem__
             pipe.unload_text_encoder()
@@ -196,7 +197,7 @@ def draw(
                     if (file := shared.pop(name))
                 }
                 images = pipe(
-                    prompt_embeds=[encode(job.settings.prompt) for job in group],
+                    prompt_embeds=[encode(job.prompt) for job in group],
                     negative_prompt_embeds=encode(shared.pop("negative_prompt")),
                     seed=[job.settings.seed for job in group],
                     callback=partial(_advance, bar, len(group)),

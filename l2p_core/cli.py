@@ -216,8 +216,9 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
         )
         if args.checkpoint is None and rank == 0:
             print(
-                "No --checkpoint given: drawing with the bundled small model, which knows plain"
-                f" shapes ({BUNDLED_MODEL.parent / 'README.md'})"
+                "No --checkpoint given: using the bundled small model, which knows plain shapes"
+                f" ({BUNDLED_MODEL.parent / 'README.md'}). What a prompt leaves open is filled in"
+                " at random"
             )
         rows = read_rows(args.prompts) if args.prompts else [{"prompt": args.prompt or ""}]
         settings = {name: getattr(args, name) for name in FIELDS if name != "prompt"}

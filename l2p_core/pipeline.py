@@ -1,7 +1,8 @@
 """The whole path as one object: files and a prompt → pictures."""
 
+import random
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from importlib.util import find_spec
@@ -18,6 +19,7 @@ from .flow import SOLVERS, Callback, guided_velocity, inpaint_velocity, interpol
 from .images import check_size, size_for, to_mask, to_pictures, to_pixels
 from .model import L2PTransformer
 from .settings import FIELDS, CompleteSettings, checked
+from .shapes.parse import read_prompt
 from .stages import Stage, in_windows, misfit, plan_stages, run_stages
 from .text import TextEncoder, find_encoder
 
@@ -57,13 +59,15 @@ class L2PPipeline:
         batch_guidance: bool = False,
         compile_blocks: bool = False,
         load_on_cpu: bool = False,
+        prompt_reader: Callable[[str, int], str] | None = None,
     ):
-        """See `from_pretrained`. load_on_cpu: load the model there; training moves it in parts."""
+        """See `from_pretrained`. load_on_cpu: load the model there; training moves it in parts.
+        prompt_reader: what makes of a prompt and a seed the prompt that is encoded."""
         self.layout, self.device, self.dtype = layout, device, dtype
         self.text_encoder_path, self.tokenizer_path = text_encoder, tokenizer
         self.decoder_tile, self.offload, self._progress = decoder_tile, offload, progress
         self.batch_guidance, self.compile_blocks = batch_guidance, compile_blocks
-        self.load_on_cpu = load_on_cpu
+        self.load_on_cpu, self._prompt_reader = load_on_cpu, prompt_reader
         self._encodings: dict[str, Tensor] = {}  # of the prompts seen last
 
     @classmethod
@@ -85,7 +89,8 @@ class L2PPipeline:
     ) -> "L2PPipeline":
         """Open a checkpoint of any kind that `load_model` reads; only its header is read for now.
 
-        checkpoint: None for the bundled small model. text_encoder, tokenizer: as for
+        checkpoint: None for the bundled small model, for which prompts are completed: see
+        `read_prompt`. text_encoder, tokenizer: as for
         `TextEncoder.load`; by default `text_encoder/` and `tokenizer/` beside the checkpoint.
         device: by default the GPU where there is one. progress: show a bar while loading.
         decoder_tile: side in pixels of the squares that the local decoder computes one after
@@ -102,6 +107,7 @@ class L2PPipeline:
                 f"decoder_tile is {decoder_tile}; expected a side in pixels, or 0 for the whole at"
                 " once"
             )
+        prompt_reader = None if checkpoint else read_prompt
         checkpoint = Path(checkpoint) if checkpoint else BUNDLED_MODEL / "transformer.safetensors"
         layout = read_layout(checkpoint, convrot_groupsize)
         check(layout)
@@ -132,6 +138,7 @@ class L2PPipeline:
             batch_guidance,
             compile_blocks,
             load_on_cpu,
+            prompt_reader,
         )
 
     @property
@@ -171,6 +178,14 @@ class L2PPipeline:
         model was trained at."""
         steps, guidance = (30, 2.0) if self.layout.config.patch_size == 16 else (50, 4.0)
         return Defaults(steps, guidance, *self.layout.trained_size)
+
+    def read_prompt(self, prompt: str, seed: int) -> str:
+        """Return the prompt that is encoded for an image of that seed.
+
+        The bundled small model knows one form of prompt. What a prompt leaves open (size, place,
+        colour, shape) is filled in at random by the seed, and unknown words are named in a warning.
+        Prompts of other checkpoints are read as they are."""
+        return self._prompt_reader(prompt, seed) if self._prompt_reader else prompt
 
     def encode_prompt(self, prompt: str) -> Tensor:
         """(L, cap_feat_dim) features of one prompt, to be used for any number of pictures. The
@@ -229,14 +244,17 @@ class L2PPipeline:
         single = num_images is None and (
             isinstance(prompt, str) or isinstance(prompt_embeds, Tensor)
         )
+        copies = 1 if num_images is None else num_images
         if prompt_embeds is None:
             assert prompt is not None  # one of the two was given
             prompts = [prompt] if isinstance(prompt, str) else prompt
-            prompt_embeds = [self.encode_prompt(each) for each in prompts]
-        elif isinstance(prompt_embeds, Tensor):
-            prompt_embeds = [prompt_embeds]
-        copies = 1 if num_images is None else num_images
-        positives = [each.to(self.device) for each in prompt_embeds for _ in range(copies)]
+            prompts = [each for each in prompts for _ in range(copies)]
+            read = map(self.read_prompt, prompts, reading_seeds(seed, len(prompts)))
+            positives = [self.encode_prompt(each) for each in read]
+        else:
+            given = [prompt_embeds] if isinstance(prompt_embeds, Tensor) else prompt_embeds
+            positives = [each for each in given for _ in range(copies)]
+        positives = [each.to(self.device) for each in positives]
         if not positives:
             raise ValueError("there is nothing to generate: no prompts, or num_images is 0")
         negatives = positives
@@ -337,6 +355,14 @@ class L2PPipeline:
     def check_size(self, height: int, width: int) -> None:
         """Raise ValueError, naming the nearest sizes, unless the checkpoint can draw this one."""
         check_size(height, width, self.layout.config.size_multiple)
+
+
+def reading_seeds(seed: int | Sequence[int] | None, images: int) -> list[int]:
+    """The seed by which each image's prompt is read: its own, or one apart from one for all."""
+    if isinstance(seed, Sequence):
+        return [*seed, *range(images)][:images]  # a wrong number of them is an error of its own
+    first = random.randrange(2**32) if seed is None else seed
+    return [first + number for number in range(images)]
 
 
 def check_mask(mask: object, picture: object) -> None:

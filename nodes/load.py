@@ -20,6 +20,7 @@ from ..l2p_core.files.header import SHARD_NAME, CheckpointError, find_files
 from ..l2p_core.files.layout import read_layout
 from ..l2p_core.files.load import check
 from ..l2p_core.pipeline import BUNDLED_MODEL
+from ..l2p_core.shapes.parse import read_prompt
 from ..l2p_core.text import LAYER, TEMPLATE, find_tokenizer, qwen3_sizes
 from . import comfyui, versions
 from .comfy_model import published_state_dict
@@ -147,6 +148,8 @@ class L2PTextEncoderLoader(io.ComfyNode):
         path = text_encoder_path(text_encoder)
         clip = load_text_encoder(path, options)
         clip.patcher.cached_patcher_init = (text_encoder_patcher, (path, options))
+        if text_encoder == BUNDLED:
+            clip.l2p_read_prompt = read_prompt  # for L2P Text Encode
         return io.NodeOutput(clip)
 
 

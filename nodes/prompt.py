@@ -1,6 +1,7 @@
 """Prompts to CONDITIONING."""
 
 import logging
+import warnings
 
 from comfy_api.latest import io
 from server import PromptServer
@@ -52,10 +53,11 @@ class L2PTextEncode(io.ComfyNode):
                 "there is no text encoder: an L2P checkpoint holds none. Connect Load Z-Image Text"
                 " Encoder"
             )
+        prompt, notes = completed(clip, prompt)
         (positive, cut), (negative, cut_too) = (
             encode(clip, text) for text in (prompt, negative_prompt)
         )
-        note(cls, cut, cut_too)
+        note(cls, *notes, cut, cut_too)
         return io.NodeOutput(positive, negative)
 
 
@@ -86,6 +88,22 @@ class L2PPromptList(io.ComfyNode):
         if not lines:
             raise ValueError("the list of prompts is empty; write at least one line")
         return io.NodeOutput(lines)
+
+
+def completed(clip, prompt: str) -> tuple[str, list[str]]:
+    """The prompt that is encoded, and what to say of it.
+
+    The bundled model's prompts are completed, always with the same seed; others stay the same."""
+    read = getattr(clip, "l2p_read_prompt", None)
+    if read is None:
+        return prompt, []
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        complete = read(prompt, 0)
+    notes = [str(each.message) for each in said]
+    if complete != prompt:
+        notes.append(f"The bundled model reads: {complete}")
+    return complete, notes
 
 
 def encode(clip, prompt: str) -> tuple[list, str | None]:

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from comfyui_l2p.l2p_core import L2PPipeline
+from comfyui_l2p.l2p_core.shapes.parse import complete
 from comfyui_l2p.l2p_core.shapes.pictures import test_scenes as held_out_scenes
+from comfyui_l2p.l2p_core.shapes.world import PLACES_WORLD
 from PIL import Image
 from real_comfyui import Refused
 
@@ -420,3 +422,12 @@ def test_step_caches_of_comfyui_change_the_image_a_little(comfyui_server, node):
     (before,), (after,) = comfyui_server.run(plain), comfyui_server.run(cached)
     difference = np.abs(levels(before) - levels(after))
     assert 0 < difference.mean() < 8
+
+
+def test_a_short_prompt_is_completed_for_the_bundled_model(comfyui_server, pipe):
+    """Always in the same way: with seed 0, whatever the sampler's is."""
+    prompt = "a red circle on a blue background"
+    full = complete(prompt, PLACES_WORLD, 0)
+    expected = pipe(full, num_inference_steps=6, seed=7)
+    assert_same(comfyui_server.run(graph(prompt=prompt)), [expected])
+    assert f"The bundled model reads: {full}" in comfyui_server.log.read_text()

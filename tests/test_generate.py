@@ -18,6 +18,9 @@ from comfyui_l2p.l2p_core.cli import main
 from comfyui_l2p.l2p_core.files.atomic import locked
 from comfyui_l2p.l2p_core.images import read_image, save_image
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL, L2PPipeline
+from comfyui_l2p.l2p_core.shapes.judge import examine
+from comfyui_l2p.l2p_core.shapes.parse import complete, parse
+from comfyui_l2p.l2p_core.shapes.world import PLACES_WORLD
 from helpers import apart
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -515,3 +518,46 @@ def umask():
     now = os.umask(0)
     os.umask(now)
     return now
+
+
+def test_short_prompts_of_the_bundled_model_are_completed_by_the_seed(tmp_path):
+    """The image shows what was said; the record keeps the prompt as typed and as completed."""
+    folder = tmp_path / "images"
+    command = ["a red circle on a blue background", "-o", str(folder), "--count", "4"]
+    assert main(["generate", *command]) == 0
+    seen = set()
+    for number in range(4):
+        with Image.open(folder / f"00000-{number}.png") as image:
+            record = json.loads(image.info["l2p"])
+            found = examine(image.convert("RGB"), PLACES_WORLD)
+        assert record["prompt"] == "a red circle on a blue background"
+        assert record["completed_prompt"] == complete(record["prompt"], PLACES_WORLD, 42 + number)
+        seen.add(record["completed_prompt"])
+        assert all(found.check(parse(record["completed_prompt"], PLACES_WORLD)).values())
+    assert len(seen) > 1, "the choices vary with the seed"
+    assert main(["generate", *command]) == 0, "they are there already"
+
+
+def test_complete_prompts_stay_as_they_are(tmp_path):
+    out = tmp_path / "out.png"
+    prompt = "a large red circle on a blue background, left"
+    assert main(["generate", prompt, "-o", str(out), "--steps", "1"]) == 0
+    with Image.open(out) as image:
+        assert "completed_prompt" not in json.loads(image.info["l2p"])
+
+
+@pytest.mark.parametrize(
+    "prompt, status, said",
+    [
+        ("a green star", 0, "The bundled model does not know: star"),
+        ("a red circle on red", 1, "shape and background are both red. Give colours that differ"),
+    ],
+)
+def test_what_the_bundled_model_does_not_know_is_named(tmp_path, capsys, prompt, status, said):
+    assert main(["generate", prompt, "-o", str(tmp_path / "out.png"), "--steps", "1"]) == status
+    assert said in capsys.readouterr().err
+
+
+def test_prompts_of_other_checkpoints_are_read_as_they_are():
+    pipe = L2PPipeline.from_pretrained(BUNDLED_MODEL / "transformer.safetensors")
+    assert pipe.read_prompt("a star", 1) == "a star"

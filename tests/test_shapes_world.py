@@ -215,7 +215,7 @@ def test_held_out_scenes_are_never_drawn_for_training():
 
 @pytest.mark.parametrize("name", WORLDS)
 def test_prompts_say_what_they_claim_in_known_words(name):
-    known = vocabulary()
+    known = vocabulary(WORLDS[name])
     scenes, prompts = drawn(WORLDS[name], 2000)
     assert len({prompt.text for prompt in prompts}) > 900
     assert {word for prompt in prompts for word in words_of(prompt.text)} <= known
@@ -254,7 +254,7 @@ def test_the_fixed_prompts_are_of_the_first_world(tmp_path):
         )
         found = examine(PLACES_WORLD.image(Scene((only,), background)), PLACES_WORLD)
         assert all(found.check(prompt).values()), prompt.text
-        assert not unknown_words(prompt.text)
+        assert not unknown_words(prompt.text, PLACES_WORLD)
     (tmp_path / "bad.jsonl").write_text('{"text": "a circle", "form": "circle"}')
     with pytest.raises(ValueError, match="line 1 is no prompt .*form"):
         read_prompts(tmp_path / "bad.jsonl")
@@ -263,4 +263,5 @@ def test_the_fixed_prompts_are_of_the_first_world(tmp_path):
 def test_unknown_words_are_named():
     assert unknown_words("A red cat, on the left of a Blue dog; cat") == ["cat", "dog"]
     assert unknown_words_message("two red circles above a checkered heart") == ""
+    assert unknown_words("two green stars, outlined", PLACES_WORLD) == ["two", "stars", "outlined"]
     assert unknown_words_message("a cat") == "The bundled model does not know: cat"

@@ -7,11 +7,13 @@ background's where "background" follows it, or where it comes after the shape an
 
 import random
 import re
+import warnings
 from collections.abc import Iterator
 
 from .world import (
     ANYTHING,
     PLACE_PHRASES,
+    PLACES_WORLD,
     SYNONYMS,
     Background,
     Object,
@@ -19,6 +21,7 @@ from .world import (
     Scene,
     Stated,
     World,
+    unknown_words_message,
     with_article,
 )
 
@@ -110,3 +113,15 @@ def complete(text: str, world: World, seed: int) -> str:
     place = stated.place or world.place(-1, *rng.choice(world.positions(size)))
     noun = with_article(f"{size} {colour} {shape}")
     return f"{noun} on {with_article(background)} background, {place}"
+
+
+def read_prompt(text: str, seed: int) -> str:
+    """Return a prompt as the bundled model is to read it: complete, in the words of its training.
+
+    Words that it does not know are named in a warning. An empty prompt stays empty. Raises
+    ValueError for a prompt that no image of its world fits."""
+    if not text.strip():
+        return text
+    if message := unknown_words_message(text, PLACES_WORLD):
+        warnings.warn(message, stacklevel=2)
+    return complete(text, PLACES_WORLD, seed)

@@ -14,7 +14,7 @@ import math
 import random
 import re
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -622,17 +622,36 @@ def read_prompts(file: Path) -> list[Prompt]:
     return prompts
 
 
-def vocabulary() -> frozenset[str]:
-    """Every word that a prompt of any world can hold, in lower case."""
-    names = {*SHAPES, *COLOURS, *FULL_WORLD.sizes, *RELATIONS, *ANYTHING, *PREFIXES}
-    texts: list[str] = [*names, *map(_plural, SHAPES), *map(_plural, ANYTHING)]
-    for phrases in (*SYNONYMS.values(), *PLACE_PHRASES.values(), *NUMBERS.values()):
-        texts += [*phrases, *map(_plural, phrases)]
-    texts += [
-        "a an and the of to on in at with against is there empty background plain gradient",
-        "striped checked checkered outline outlined hollow filled solid it image picture",
-    ]
+FILLERS = (
+    "a an and the of to on in at with against is there it image picture empty plain background"
+)
+PATTERNS = "gradient striped checked checkered"
+FORMS = "outline outlined hollow filled solid"
+
+
+def vocabulary(world: World = FULL_WORLD) -> frozenset[str]:
+    """Every word that a prompt of the world can hold, in lower case."""
+    names = {*world.shapes, *world.colours, *world.sizes, *ANYTHING}
+    places = [place for group in world.places for place in group]
+    texts: list[str] = [FILLERS, *names, *PREFIXES]
+    for name in names:
+        texts += SYNONYMS.get(name, ())
+    for place in places:
+        texts += PLACE_PHRASES[place]
+    if max(world.objects) > 1:
+        nouns = [phrase for name in (*world.shapes, *ANYTHING) for phrase in nouns_of(name)]
+        texts += [*RELATIONS, *map(_plural, nouns)]
+        texts += [phrase for phrases in NUMBERS.values() for phrase in phrases]
+    if set(world.backgrounds) - {"plain"}:
+        texts.append(PATTERNS)
+    if world.outlines:
+        texts.append(FORMS)
     return frozenset(word for text in texts for word in words_of(text))
+
+
+def nouns_of(name: str) -> tuple[str, ...]:
+    """A shape's name and its synonyms."""
+    return (name, *SYNONYMS.get(name, ()))
 
 
 def words_of(text: str) -> list[str]:
@@ -640,13 +659,13 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"[^\W_]+(?:-[^\W_]+)*", text.lower())
 
 
-def unknown_words(text: str, known: Iterable[str] | None = None) -> list[str]:
-    """The words of a prompt that no training prompt holds, each once, in their order."""
-    known = vocabulary() if known is None else frozenset(known)
+def unknown_words(text: str, world: World = FULL_WORLD) -> list[str]:
+    """The words of a prompt that no prompt of the world holds, each once, in their order."""
+    known = vocabulary(world)
     return list(dict.fromkeys(word for word in words_of(text) if word not in known))
 
 
-def unknown_words_message(text: str) -> str:
+def unknown_words_message(text: str, world: World = FULL_WORLD) -> str:
     """ "The bundled model does not know: cat", or "" where it knows every word."""
-    unknown = unknown_words(text)
+    unknown = unknown_words(text, world)
     return f"The bundled model does not know: {', '.join(unknown)}" if unknown else ""
