@@ -40,9 +40,9 @@ from workflow_variants import (
 SIDE = 512
 SHAPES = [
     "a large red circle on a blue background, left",
-    "a large yellow diamond on a purple background",
-    "a large green triangle on a white background",
-    "a large orange square on a black background",
+    "a large yellow diamond on a purple background, right",
+    "a large green triangle on a white background, center",
+    "a large orange square on a black background, top",
 ]
 PROMPTS = {
     "text_to_image": SHAPES[1],

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from comfyui_l2p.l2p_core import L2PPipeline
+from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
 from comfyui_l2p.l2p_core.shapes import judge
 from comfyui_l2p.l2p_core.shapes.exact import ExactDenoiser, Predict, readable_table
 from comfyui_l2p.l2p_core.shapes.faults import FAULTS
@@ -175,8 +176,10 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, help="default: the checkpoint's")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     args = parser.parse_args()
-    pipe = L2PPipeline.from_pretrained(
-        args.checkpoint, args.text_encoder, torch_dtype=getattr(torch, args.dtype)
+    pipe = L2PPipeline.from_pretrained(  # by its file, so that prompts are read as they are
+        args.checkpoint or BUNDLED_MODEL / "transformer.safetensors",
+        args.text_encoder,
+        torch_dtype=getattr(torch, args.dtype),
     )
     settings = {
         "num_inference_steps": args.steps,
