@@ -147,6 +147,7 @@ def draw(
         at_end.callback(stop.set)  # hashing, which leaves the interpreter free to sample
         checkpoint_hash = beside.submit(hash_files, pipe.layout.files, stop)
         encoder_hash = beside.submit(hash_files, encoder_files(pipe.text_encoder_path), stop)
+        lora_hashes = [beside.submit(hash_files, lora.layout.files, stop) for lora in pipe.loras]
         hash_once = cache(
             lambda file: hash_files([Path(file)], stop)
         )  # an input image may serve thousands
@@ -159,6 +160,10 @@ def draw(
                     facts[name] = Path(facts[name]).name
             if job.prompt != job.settings.prompt:
                 facts["completed_prompt"] = job.prompt
+            if pipe.loras:
+                facts["lora"] = [lora.layout.path.name for lora in pipe.loras]
+                facts["lora_sha256"] = [each.result() for each in lora_hashes]
+                facts["lora_strength"] = [lora.strength for lora in pipe.loras]
             return {
                 **facts,
                 "dtype": str(pipe.dtype).removeprefix("torch."),

@@ -128,6 +128,13 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--tokenizer", metavar="FOLDER", help="default: tokenizer/ in or beside the text encoder"
     )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="a LoRA of the checkpoint; may be given again (default strength 1)",
+    )
     image = parser.add_argument_group("image")
     add_settings(image, FIELDS)
     image.add_argument(
@@ -214,6 +221,8 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
             batch_guidance=args.batch_guidance,
             compile_blocks=args.compile_blocks,
         )
+        for given in args.lora:
+            pipe.load_lora(*file_and_strength(given))
         if args.checkpoint is None and rank == 0:
             print(
                 "No --checkpoint given: using the bundled small model, which knows plain shapes"
@@ -261,6 +270,15 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
             print(args.output)
 
     parser.set_defaults(run=run, when_stopped="The same command goes on where this one ended")
+
+
+def file_and_strength(given: str) -> tuple[str, float]:
+    """A LoRA's file and strength, of FILE[:STRENGTH]. A colon may also be part of a path."""
+    file, _, strength = given.rpartition(":")
+    try:
+        return (file, float(strength)) if file else (given, 1.0)
+    except ValueError:
+        return given, 1.0
 
 
 def add_settings(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .files.layout import Layout, read_layout
 from .files.load import bytes_in_memory, check, load_model
+from .files.lora import Change, add_changes, read_lora
 from .flow import SOLVERS, Callback, guided_velocity, inpaint_velocity, interpolate, schedule
 from .images import check_size, size_for, to_mask, to_pictures, to_pixels
 from .model import L2PTransformer
@@ -35,6 +36,14 @@ class Defaults(NamedTuple):
     cfg_scale: float
     height: int
     width: int
+
+
+class Lora(NamedTuple):
+    """A LoRA that images are generated with."""
+
+    layout: Layout
+    strength: float
+    changes: Mapping[str, Change]
 
 
 class L2PPipeline:
@@ -68,6 +77,7 @@ class L2PPipeline:
         self.decoder_tile, self.offload, self._progress = decoder_tile, offload, progress
         self.batch_guidance, self.compile_blocks = batch_guidance, compile_blocks
         self.load_on_cpu, self._prompt_reader = load_on_cpu, prompt_reader
+        self.loras: list[Lora] = []  # see `load_lora`
         self._encodings: dict[str, Tensor] = {}  # of the prompts seen last
 
     @classmethod
@@ -158,6 +168,7 @@ class L2PPipeline:
         model = load_model(
             self.layout, "cpu" if on_cpu else self.device, self.dtype, progress=self._progress
         )
+        add_changes(model, [(lora.changes, lora.strength) for lora in self.loras])
         if self.streamed:
             stream_blocks(model, self.device)
         if self.compile_blocks:
@@ -171,6 +182,22 @@ class L2PPipeline:
         return TextEncoder.load(
             self.text_encoder_path, self.tokenizer_path, self.device, self.dtype
         )
+
+    def load_lora(self, file: str | Path, strength: float = 1.0) -> None:
+        """Generate with this LoRA from now on, beside those that were given before.
+
+        file: LoRA, LoHa, LoKr or a difference, as any trainer names them, for weights of any kind.
+        strength: 0 for no effect, 1 for what was trained; below 0 for the opposite. The model is
+        loaded again at the next image. Raises CheckpointError where the file does not fit the
+        checkpoint, and ValueError for a strength that is no number."""
+        layout = read_layout(file)
+        self.loras.append(Lora(layout, strength, read_lora(layout, self.layout, strength)))
+        self.__dict__.pop("transformer", None)
+
+    def unload_loras(self) -> None:
+        """Generate without LoRAs from now on."""
+        self.loras.clear()
+        self.__dict__.pop("transformer", None)
 
     @property
     def defaults(self) -> Defaults:

@@ -2,15 +2,20 @@
 merge`."""
 
 import math
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from ..l2p_core.files.header import CheckpointError
-from ..l2p_core.files.layout import Layout, Source, read_layout
+from ..l2p_core.files.layout import FLOATS, Layout, Source, read_layout
 from ..l2p_core.files.load import check
+from ..l2p_core.files.lora import Change, changes
+from ..l2p_core.files.naming import name_in
 from .export import DTYPES, arrange, note_left_out
-from .lora import changes, with_changes
-from .stream import Progress, modelspec, write
+from .stream import TORCH_DTYPES, Piece, Progress, modelspec, read_floats, write
 
 
 def merge(
@@ -43,9 +48,11 @@ def merge(
         factor = 1.0 if strength is None else strength
         if not math.isfinite(factor):
             raise ValueError(f"--strength is {factor}; expected a number")
+        found = changes(part, whole)
+        refuse_quantized(whole, found)
         pieces = with_changes(
             arrange(whole.tensors, whole.naming, whole.prefix, dtype and DTYPES[dtype]),
-            changes(part, whole),
+            found,
             whole.naming,
             whole.prefix,
             factor,
@@ -116,3 +123,54 @@ def fitting(part: Layout, whole: Layout, skip: list[str]) -> dict[str, Source]:
             f"{part.path.name} holds no tensors to merge. Give the file that the training saved"
         )
     return kept
+
+
+def refuse_quantized(base: Layout, weights: Iterable[str]) -> None:
+    """Raise CheckpointError where one of these weights of the base is not floating point."""
+    for weight in weights:
+        if (dtype := base.tensors[weight].entry.dtype) not in FLOATS:
+            raise CheckpointError(
+                f"{base.path.name}: {weight} is {dtype}. Merge the LoRA into the BF16 or FP32"
+                " model, and quantize that: l2p quantize"
+            )
+
+
+def with_changes(
+    pieces: list[Piece], found: dict[str, Change], naming: str, prefix: str, strength: float
+) -> list[Piece]:
+    """Return the plan of the base, with what is added to each weight.
+
+    Where q, k and v are packed, it is added to their rows."""
+    by_piece: dict[str, list[tuple[int, Change]]] = {}
+    for weight, change in found.items():
+        name, place = name_in(naming, weight)
+        by_piece.setdefault(prefix + name, []).append((place, change))
+    return [
+        added(piece, by_piece[piece.name], strength) if piece.name in by_piece else piece
+        for piece in pieces
+    ]
+
+
+def added(piece: Piece, its: list[tuple[int, Change]], strength: float) -> Piece:
+    """Return the piece with its changes, each with its place among the packed weights."""
+
+    def made() -> Iterator[Tensor]:
+        change = torch.zeros(piece.shape[0], math.prod(piece.shape[1:]))
+        for place, each in its:
+            rows = each.rows(strength)
+            change[place * len(rows) :][: len(rows)] += rows
+        row = 0
+        for source in piece.sources:
+            for block in read_floats(source, torch.float32):
+                block = block + change[row : row + len(block)].view_as(block)
+                block = block.to(TORCH_DTYPES[piece.dtype])
+                row += len(block)
+                if not block.isfinite().all():
+                    raise CheckpointError(
+                        f"{piece.name} with the LoRA holds NaN or infinite numbers as"
+                        f" {piece.dtype}. A file is damaged, or strength is too high; bf16 has the"
+                        " range of fp32"
+                    )
+                yield block
+
+    return piece._replace(origin=made, read=piece.sources)

@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from adapters import packed_change
+from adapters import LORA_NAMINGS, a_lora, packed_change
 from comfyui_l2p.l2p_core import CheckpointError, load_model, read_layout
 from comfyui_l2p.l2p_core.cli import main
 from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS, L2PConfig
@@ -149,36 +149,6 @@ def test_merge_names_other_mistakes(tiny_weights, trained, write, out):
         merge(part, base, out, skip=["nothing.*"])
     with pytest.raises(CheckpointError, match="holds no tensors to merge"):
         merge(part, base, out, skip=["*"])
-
-
-LORA_TARGETS = (
-    "layers.0.attention.to_q",
-    "layers.0.attention.to_v",
-    "layers.1.feed_forward.w2",
-    "local_decoder.dec2.0",
-)
-LORA_NAMINGS = {
-    "ai-toolkit": ("diffusion_model.{}".format, "lora_A", "lora_B"),
-    "DiffSynth": ("{}".format, "lora_A.default", "lora_B.default"),
-    "kohya": (lambda layer: "lora_unet_" + layer.replace(".", "_"), "lora_down", "lora_up"),
-}
-
-
-def a_lora(weights, naming="ai-toolkit", alpha=None):
-    """(its file's tensors, what it adds to each weight)."""
-    name_of, down, up = LORA_NAMINGS[naming]
-    file, added, generator = {}, {}, torch.Generator().manual_seed(0)
-    for layer in LORA_TARGETS:
-        weight = weights[f"{layer}.weight"]
-        a = torch.randn(4, *weight.shape[1:], generator=generator)
-        b = torch.randn(len(weight), 4, *[1] * (weight.dim() - 2), generator=generator)
-        file |= {f"{name_of(layer)}.{down}.weight": a, f"{name_of(layer)}.{up}.weight": b}
-        if alpha is not None:
-            file[f"{name_of(layer)}.alpha"] = torch.tensor(float(alpha))
-        added[f"{layer}.weight"] = torch.einsum("nr,r...->n...", b.flatten(1), a) * (
-            1 if alpha is None else alpha / 4
-        )
-    return file, added
 
 
 @pytest.mark.parametrize("naming", LORA_NAMINGS)

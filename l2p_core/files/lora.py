@@ -1,4 +1,4 @@
-"""Adapters added to the weights they change, for `l2p merge`: LoRA, LoHa, LoKr and differences.
+"""Adapters and the weights that they change: LoRA, LoHa, LoKr and differences.
 
 LoRA (arXiv 2106.09685) adds strength * alpha / rank * B A, LoHa and LoKr (LyCORIS, arXiv
 2309.14859) the Hadamard and the Kronecker product of two such products.
@@ -7,18 +7,20 @@ LoRA (arXiv 2106.09685) adds strength * alpha / rank * B A, LoHa and LoKr (LyCOR
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
-from ..l2p_core.files.header import CheckpointError
-from ..l2p_core.files.layout import FLOATS, Layout
-from ..l2p_core.files.naming import lora_targets, name_in, split_packed_lora
-from .stream import TORCH_DTYPES, Piece, read_floats
+from ..model import L2PTransformer
+from .header import CheckpointError
+from .layout import Layout
+from .naming import lora_targets, split_packed_lora
+from .quantization import Int8Linear
 
 # How files call the two factors of a LoRA, behind the layer's name.
 FACTOR = re.compile(
@@ -41,22 +43,28 @@ class Change(NamedTuple):
         parts = {name: tensor.float() for name, tensor in self.parts.items()}
         if "diff" in parts:
             return strength * parts["diff"].flatten(1)
-        if "up" in parts or "down" in parts:
-            down = parts["down"].flatten(1)
-            return self._scale(strength, len(down)) * parts["up"].flatten(1) @ down
+        if self.low_rank:
+            return self.factor(strength) * parts["up"].flatten(1) @ parts["down"].flatten(1)
         if "hada_w1_a" in parts:
             first, second = (parts[f"hada_w{n}_a"] @ parts[f"hada_w{n}_b"] for n in (1, 2))
-            return self._scale(strength, len(parts["hada_w1_b"])) * first * second
-        factors, rank = [], None
+            return self.factor(strength) * first * second
+        factors = []
         for name in ("lokr_w1", "lokr_w2"):
             if name not in parts:
-                rank = len(parts[f"{name}_b"])
                 parts[name] = parts[f"{name}_a"] @ parts[f"{name}_b"]
             factors.append(parts[name])
-        return (self._scale(strength, rank) if rank else strength) * torch.kron(*factors)
+        return self.factor(strength) * torch.kron(*factors)
 
-    def _scale(self, strength: float, rank: int) -> float:
-        return strength if self.alpha is None else strength * self.alpha / rank
+    @property
+    def low_rank(self) -> bool:
+        """Whether it is a LoRA, two factors: down (R, K) and up (N, R)."""
+        return "diff" not in self.parts and ("up" in self.parts or "down" in self.parts)
+
+    def factor(self, strength: float) -> float:
+        """strength * alpha / rank; a product of whole matrices has no rank, and no alpha."""
+        ranked = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
+        rank = next((len(self.parts[name]) for name in ranked if name in self.parts), None)
+        return strength if rank is None or self.alpha is None else strength * self.alpha / rank
 
 
 class Recorded(NamedTuple):
@@ -116,11 +124,6 @@ def checked_change(
 ) -> Change:
     """Return the change of one weight. Raises CheckpointError where it does not fit the weight."""
     source = base.tensors[weight]
-    if source.entry.dtype not in FLOATS:
-        raise CheckpointError(
-            f"{base.path.name}: {weight} is {source.entry.dtype}. Merge the LoRA into the BF16 or"
-            " FP32 model, and quantize that: l2p quantize"
-        )
     alpha = parts.pop("alpha", None)
     if alpha is not None and alpha.numel() != 1:
         raise CheckpointError(
@@ -168,42 +171,96 @@ def recorded_alphas(lora: Layout) -> Recorded:
         ) from None
 
 
-def with_changes(
-    pieces: list[Piece], found: dict[str, Change], naming: str, prefix: str, strength: float
-) -> list[Piece]:
-    """Return the plan of the base, with what is added to each weight.
+class AddedLinear(nn.Module):
+    """An INT8 layer, and beside it what adapters add: y = layer(x) + up (down x) + change x.
 
-    Where q, k and v are packed, it is added to their rows."""
-    by_piece: dict[str, list[tuple[int, Change]]] = {}
-    for weight, change in found.items():
-        name, place = name_in(naming, weight)
-        by_piece.setdefault(prefix + name, []).append((place, change))
-    return [
-        added(piece, by_piece[piece.name], strength) if piece.name in by_piece else piece
-        for piece in pieces
-    ]
+    layer: (K) → (N). down: (R, K) and up: (N, R), of all LoRAs together, strength and alpha in
+    `up`. change: (N, K), of other adapters. Either may be None."""
+
+    down: Tensor | None
+    up: Tensor | None
+    change: Tensor | None
+
+    def __init__(
+        self, layer: nn.Module, down: Tensor | None, up: Tensor | None, change: Tensor | None
+    ):
+        super().__init__()
+        self.layer = layer
+        self.register_buffer("down", down)
+        self.register_buffer("up", up)
+        self.register_buffer("change", change)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) → (..., N), in the input's dtype."""
+        y = self.layer(x)
+        if self.down is not None and self.up is not None:
+            y = y + functional.linear(functional.linear(x, self.down), self.up)
+        if self.change is not None:
+            y = y + functional.linear(x, self.change)
+        return y
 
 
-def added(piece: Piece, its: list[tuple[int, Change]], strength: float) -> Piece:
-    """Return the piece with its changes, each with its place among the packed weights."""
+def read_lora(lora: Layout, base: Layout, strength: float) -> dict[str, Change]:
+    """Return what a LoRA file changes in a model, by the published names of weights.
 
-    def made() -> Iterator[Tensor]:
-        change = torch.zeros(piece.shape[0], math.prod(piece.shape[1:]))
-        for place, each in its:
-            rows = each.rows(strength)
-            change[place * len(rows) :][: len(rows)] += rows
-        row = 0
-        for source in piece.sources:
-            for block in read_floats(source, torch.float32):
-                block = block + change[row : row + len(block)].view_as(block)
-                block = block.to(TORCH_DTYPES[piece.dtype])
-                row += len(block)
-                if not block.isfinite().all():
-                    raise CheckpointError(
-                        f"{piece.name} with the LoRA holds NaN or infinite numbers as"
-                        f" {piece.dtype}. A file is damaged, or strength is too high; bf16 has the"
-                        " range of fp32"
-                    )
-                yield block
+    Raises CheckpointError where the file is no LoRA or does not fit the model, and ValueError for a
+    strength that is no number."""
+    if lora.kind != "lora":
+        raise CheckpointError(
+            f"{lora.path.name} is no LoRA. Give a LoRA of this model here, and a model as the"
+            " checkpoint"
+        )
+    if not math.isfinite(strength):
+        raise ValueError(f"the strength of {lora.path.name} is {strength}; expected a number")
+    return changes(lora, base)
 
-    return piece._replace(origin=made, read=piece.sources)
+
+@torch.no_grad()
+def add_changes(
+    model: L2PTransformer, adapters: Sequence[tuple[Mapping[str, Change], float]]
+) -> None:
+    """Change a loaded model by adapters, each with its strength.
+
+    A floating-point weight becomes the sum, rounded once. An INT8 weight stays as it is, and what
+    is added to it is computed beside it, in the dtype of the model. Raises CheckpointError where a
+    weight gets NaN or infinite numbers."""
+    by_weight: dict[str, list[tuple[Change, float]]] = {}
+    for changed, strength in adapters:
+        for name, change in changed.items():
+            by_weight.setdefault(name, []).append((change, strength))
+    dtype = model.t_embedder.mlp[0].weight.dtype
+    for name, added in by_weight.items():
+        layer_name = name.removesuffix(".weight")
+        layer = model.get_submodule(layer_name)
+        if isinstance(layer, Int8Linear):
+            model.set_submodule(layer_name, beside(layer, added, dtype))
+            continue
+        weight = layer.weight
+        rows = sum(change.rows(strength) for change, strength in added)
+        changed_weight = (weight.float() + rows.to(weight.device).view_as(weight)).to(weight.dtype)
+        if not changed_weight.isfinite().all():
+            raise CheckpointError(
+                f"{name} with the LoRA holds NaN or infinite numbers. A file is damaged, or the"
+                " strength is too high"
+            )
+        layer.weight = nn.Parameter(changed_weight, requires_grad=False)
+
+
+def beside(
+    layer: Int8Linear, added: Sequence[tuple[Change, float]], dtype: torch.dtype
+) -> AddedLinear:
+    """Return an INT8 layer with what adapters add to it, kept in that dtype."""
+    device = layer.weight.device
+    downs, ups, rest = [], [], []
+    for change, strength in added:
+        if change.low_rank:
+            downs.append(change.parts["down"].float())
+            ups.append(change.factor(strength) * change.parts["up"].float())
+        else:
+            rest.append(change.rows(strength))
+    return AddedLinear(
+        layer,
+        torch.cat(downs).to(device, dtype) if downs else None,
+        torch.cat(ups, 1).to(device, dtype) if ups else None,
+        torch.stack(rest).sum(0).to(device, dtype) if rest else None,
+    )
