@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from comfyui_l2p.l2p_core import L2PPipeline
+from comfyui_l2p.l2p_core.files.quantization import FORMATS
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
 from comfyui_l2p.l2p_core.shapes.pictures import test_scenes
 from comfyui_l2p.l2p_core.shapes.score import draw, score
@@ -20,12 +21,7 @@ from comfyui_l2p.quant.quantize import Options, quantize
 from PIL import Image
 
 CHECKPOINT = BUNDLED_MODEL / "transformer.safetensors"
-KINDS = [
-    ("int8_tensorwise", "tensor"),
-    ("int8_tensorwise", "row"),
-    ("int8_tensorwise", "convrot"),
-    ("float8_e4m3fn", "tensor"),
-]
+KINDS = [(name, kind) for name, about in FORMATS.items() for kind in about.granularities]
 
 
 def psnr(pictures: list[Image.Image], wanted: list[Image.Image]) -> float:
