@@ -5,6 +5,8 @@ import pytest
 import torch
 from comfyui_l2p.l2p_core import L2PPipeline
 from comfyui_l2p.l2p_core.shapes.faults import FAULTS
+from comfyui_l2p.l2p_core.shapes.pictures import test_scenes as unseen_scenes
+from comfyui_l2p.l2p_core.shapes.score import draw, score
 
 PROMPTS = [
     "a large red circle on a blue background, left",
@@ -35,3 +37,29 @@ def test_a_fault_shows_and_leaves_no_trace(pipe, right, name):
     if name in ("time reversed", "one main layer zeroed", "prompts swapped in a batch"):
         assert np.abs(wrong - right).mean() > 1  # of 255
     assert np.array_equal(generated(pipe), right)
+
+
+LOST = {  # percent right that a fault leaves at most, of the table in l2p_core/shapes/README.md
+    "noise scaled by 0.9": 50,
+    "time reversed": 0,
+    "guidance on the wrong sign": 0,
+    "one main layer zeroed": 0,
+    "decoder tile of 32 pixels without overlap": 75,
+    "prompts swapped in a batch": 0,
+}
+
+
+@pytest.mark.slow
+def test_the_score_notices_faults_of_consequence(pipe):
+    """Without a fault, all of six unseen prompts are right; with one, clearly fewer."""
+    scenes = unseen_scenes(6)
+    prompts = [scene.caption() for scene in scenes]
+
+    def right(name):
+        with FAULTS[name](pipe) as settings:
+            images = draw(pipe, prompts, progress=False, num_inference_steps=15, **settings)
+        return score(images, scenes)["right"]
+
+    assert right("none") == 100
+    found = {name: right(name) for name in LOST}
+    assert all(found[name] <= most for name, most in LOST.items()), found
