@@ -14,10 +14,12 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from ..batch import is_drawn, lock_outputs, output_files, read_rows
+from ..batch import is_drawn, lock_outputs
 from ..files.atomic import atomic_write
 from ..files.header import hash_files
 from ..images import PNG_KEY, read_image
+from ..outputs import output_files
+from ..tables import read_rows
 from .server import Away, Job, Refused, Server
 from .workflow import fill, places, read_workflow
 

@@ -5,7 +5,8 @@ import json
 import math
 from pathlib import Path
 
-from ..settings import FIELDS, checked, graph_inputs, kind
+from ..settings import FIELDS, checked, checked_text, graph_inputs
+from ..tables import read_text
 
 TEXTS = graph_inputs("prompt")
 PLACES = {  # what a flag or a column is called → the inputs that it fills, INPUT or CLASS.INPUT
@@ -19,7 +20,7 @@ def read_workflow(file: Path) -> dict:
     """The graph {node id: {class_type, inputs}}. Raises ValueError where the file holds something
     else."""
     try:
-        graph = json.loads(file.read_text(encoding="utf-8-sig"))
+        graph = json.loads(read_text(file))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file.name} is not JSON: {error}") from None
     if isinstance(graph, dict) and isinstance(graph.get("nodes"), list):
@@ -65,7 +66,7 @@ def fill(filled: dict, graph: dict, name: str, value: object) -> None:
         )
     for node, key in found:
         old = graph[node]["inputs"][key]
-        if name in FIELDS and kind(name) is not str:
+        if name in FIELDS:
             value = checked(name, value)
         filled[node]["inputs"][key] = like(old, value, f"{name} ({node}.{key})")
         if (
@@ -143,7 +144,7 @@ def like(old: object, value: object, name: str) -> object:
 
     Raises ValueError where it is no such thing."""
     if isinstance(old, str):
-        return str(value)
+        return checked_text(name, value)
     try:
         new = json.loads(str(value).lower() if isinstance(old, bool) else str(value))
         number = isinstance(new, (int, float)) and math.isfinite(new)
