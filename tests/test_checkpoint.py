@@ -474,7 +474,8 @@ def test_other_files_are_refused(tmp_path):
     for content, said in (
         (b"", "it has 0 bytes"),
         (b"PK\x03\x04" + b"\0" * 100, "is a PyTorch pickle"),
-        (b"<html>" * 9, "not a whole"),
+        (b"<html>" * 9, "is a web page"),
+        (b"\1\2\3" * 99, "not a whole"),
     ):
         path = tmp_path / "model.safetensors"
         path.write_bytes(content)

@@ -164,15 +164,19 @@ def hash_files(
 
 
 def refuse_zeros(file: Path) -> None:
-    """Raise CheckpointError where the file ends in more zeros than any model's: a download that was
-    aborted, padded to its full size."""
+    """Raise CheckpointError where the file, of safetensors, ends in more zeros than any model's and
+    does not begin with them: a download that was aborted, padded to its full size."""
     with reading(file) as stream:
         size = os.fstat(stream.fileno()).st_size
-        if size <= 2 * MAX_ZEROS:
+        header = 8 + struct.unpack("<Q", stream.read(8))[0]
+        if size - header <= 2 * MAX_ZEROS:
             return
+        stream.seek(header)
+        begins_with_zeros = not stream.read(MAX_ZEROS).strip(b"\0")
         stream.seek(size - MAX_ZEROS)
-        if stream.read(MAX_ZEROS).strip(b"\0"):
-            return
+        ends_in_zeros = not stream.read(MAX_ZEROS).strip(b"\0")
+    if begins_with_zeros or not ends_in_zeros:
+        return
     raise CheckpointError(
         f"{file.name} has its full size, but ends in zeros: its download was aborted, or left out"
         " parts. Download the file again"

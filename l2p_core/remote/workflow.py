@@ -32,7 +32,10 @@ def read_workflow(file: Path) -> dict:
         not isinstance(graph, dict)
         or not graph
         or not all(
-            isinstance(node, dict) and isinstance(node.get("inputs"), dict) and "class_type" in node
+            isinstance(node, dict)
+            and isinstance(node.get("inputs"), dict)
+            and isinstance(node.get("class_type"), str)
+            and isinstance(node.get("_meta", {}), dict)
             for node in graph.values()
         )
     ):
@@ -122,9 +125,12 @@ def upstream(graph: dict, side: str, other: str) -> set[str]:
     found = set()
     while todo:
         link = todo.pop()
-        if is_link(link) and link[0] in graph and link[0] not in found:
-            found.add(link[0])
-            todo += [value for key, value in graph[link[0]]["inputs"].items() if key != other]
+        if not is_link(link) or not link or not isinstance(link[0], str):
+            continue
+        node = link[0]
+        if node in graph and node not in found:
+            found.add(node)
+            todo += [value for key, value in graph[node]["inputs"].items() if key != other]
     return found
 
 
@@ -135,7 +141,7 @@ def is_link(value: object) -> bool:
 
 def title(graph: dict, node: str) -> str:
     """A node's title, or its class."""
-    return graph[node].get("_meta", {}).get("title") or graph[node]["class_type"]
+    return str(graph[node].get("_meta", {}).get("title") or graph[node]["class_type"])
 
 
 def like(old: object, value: object, name: str) -> object:
