@@ -38,9 +38,11 @@ def read_text(file: Path) -> str:
 
     encoding = next((name for mark, name in BYTE_ORDER_MARKS if content.startswith(mark)), "utf-8")
     try:
-        return content.decode(encoding)
+        text = content.decode(encoding)
     except UnicodeDecodeError:
-        pass
+        text = "\0"
+    if "\0" not in text:
+        return text
     if b"\0" not in content and encoding == "utf-8":
         try:
             text = content.decode("cp1252")

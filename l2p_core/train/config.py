@@ -380,7 +380,7 @@ def cast(setting: Field, value: object) -> Any:
         and all(isinstance(each, str) for each in value)
     ):
         return tuple(checked_text(setting.name, each) for each in value)
-    if setting.type is float and type(value) is int:
+    if setting.type is float and type(value) is int and abs(value) <= 2**64:
         return float(value)
     if type(value) is not setting.type:
         expected: dict[object, str] = {
