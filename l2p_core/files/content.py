@@ -24,13 +24,13 @@ LFS_POINTER = Content(
     "Download the file itself: run `git lfs pull` in the repository, or use the model's web page",
 )
 WEB_PAGE = Content(
-    "a web page (HTML), not the file",
+    "a web page (HTML)",
     f"{AGAIN}; open its address in a browser to see whether it asks you to log in or to accept a"
     " licence",
 )
-JSON_TEXT = Content("a JSON text, such as a server's error message, not the file", AGAIN)
-XML_TEXT = Content("an XML text, such as a server's error message, not the file", AGAIN)
-PLAIN_TEXT = Content("a plain text, such as a server's error message, not the file", AGAIN)
+JSON_TEXT = Content("a JSON text, such as a server's error message", AGAIN)
+XML_TEXT = Content("an XML text, such as a server's error message", AGAIN)
+PLAIN_TEXT = Content("a plain text, such as a server's error message", AGAIN)
 ZEROS = Content("nothing but zeros: its download or copy was aborted", AGAIN)
 PICKLE = Content("a PyTorch pickle, which can run any code when loaded", SAFETENSORS)
 GGUF = Content("a GGUF file, which this program does not read", SAFETENSORS)
