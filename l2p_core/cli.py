@@ -684,10 +684,13 @@ def add_synthesize(commands: argparse._SubParsersAction) -> None:
 
         check_batch(args.batch)
         rank, processes, device = share(args.device)
-        prompts = [
-            str(checked("prompt", row["prompt"] if row.get("text") is None else row["text"]))
-            for row in read_rows(args.prompts)
-        ]
+        prompts = []
+        for number, row in enumerate(read_rows(args.prompts), 1):
+            prompt = row["prompt"] if row.get("text") is None else row["text"]
+            try:
+                prompts.append(str(checked("prompt", prompt)))
+            except ValueError as error:
+                raise ValueError(f"prompt {number}: {error}") from None
         synthesize(
             prompts,
             args.model,

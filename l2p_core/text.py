@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .files.content import left_by_system
-from .files.header import CheckpointError, read_header
+from .files.header import CheckpointError, read_header, refuse_zeros
 from .files.layout import FLOATS, UNSCALED
 from .files.quantization import BESIDE_WEIGHTS, multiplied_out
 
@@ -60,7 +60,8 @@ class TextEncoder:
         from transformers import AutoTokenizer
 
         encoder = find_encoder(encoder)
-        encoder_files(encoder)
+        for file in encoder_files(encoder):
+            refuse_zeros(file)
         tokenizer_folder = find_tokenizer(encoder, tokenizer)
         try:
             tokenizer = AutoTokenizer.from_pretrained(

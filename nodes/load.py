@@ -16,8 +16,8 @@ from comfy.supported_models_base import ClipTarget
 from comfy_api.latest import io
 from transformers import Qwen2Tokenizer
 
-from ..l2p_core.files.content import left_by_system
-from ..l2p_core.files.header import SHARD_NAME, CheckpointError, find_files
+from ..l2p_core.files.content import identify_file, left_by_system
+from ..l2p_core.files.header import SHARD_NAME, CheckpointError, find_files, refuse_zeros
 from ..l2p_core.files.layout import read_layout
 from ..l2p_core.files.load import check
 from ..l2p_core.files.quantization import BESIDE_WEIGHTS, multiplied_out
@@ -255,6 +255,9 @@ def load_text_encoder(path: Path, options: dict, disable_dynamic: bool = False) 
     files = find_files(path)[0]
     kept, metadata = {}, {}
     for file in files:
+        if found := identify_file(file):
+            raise CheckpointError(f"{file.name} is {found.name}. {found.advice}")
+        refuse_zeros(file)
         tensors, its = comfy.utils.load_torch_file(str(file), safe_load=True, return_metadata=True)
         kept |= tensors
         metadata |= its or {}

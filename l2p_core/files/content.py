@@ -73,6 +73,8 @@ def identify(head: bytes) -> Content | None:
     """Return what a file with these first bytes is; None where they tell nothing.
 
     head: `HEAD_BYTES` of it, or the whole file."""
+    if head[4:9] == b"\0\0\0\0{":  # safetensors: the length of a header, and its start
+        return None
     for signature, content in SIGNATURES:
         if head.startswith(signature):
             return content

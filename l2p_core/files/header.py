@@ -168,6 +168,8 @@ def refuse_zeros(file: Path) -> None:
     does not begin with them: a download that was aborted, padded to its full size."""
     with reading(file) as stream:
         size = os.fstat(stream.fileno()).st_size
+        if size <= 2 * MAX_ZEROS:
+            return
         header = 8 + struct.unpack("<Q", stream.read(8))[0]
         if size - header <= 2 * MAX_ZEROS:
             return
