@@ -301,7 +301,8 @@ def _shows(mask: Image.Image, image: Image.Image | None) -> bool:
 
 
 def _told(levels: Image.Image, how: str) -> Image.Image:
-    warnings.warn(f"inpaint_mask has transparent parts: {how}", stacklevel=3)
+    # From one place, so that it is said once, however often the mask is read.
+    warnings.warn(f"inpaint_mask has transparent parts: {how}", stacklevel=1)
     return levels
 
 
