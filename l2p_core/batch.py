@@ -1,9 +1,8 @@
 """Many prompts to image files, resumable and over several processes: `l2p generate`."""
 
-import csv
-import io
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -13,14 +12,24 @@ from itertools import groupby, islice
 from pathlib import Path
 from threading import Event
 
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from .files.atomic import WAIT, locked, process_rank
 from .files.header import hash_files
-from .images import PNG_KEY, open_image, read_image, save_image
+from .images import (
+    BACKGROUND,
+    PNG_KEY,
+    is_whole_png,
+    mask_levels,
+    open_image,
+    read_image,
+    save_image,
+)
+from .outputs import output_files
 from .pipeline import L2PPipeline, check_mask
-from .settings import FIELDS, CompleteSettings, Settings, checked
+from .settings import MAX_BATCH, CompleteSettings, Settings, checked
 from .text import encoder_files
 
 
@@ -42,11 +51,7 @@ class Job:
         }
 
 
-COLUMNS = (
-    "file_name",
-    "text",
-    *FIELDS,
-)  # what a row of a prompt file may set; text is another name for prompt
+INPUTS = ("input_image", "inpaint_mask")  # settings that name a file
 
 
 def plan(
@@ -54,11 +59,12 @@ def plan(
 ) -> list[Job]:
     """Return every image to generate, its settings checked and complete.
 
-    rows: of a prompt file, see `COLUMNS`. settings: for what a row leaves out; None for the
+    rows: of a prompt file, see `tables.COLUMNS`. settings: for what a row leaves out; None for the
     checkpoint's default. count: images for each row, with seeds one apart. output: a .png for one
     image, a folder for several. Raises ValueError, with the row's number, for a row, a setting or
     an output that does not fit."""
-    jobs, look = [], lru_cache(4)(read_image)
+    look = lru_cache(4)(read_inputs)
+    jobs = []
     for number, (row, files) in enumerate(zip(rows, output_files(rows, count, output))):
         row = {
             name: value for name, value in row.items() if value is not None and name != "file_name"
@@ -66,13 +72,10 @@ def plan(
         row["prompt"] = row.pop("text", row.get("prompt", ""))
         values = {**{name: value for name, value in settings.items() if value is not None}, **row}
         try:
-            check_mask(values.get("inpaint_mask"), values.get("input_image"))
-            for name in ("inpaint_mask", "input_image"):
-                if values.get(name):
-                    look(checked(name, values[name]))
-            complete = pipe.complete(
-                values, look(values["input_image"]) if values.get("input_image") else None
-            )
+            image_file, mask_file = (str(checked(each, values.get(each, ""))) for each in INPUTS)
+            check_mask(mask_file, image_file)
+            image = look(image_file, mask_file) if image_file else None
+            complete = pipe.complete(values, image)
             checked("seed", complete.seed + count - 1)
             pipe.plan_stages(complete)
             for copy, file in enumerate(files):
@@ -84,40 +87,6 @@ def plan(
                 f"prompt {number + 1}: {error}" if len(rows) > 1 else str(error)
             ) from None
     return jobs
-
-
-def output_files(rows: list[dict], count: int, output: Path) -> list[list[Path]]:
-    """The files of each row's pictures: `output` itself where it is a .png, else named in that
-    folder by the row's file_name or number, and by the copy where there are several. Raises
-    ValueError where that makes no sense."""
-    if output.suffix and output.suffix.lower() != ".png":
-        raise ValueError(
-            f"--output is {output}; pictures are written as .png, which keeps their settings"
-        )
-    if count < 1:
-        raise ValueError(f"--count is {count}; expected 1 or more")
-    if output.suffix and len(rows) * count > 1:
-        raise ValueError(
-            f"--output is one file, {output}, for {len(rows) * count} pictures; give a folder"
-        )
-    out = []
-    for number, row in enumerate(rows):
-        name = Path(str(row.get("file_name") or f"{number:05d}"))
-        if name.is_absolute() or ".." in name.parts:
-            raise ValueError(f"prompt {number + 1}: file_name {name} leads out of {output}")
-        stem = name.name.removesuffix(".png")
-        out.append(
-            [output]
-            if output.suffix
-            else [
-                output / name.with_name(f"{stem}-{copy}.png" if count > 1 else f"{stem}.png")
-                for copy in range(count)
-            ]
-        )
-    files = [file for row in out for file in row]
-    if len(set(files)) < len(files):
-        raise ValueError("two prompts have the same file_name; give each its own")
-    return out
 
 
 def draw(
@@ -134,8 +103,7 @@ def draw(
     all. progress: show a bar. Raises ValueError, before anything is generated, where an image
     exists with other settings, and AlreadyRunning where another run still writes there after `WAIT`
     seconds."""
-    if batch < 1:
-        raise ValueError(f"--batch is {batch}; expected 1 or more")
+    check_batch(batch)
     if not jobs:
         return
     stop = Event()
@@ -197,9 +165,7 @@ def draw(
             for group in batches(missing, batch):
                 shared = group[0].shared
                 files = {
-                    name: read_image(file)
-                    for name in ("input_image", "inpaint_mask")
-                    if (file := shared.pop(name))
+                    name: read_input(name, file) for name in INPUTS if (file := shared.pop(name))
                 }
                 images = pipe(
                     prompt_embeds=[encode(job.prompt) for job in group],
@@ -214,9 +180,30 @@ def draw(
                 bar.update(len(group))
 
 
+def read_inputs(image_file: str, mask_file: str) -> Image.Image:
+    """Return the input image, once it and its mask, if any, are found usable. Raises ValueError."""
+    image = read_input("input_image", image_file)
+    if mask_file:
+        mask_levels(read_input("inpaint_mask", mask_file), image)
+    return image
+
+
+def read_input(name: str, file: str) -> Image.Image:
+    """Return the image of one of `INPUTS`; a mask keeps its transparency. Raises ValueError."""
+    return read_image(file, None if name == "inpaint_mask" else BACKGROUND)
+
+
 def _advance(bar: tqdm, images: int, done: int, *_: object) -> None:
     """Move the bar by one step of so many images; the first call comes before a step is done."""
     bar.update(images if done else 0)
+
+
+def check_batch(batch: int) -> None:
+    """Raise ValueError for a number of images at a time that makes no sense."""
+    if batch < 1:
+        raise ValueError(f"--batch is {batch}; expected 1 or more")
+    if batch > MAX_BATCH:
+        raise ValueError(f"--batch is {batch}; expected at most {MAX_BATCH}")
 
 
 def lock_outputs(outputs: list[Path]) -> AbstractContextManager[None]:
@@ -236,67 +223,6 @@ def lock_outputs(outputs: list[Path]) -> AbstractContextManager[None]:
     return locked(place, busy, WAIT, folder=several)
 
 
-def read_rows(file: Path, any_column: bool = False) -> list[dict]:
-    """One dict per prompt from .txt, .csv, .json or .jsonl. any_column: take columns of every name,
-    and none for granted. Raises ValueError with the line that can't be read."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{file.name} is not UTF-8 text; save it as UTF-8") from None
-    rows: list[dict]
-    match file.suffix.lower():
-        case ".txt":
-            rows = [{"prompt": line.strip()} for line in text.split("\n") if line.strip()]
-        case ".csv":
-            try:
-                rows = list(csv.DictReader(io.StringIO(text, newline="")))
-            except csv.Error as error:
-                raise ValueError(f"{file.name} is not CSV: {error}") from None
-            for number, row in enumerate(rows):
-                if row.pop(None, None):
-                    raise ValueError(
-                        f"{file.name}, prompt {number + 1} has more columns than the first line"
-                        " names; put a prompt with commas in quotes"
-                    )
-            rows = [{name: value for name, value in row.items() if value} for row in rows]
-        case ".json" | ".jsonl":
-            try:
-                rows = (
-                    json.loads(text)
-                    if file.suffix.lower() == ".json"
-                    else [json.loads(line) for line in text.split("\n") if line.strip()]
-                )
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise ValueError(f"{file.name} is not {file.suffix[1:].upper()}: {error}") from None
-            rows = [
-                {"prompt": row} if isinstance(row, str) else row
-                for row in (rows if isinstance(rows, list) else [rows])
-            ]
-        case suffix:
-            raise ValueError(
-                f"{file.name} ends in {suffix or 'nothing'}; expected .txt, .csv, .json or .jsonl"
-            )
-    if not rows:
-        raise ValueError(f"{file.name} holds no prompts")
-    for number, row in enumerate(rows):
-        unknown = (
-            row.keys() - set(row if any_column else COLUMNS)
-            if isinstance(row, dict)
-            else {"not a table"}
-        )
-        if unknown or not any_column and not isinstance(row.get("prompt", row.get("text")), str):
-            raise ValueError(
-                f"{file.name}, prompt {number + 1}: "
-                + (
-                    f"unknown column {sorted(map(str, unknown))[0]}"
-                    if unknown
-                    else "no column prompt or text"
-                )
-                + f"; known are {', '.join(COLUMNS)}"
-            )
-    return rows
-
-
 def batches(jobs: list[Job], size: int) -> Iterator[list[Job]]:
     """Runs of neighbouring images that can be generated together, `size` at most."""
     for _, run in groupby(jobs, key=lambda job: job.shared):
@@ -305,14 +231,15 @@ def batches(jobs: list[Job], size: int) -> Iterator[list[Job]]:
 
 
 def is_drawn(output: Path, wanted: dict) -> bool:
-    """Return True where the file has the settings wanted. Raises ValueError where it has others, or
-    none.
+    """Return True where the file has the settings wanted, and False where it has them and is torn.
+    Raises ValueError where it has others, or none.
 
     Settings that an older program did not record have their defaults there. How many images were
     generated together changes only their last bits, so it may differ."""
     try:
         with open_image(output, ("PNG",)) as there:
             settings = dict(json.loads(there.info[PNG_KEY]))
+            whole = is_whole_png(there)
     except (OSError, KeyError, ValueError, TypeError, RecursionError):
         raise ValueError(
             f"{output} exists and was not generated by l2p; give another --output, or --overwrite"
@@ -330,4 +257,6 @@ def is_drawn(output: Path, wanted: dict) -> bool:
                 f"{output} exists, generated with other settings ({name} {was!r}, now {now!r});"
                 " give another --output, or --overwrite"
             )
-    return True
+    if not whole:
+        warnings.warn(f"{output} is torn and is generated again", stacklevel=2)
+    return whole

@@ -13,9 +13,11 @@ import sys
 import warnings
 from collections.abc import Iterable
 from dataclasses import fields
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
+from .files.content import printable
 from .files.header import CheckpointError
 from .interrupt import STATUS, Terminated, ending_at_once
 from .remote.workflow import PLACES
@@ -27,6 +29,9 @@ def program() -> None:
 
     After an interrupt it ends at once: taking torch apart takes seconds, and a launcher that stops
     its processes waits."""
+    for stream in (sys.stdout, sys.stderr):  # a name may hold what the terminal can't show
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     status = main()
     if status in STATUS.values():
         sys.stdout.flush()
@@ -44,11 +49,13 @@ def main(arguments: list[str] | None = None) -> int:
         import torch
 
         args = make_parser().parse_args(arguments)
-        warnings.showwarning = lambda message, *_: print(f"l2p: note: {message}", file=sys.stderr)
+        warnings.showwarning = lambda message, *_: print(
+            f"l2p: note: {printable(message)}", file=sys.stderr
+        )
     try:
         args.run(args)
     except (CheckpointError, ValueError, OSError, ImportError) as error:
-        print(f"l2p: {error}", file=sys.stderr)
+        print(f"l2p: {printable(error)}", file=sys.stderr)
         return 1
     except torch.OutOfMemoryError:
         print(f"l2p: out of GPU memory. {args.when_full}", file=sys.stderr)
@@ -202,8 +209,9 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     def run(args: argparse.Namespace) -> None:
         import torch
 
-        from .batch import draw, plan, read_rows
+        from .batch import draw, plan
         from .pipeline import BUNDLED_MODEL, L2PPipeline
+        from .tables import read_rows
 
         if (args.prompt is None) == (args.prompts is None) and not args.estimate:
             raise ValueError("give a prompt, or a file of them with --prompts")
@@ -417,7 +425,7 @@ def add_inspect(commands: argparse._SubParsersAction) -> None:
         from .files.describe import describe, report
 
         facts = describe(args.checkpoint)
-        print(json.dumps(facts, indent=1) if args.json else report(facts))
+        print(json.dumps(facts, indent=1) if args.json else printable(report(facts)))
 
     parser.set_defaults(run=run, when_stopped="Nothing was changed")
 
@@ -688,16 +696,19 @@ def add_synthesize(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--device", help="default: the GPU where there is one")
 
     def run(args: argparse.Namespace) -> None:
-        from .batch import read_rows
+        from .batch import check_batch
+        from .tables import read_rows
         from .train.synthesize import synthesize
 
-        if args.batch < 1:
-            raise ValueError(f"--batch is {args.batch}; expected 1 or more")
+        check_batch(args.batch)
         rank, processes, device = share(args.device)
-        prompts = [
-            str(checked("prompt", row["prompt"] if row.get("text") is None else row["text"]))
-            for row in read_rows(args.prompts)
-        ]
+        prompts = []
+        for number, row in enumerate(read_rows(args.prompts), 1):
+            prompt = row["prompt"] if row.get("text") is None else row["text"]
+            try:
+                prompts.append(str(checked("prompt", prompt)))
+            except ValueError as error:
+                raise ValueError(f"prompt {number}: {error}") from None
         synthesize(
             prompts,
             args.model,

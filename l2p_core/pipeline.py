@@ -17,7 +17,16 @@ from .files.layout import Layout, read_layout
 from .files.load import bytes_in_memory, check, load_model
 from .files.lora import Change, add_changes, read_lora
 from .flow import SOLVERS, Callback, guided_velocity, inpaint_velocity, interpolate, schedule
-from .images import check_size, size_for, to_mask, to_pictures, to_pixels
+from .images import (
+    check_size,
+    eight_bits,
+    flatten,
+    mask_levels,
+    size_for,
+    to_mask,
+    to_pictures,
+    to_pixels,
+)
 from .model import L2PTransformer
 from .settings import FIELDS, CompleteSettings, checked
 from .shapes.parse import read_prompt
@@ -251,7 +260,8 @@ class L2PPipeline:
         prompt: one, or several for one batch; or prompt_embeds, what `encode_prompt` gave for them.
         seed: one for the whole batch, as ComfyUI takes it; or one for each image; None for a random
         one. input_image: start from this image, resized with a warning where it has another size.
-        inpaint_mask: white is generated, black keeps the input image's pixels exactly. num_images:
+        Its transparent parts are white. inpaint_mask: white is generated, black keeps the input
+        image's pixels exactly; see `images.mask_levels` for transparent ones. num_images:
         images for each prompt, in one batch. callback: called in each step, after the model, with
         the steps done, all steps, and the x0 prediction, (B, 3, H, W) in about [-1, 1]; raise from
         it to stop. bf16_rounding: round timesteps and the input image as the published pipeline
@@ -265,6 +275,10 @@ class L2PPipeline:
             checked("seed", seed)
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("give either prompt or prompt_embeds")
+        if inpaint_mask is not None:
+            inpaint_mask = mask_levels(inpaint_mask, input_image)
+        if input_image is not None:
+            input_image = flatten(eight_bits(input_image))
         chosen = self.complete(settings, input_image)
         plan = self.plan_stages(chosen)
 

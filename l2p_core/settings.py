@@ -10,6 +10,9 @@ from types import MappingProxyType
 from typing import Any, get_args
 
 MAX_SIDE = 16384  # pixels; the largest published model generates 10240
+MAX_BATCH = 4096  # images at a time
+MAX_COUNT = 1_000_000  # images of one run
+HALF_A_CHARACTER = ", which holds half of a character such as an emoji (a lone surrogate)"
 REFINEMENTS = SQUEEZED, WINDOWS, WHOLE = "squeezed", "windows", "whole"  # the first is the default
 
 
@@ -179,6 +182,8 @@ def checked(name: str, value: object) -> str | int | float:
     about = FIELDS[name].metadata
     try:
         result = _converted(kind(name), value)
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} is {value!r}{HALF_A_CHARACTER}") from None
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name} is {value!r}; expected {expected(name)}") from None
     if "choices" in about and result not in about["choices"]:
@@ -188,6 +193,16 @@ def checked(name: str, value: object) -> str | int | float:
         if too_low or result > about["high"]:
             raise ValueError(f"{name} is {value}; expected {expected(name)}")
     return result
+
+
+def checked_text(name: str, value: object) -> str:
+    """Return a text that is no setting, such as a file's name, by the same rules as `checked`."""
+    try:
+        return str(_converted(str, value))
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} is {value!r}{HALF_A_CHARACTER}") from None
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is {value!r}; expected text") from None
 
 
 def graph_inputs(name: str) -> tuple[str, ...]:
@@ -223,6 +238,8 @@ def describe(name: str) -> str:
 def _converted(kind: type, value: object) -> str | int | float:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise TypeError
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError  # as text it would be a word, "nan"
     if kind is str:
         text = str(value)
         text.encode()  # half an emoji has no UTF-8

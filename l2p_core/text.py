@@ -13,7 +13,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .files.header import CheckpointError, read_header
+from .files.content import left_by_system
+from .files.header import CheckpointError, read_header, refuse_zeros
+from .files.layout import FLOATS, UNSCALED
+from .files.quantization import BESIDE_WEIGHTS, multiplied_out
 
 if TYPE_CHECKING:  # it takes seconds to import, so not before it is needed
     import transformers
@@ -57,7 +60,8 @@ class TextEncoder:
         from transformers import AutoTokenizer
 
         encoder = find_encoder(encoder)
-        encoder_files(encoder)
+        for file in encoder_files(encoder):
+            refuse_zeros(file)
         tokenizer_folder = find_tokenizer(encoder, tokenizer)
         try:
             tokenizer = AutoTokenizer.from_pretrained(
@@ -112,7 +116,9 @@ def encoder_files(encoder: Path) -> list[Path]:
             f"the text encoder {encoder} does not exist. Give the text_encoder/ folder of "
             "Tongyi-MAI/Z-Image-Turbo, or qwen_3_4b.safetensors"
         )
-    return sorted(encoder.glob("*.safetensors")) if encoder.is_dir() else [encoder]
+    if not encoder.is_dir():
+        return [encoder]
+    return sorted(file for file in encoder.glob("*.safetensors") if not left_by_system(file))
 
 
 def find_tokenizer(encoder: Path, tokenizer: str | Path | None) -> Path:
@@ -228,13 +234,12 @@ def load_single_file(file: Path, dtype: torch.dtype) -> transformers.Qwen3Model:
             f"{file.name} is no Qwen3 text encoder: it lacks embed_tokens or q_norm. Give "
             "qwen_3_4b.safetensors, or the text_encoder/ folder of Tongyi-MAI/Z-Image-Turbo"
         )
-    if odd := next(
-        (key for key, entry in entries.items() if entry.dtype not in ("F32", "F16", "BF16")), None
-    ):
-        raise CheckpointError(
-            f"{file.name} is quantized ({odd} is {entries[odd].dtype}); give the BF16"
-            " qwen_3_4b.safetensors"
-        )
+    for key, entry in entries.items():
+        if entry.dtype not in (*FLOATS, *UNSCALED) and not key.endswith(BESIDE_WEIGHTS):
+            raise CheckpointError(
+                f"{file.name} is quantized ({key} is {entry.dtype}); give the BF16"
+                " qwen_3_4b.safetensors"
+            )
     try:
         sizes = qwen3_sizes(shapes)
     except KeyError as missing:
@@ -251,9 +256,14 @@ def load_single_file(file: Path, dtype: torch.dtype) -> transformers.Qwen3Model:
     with torch.device("meta"):
         model = Qwen3Model(config)
     model.rotary_emb = type(model.rotary_emb)(model.config)  # its table is computed, not loaded
-    tensors = {
-        key.removeprefix("model."): tensor.to(dtype) for key, tensor in load_file(file).items()
-    }
+    try:
+        kept = multiplied_out(load_file(file), dtype)
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{file.name} is quantized in a way that is not supported here ({error}); give the BF16"
+            " qwen_3_4b.safetensors"
+        ) from None
+    tensors = {key.removeprefix("model."): tensor for key, tensor in kept.items()}
     tensors.pop("lm_head.weight", None)
     try:
         model.load_state_dict(tensors, assign=True)

@@ -16,9 +16,11 @@ from comfy.supported_models_base import ClipTarget
 from comfy_api.latest import io
 from transformers import Qwen2Tokenizer
 
-from ..l2p_core.files.header import SHARD_NAME, CheckpointError, find_files
+from ..l2p_core.files.content import identify_file, left_by_system
+from ..l2p_core.files.header import SHARD_NAME, CheckpointError, find_files, refuse_zeros
 from ..l2p_core.files.layout import read_layout
 from ..l2p_core.files.load import check
+from ..l2p_core.files.quantization import BESIDE_WEIGHTS, multiplied_out
 from ..l2p_core.pipeline import BUNDLED_MODEL
 from ..l2p_core.shapes.parse import read_prompt
 from ..l2p_core.text import LAYER, TEMPLATE, find_tokenizer, qwen3_sizes
@@ -159,7 +161,7 @@ def model_files() -> list[str]:
         name
         for folder in ("checkpoints", "diffusion_models")
         for name in folder_paths.get_filename_list(folder)
-        if name.endswith(".safetensors")
+        if name.endswith(".safetensors") and not left_by_system(Path(name))
     ]
     return list(dict.fromkeys(names))
 
@@ -229,7 +231,7 @@ def text_encoders() -> list[str]:
     files = [
         name
         for name in folder_paths.get_filename_list("text_encoders")
-        if name.endswith(".safetensors")
+        if name.endswith(".safetensors") and not left_by_system(Path(name))
     ]
     return [*(name for name in files if str(Path(name).parent) not in folders), *sorted(folders)]
 
@@ -251,10 +253,20 @@ def load_text_encoder(path: Path, options: dict, disable_dynamic: bool = False) 
     """A CLIP of a Qwen3 text encoder. options: ComfyUI's, such as load_device. Raises
     CheckpointError."""
     files = find_files(path)[0]
-    state_dict = {}
+    kept, metadata = {}, {}
     for file in files:
-        sd, metadata = comfy.utils.load_torch_file(str(file), safe_load=True, return_metadata=True)
-        state_dict |= comfy.utils.convert_old_quants(sd, metadata=metadata)[0]
+        if found := identify_file(file):
+            raise CheckpointError(f"{file.name} is {found.name}. {found.advice}")
+        refuse_zeros(file)
+        tensors, its = comfy.utils.load_torch_file(str(file), safe_load=True, return_metadata=True)
+        kept |= tensors
+        metadata |= its or {}
+    norm = kept.get("model.norm.weight", kept.get("norm.weight"))
+    is_4b = norm is not None and len(norm) == QWEN3_4B_WIDTH
+    if is_4b:
+        state_dict = comfy.utils.convert_old_quants(kept, metadata=metadata)[0]
+    else:
+        state_dict = without_scales(kept, path)
     embeddings = folder_paths.get_folder_paths("embeddings")
     names = {
         key if key.startswith(("model.", "lm_head.")) else f"model.{key}": key for key in state_dict
@@ -265,7 +277,7 @@ def load_text_encoder(path: Path, options: dict, disable_dynamic: bool = False) 
             " the text_encoder/ folder of Tongyi-MAI/Z-Image-Turbo"
         )
     state_dict = {name: state_dict[key] for name, key in names.items()}
-    if len(state_dict["model.norm.weight"]) == QWEN3_4B_WIDTH:
+    if is_4b:
         return comfy.sd.load_text_encoder_state_dicts(
             [state_dict], embeddings, comfy.sd.CLIPType.LUMINA2, options, disable_dynamic
         )
@@ -279,6 +291,20 @@ def load_text_encoder(path: Path, options: dict, disable_dynamic: bool = False) 
         model_options=options,
         disable_dynamic=disable_dynamic,
     )
+
+
+def without_scales(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an encoder of another width than ComfyUI's own, FP8 weights times their
+    scales. Raises CheckpointError for other quantizations."""
+    if not any(key.endswith(BESIDE_WEIGHTS) for key in tensors):
+        return tensors
+    try:
+        return multiplied_out(tensors, torch.bfloat16)
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path.name} is quantized in a way that is not supported here ({error}). Give its BF16"
+            " version"
+        ) from None
 
 
 def text_encoder_patcher(path: Path, options: dict, disable_dynamic: bool = False):

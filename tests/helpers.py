@@ -2,6 +2,7 @@
 from the code under test."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,27 @@ def int8(
         {"_quantization_metadata": json.dumps({"layers": layers})} if marked == "metadata" else {}
     )
     return out, metadata
+
+
+def scaled_fp8(
+    weights: dict[str, torch.Tensor], wanted: Callable[[str, torch.Tensor], bool], spelling: str
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(FP8 tensors with a scale each, the numbers they stand for). spelling: weight_scale, or the
+    older scale_weight with its mark of the file and its scales of inputs."""
+    scaled, plain = dict(weights), dict(weights)
+    for key, tensor in weights.items():
+        if not wanted(key, tensor):
+            continue
+        layer = key.removesuffix(".weight")
+        scale = tensor.float().abs().max() / 448
+        scaled[key] = (tensor.float() / scale).to(torch.float8_e4m3fn)
+        scaled[f"{layer}.{spelling}"] = scale
+        plain[key] = (scaled[key].float() * scale).bfloat16()
+        if spelling == "scale_weight":
+            scaled[f"{layer}.scale_input"] = torch.tensor(1.0)
+    if spelling == "scale_weight":
+        scaled["scaled_fp8"] = torch.empty(0, dtype=torch.float8_e4m3fn)
+    return scaled, plain
 
 
 def regular_hadamard(size: int) -> torch.Tensor:

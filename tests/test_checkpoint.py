@@ -12,7 +12,7 @@ from comfyui_l2p.l2p_core.files.describe import describe, report
 from comfyui_l2p.l2p_core.files.header import read_header
 from comfyui_l2p.l2p_core.files.quantization import Int8Linear
 from golden import recipe
-from helpers import GOLDEN, comfyui_naming, int8, rms
+from helpers import GOLDEN, comfyui_naming, int8, rms, scaled_fp8
 
 PREFIXES = ["", "model.diffusion_model.", "diffusion_model.", "pipe.dit."]
 
@@ -201,6 +201,24 @@ def test_float8_is_multiplied_out(tiny_weights, tiny_model, write, arguments):
     with torch.no_grad():
         reference = tiny_model(*arguments)
     assert rms(outputs(write(quantized), arguments) - reference, reference) < 0.02
+
+
+def of_layers(key, tensor):
+    return tensor.dim() == 2 and key.startswith("layers.")
+
+
+@pytest.mark.parametrize("naming", ["published", "comfyui"])
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_float8_in_the_older_spelling_is_multiplied_out(tiny_weights, write, prefix, naming):
+    """LAYER.scale_weight, and a tensor scaled_fp8 that marks the file."""
+    weights = tiny_weights if naming == "published" else comfyui_naming(tiny_weights)
+    scaled, plain = scaled_fp8(weights, of_layers, "scale_weight")
+    path = write({prefix + key: tensor for key, tensor in scaled.items()}, "scaled.safetensors")
+    expected = load_model(write(plain), dtype=torch.bfloat16).state_dict()
+    found = load_model(path, dtype=torch.bfloat16).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert "float8_e4m3fn" in read_layout(path).quantization and describe(path)["usable"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
@@ -474,7 +492,8 @@ def test_other_files_are_refused(tmp_path):
     for content, said in (
         (b"", "it has 0 bytes"),
         (b"PK\x03\x04" + b"\0" * 100, "is a PyTorch pickle"),
-        (b"<html>" * 9, "not a whole"),
+        (b"<html>" * 9, "is a web page"),
+        (b"\1\2\3" * 99, "not a whole"),
     ):
         path = tmp_path / "model.safetensors"
         path.write_bytes(content)

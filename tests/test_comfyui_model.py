@@ -7,7 +7,7 @@ from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS, L2PConfig
 from comfyui_l2p.l2p_core.model import L2PTransformer
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
 from comfyui_l2p.quant.quantize import Options, quantize
-from helpers import comfyui_naming, int8, rms
+from helpers import comfyui_naming, int8, rms, scaled_fp8
 from real_comfyui import Refused
 from safetensors.torch import load_file, save_file
 
@@ -395,3 +395,19 @@ def test_stop_works_inside_a_step(comfyui, write, tiny_weights):
     """Stop pressed while the first layer runs: the decoder is not reached."""
     reached = comfyui.call("stop_inside_a_step", path=write(tiny_weights))
     assert "layers.0" in reached and "local_decoder" not in reached
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("spelling", ["weight_scale", "scale_weight"])
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_every_loader_keeps_the_scales_of_fp8(
+    compare, write, tiny_weights, loader, spelling, prefix
+):
+    scaled, plain = scaled_fp8(
+        tiny_weights,
+        lambda key, tensor: tensor.dim() == 2 and key.startswith("layers."),
+        spelling,
+    )
+    path = write({prefix + key: tensor for key, tensor in scaled.items()}, "scaled.safetensors")
+    reference = load_model(write(plain, "plain.safetensors"), dtype=torch.float32)
+    assert compare(path, loader, reference)[0] < 0.02

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from comfyui_l2p.l2p_core import batch as generate_module
-from comfyui_l2p.l2p_core.batch import hash_files, read_rows
+from comfyui_l2p.l2p_core.batch import hash_files
 from comfyui_l2p.l2p_core.cli import main
 from comfyui_l2p.l2p_core.files.atomic import locked
 from comfyui_l2p.l2p_core.images import read_image, save_image
@@ -21,6 +21,7 @@ from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL, L2PPipeline
 from comfyui_l2p.l2p_core.shapes.judge import examine
 from comfyui_l2p.l2p_core.shapes.parse import complete, parse
 from comfyui_l2p.l2p_core.shapes.world import PLACES_WORLD
+from comfyui_l2p.l2p_core.tables import read_rows
 from helpers import apart
 from PIL import Image
 from safetensors.torch import load_file, save_file

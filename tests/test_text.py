@@ -10,7 +10,7 @@ from comfyui_l2p.l2p_core import CheckpointError
 from comfyui_l2p.l2p_core.files.header import Entry
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
 from comfyui_l2p.l2p_core.text import LAYER, MAX_TOKENS, TEMPLATE, TextEncoder
-from helpers import GOLDEN
+from helpers import GOLDEN, scaled_fp8
 from safetensors.torch import load_file, save_file
 
 RECORDED = json.loads((GOLDEN / "text.json").read_text())
@@ -178,7 +178,7 @@ def test_the_published_encoder_is_read_off_its_shapes(tmp_path, monkeypatch):
             {
                 "model.embed_tokens.weight": torch.ones(4, 2),
                 "model.layers.0.self_attn.q_norm.weight": torch.ones(2),
-                "model.layers.0.mlp.gate_proj.weight": torch.ones(2, 2).to(torch.float8_e4m3fn),
+                "model.layers.0.mlp.gate_proj.weight": torch.ones(2, 2).to(torch.int8),
             },
             "is quantized",
         ),
@@ -253,3 +253,20 @@ def test_features_that_are_nan_are_refused(tmp_path):
     )
     with pytest.raises(CheckpointError, match="gives NaN"):
         TextEncoder.load(tmp_path / "damaged").encode("a")
+
+
+@pytest.mark.parametrize("spelling", ["weight_scale", "scale_weight"])
+def test_an_fp8_encoder_is_multiplied_out(tmp_path, spelling):
+    weights = load_file(BUNDLED_MODEL / "text_encoder" / "model.safetensors")
+    weights = {f"model.{key}": tensor for key, tensor in weights.items()}
+    scaled, plain = scaled_fp8(
+        weights, lambda key, tensor: tensor.dim() == 2 and "embed" not in key, spelling
+    )
+    features = []
+    for name, tensors in (("scaled", scaled), ("plain", plain)):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        encoder = TextEncoder.load(
+            tmp_path / f"{name}.safetensors", BUNDLED_MODEL / "tokenizer", dtype=torch.bfloat16
+        )
+        features.append(encoder.encode("a red circle"))
+    assert torch.equal(*features)

@@ -18,6 +18,8 @@ from pathlib import Path
 from threading import Event
 from typing import BinaryIO, NamedTuple
 
+from .content import identify_file, left_by_system
+
 # Bytes per number, by safetensors' dtype names.
 DTYPE_BYTES = {
     "F64": 8,
@@ -45,6 +47,8 @@ MAX_TENSORS = 20_000  # the 1K checkpoint has 453, in INT8 three times as many
 # of a header: each costs time and memory as it is parsed, whatever it turns out to be
 MAX_BRACKETS = 100_000
 MAX_DIMENSIONS, MAX_NUMBER = 8, 2**48  # of a shape; of its numbers, and of byte offsets
+# Of the end of a file, which an aborted download leaves as zeros. No model's ends in so many.
+MAX_ZEROS = 1 << 20
 SHARD_NAME = re.compile(r"-\d{5}-of-(\d{5})\.safetensors$")
 
 
@@ -80,8 +84,10 @@ def find_files(path: Path) -> tuple[list[Path], set[str]]:
 
     Raises CheckpointError where there is none, or not every shard."""
     if path.is_dir():
-        indexes = sorted(path.glob("*.safetensors.index.json"))
-        files = sorted(path.glob("*.safetensors"))
+        indexes, files = (
+            sorted(file for file in path.glob(pattern) if not left_by_system(file))
+            for pattern in ("*.safetensors.index.json", "*.safetensors")
+        )
         shards = [shard for file in files if (shard := SHARD_NAME.search(file.name))]
         if len(indexes) == 1:
             path = indexes[0]
@@ -157,11 +163,35 @@ def hash_files(
     return digest.hexdigest()
 
 
+def refuse_zeros(file: Path) -> None:
+    """Raise CheckpointError where the file, of safetensors, ends in more zeros than any model's and
+    does not begin with them: a download that was aborted, padded to its full size."""
+    with reading(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size <= 2 * MAX_ZEROS:
+            return
+        header = 8 + struct.unpack("<Q", stream.read(8))[0]
+        if size - header <= 2 * MAX_ZEROS:
+            return
+        stream.seek(header)
+        begins_with_zeros = not stream.read(MAX_ZEROS).strip(b"\0")
+        stream.seek(size - MAX_ZEROS)
+        ends_in_zeros = not stream.read(MAX_ZEROS).strip(b"\0")
+    if begins_with_zeros or not ends_in_zeros:
+        return
+    raise CheckpointError(
+        f"{file.name} has its full size, but ends in zeros: its download was aborted, or left out"
+        " parts. Download the file again"
+    )
+
+
 def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """Entries by key and metadata of one .safetensors file. Raises CheckpointError where anything
     is inconsistent."""
 
     def refuse(why: str) -> CheckpointError:
+        if found := identify_file(file):
+            return CheckpointError(f"{file.name} is {found.name}. {found.advice}")
         return CheckpointError(
             f"{file.name} is not a whole .safetensors file: {why}. Get the file again"
         )
@@ -182,11 +212,6 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         if length > min(MAX_HEADER_BYTES, size - 8):
             if length <= size - 8:
                 raise refuse(f"its header takes {length} bytes, more than any model's")
-            if length_bytes.startswith((b"PK\x03\x04", b"\x80\x02")):
-                raise CheckpointError(
-                    f"{file.name} is a PyTorch pickle, which can run any code when loaded. "
-                    "Use the .safetensors version of the model"
-                )
             raise refuse(f"its header should take {length} bytes, the file has {size}")
         encoded = stream.read(length)
         if encoded.count(b"{") + encoded.count(b"[") > MAX_BRACKETS:

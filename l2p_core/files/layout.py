@@ -16,7 +16,7 @@ from typing import NamedTuple
 from ..config import L2PConfig, block_numbers
 from .header import CheckpointError, Entry, find_files, read_header, reading, stamp
 from .naming import ADAPTER, COMFYUI_NAMES, PACKED, layer_name
-from .quantization import FORMATS
+from .quantization import BESIDE_WEIGHTS, FORMATS, SCALED_FP8, scale_beside
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 UNSCALED = ("F8_E4M3", "F8_E5M2")  # where there is no scale: simply cast
@@ -184,10 +184,8 @@ def describe(
             layout.outside.append(key)
             continue
         name = key.removeprefix(prefix)
-        if (
-            name.endswith((".comfy_quant", ".weight_scale", ".weight_scale_2", ".input_scale"))
-            and f"{prefix}{name.rpartition('.')[0]}.weight" in entries
-        ):
+        of_weight = f"{prefix}{name.rpartition('.')[0]}.weight" in entries
+        if name == SCALED_FP8 or name.endswith(BESIDE_WEIGHTS) and of_weight:
             continue
         if not name.startswith(
             (
@@ -207,7 +205,7 @@ def describe(
             continue
         source = Source(entry)
         if name.endswith(".weight"):
-            scale = entries.get(f"{key}_scale")
+            scale = scale_beside(key, entries)
             marker = markers.get(name.removesuffix(".weight"))
             if scale is not None or marker is not None:
                 source = quantized_source(

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..config import L2PConfig, block_numbers
 from ..model import L2PTransformer
-from .header import SHARD_NAME, CheckpointError, Entry
+from .header import SHARD_NAME, CheckpointError, Entry, refuse_zeros
 from .layout import FLOATS, UNSCALED, Layout, read_layout
 from .quantization import Int8Linear, dequantize, kernel
 
@@ -171,6 +171,8 @@ def check(layout: Layout) -> None:
             f"{name}: {len(misshapen)} tensors have a shape that does not fit (first: {key} is "
             f"{found[key]}, expected {expected[key]}). The file mixes models or is damaged"
         )
+    for file in layout.stamps:  # none for tensors in memory
+        refuse_zeros(file)
     for source in layout.tensors.values():
         if source.format is None and source.entry.dtype not in (*FLOATS, *UNSCALED):
             raise CheckpointError(

@@ -4,9 +4,9 @@ linear layer.
 INT8 weights stay 8 bits in memory and are multiplied as such by comfy-kitchen; the other formats
 are multiplied out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,46 @@ FORMATS = {
     "nvfp4": Format("U8", ("block",), packed=2, scale_dtypes=("F8_E4M3", "U8"), block=16),
     "convrot_w4a4": Format("I8", ("convrot",), packed=2),
 }
+
+
+# What files keep beside a quantized weight: ComfyUI's names, and its older ones of scaled FP8.
+BESIDE_WEIGHTS = (
+    ".comfy_quant",
+    ".weight_scale",
+    ".weight_scale_2",
+    ".input_scale",
+    ".scale_weight",
+    ".scale_input",
+)
+SCALED_FP8 = "scaled_fp8"  # the older spelling's mark of a file
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+Kept = TypeVar("Kept")
+
+
+def scale_beside(key: str, kept: Mapping[str, Kept]) -> Kept | None:
+    """Return the scale kept for a weight: LAYER.weight_scale, or the older LAYER.scale_weight.
+
+    key: LAYER.weight. kept: tensors, or entries, by key."""
+    older = f"{key.removesuffix('weight')}scale_weight"
+    return kept.get(f"{key}_scale", kept.get(older))
+
+
+def multiplied_out(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return floating-point tensors in dtype, FP8 weights times their scales; scales and markers
+    are left out. Raises ValueError, naming the tensor, for other quantizations."""
+    out = {}
+    for key, tensor in tensors.items():
+        if key.rpartition(".")[2] == SCALED_FP8 or key.endswith(BESIDE_WEIGHTS):
+            continue
+        scale = scale_beside(key, tensors)
+        if not tensor.is_floating_point() or scale is not None and tensor.dtype not in FP8_DTYPES:
+            raise ValueError(f"{key} is {str(tensor.dtype).removeprefix('torch.')}")
+        if scale is not None:
+            out[key] = dequantize("float8_e4m3fn", tensor, scale, None, 0, dtype)
+        else:
+            out[key] = tensor.to(dtype)
+    return out
 
 
 class Int8Linear(nn.Module):

@@ -1,6 +1,7 @@
 """A workflow and prompts → ComfyUI servers → image files: `l2p queue`."""
 
 import json
+import math
 import uuid
 import zlib
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -9,20 +10,20 @@ from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from threading import Event, Lock
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from ..batch import is_drawn, lock_outputs, output_files, read_rows
+from ..batch import is_drawn, lock_outputs
 from ..files.atomic import atomic_write
+from ..files.content import printable
 from ..files.header import hash_files
 from ..images import PNG_KEY, read_image
+from ..outputs import output_files
+from ..settings import checked
+from ..tables import read_rows
 from .server import Away, Job, Refused, Server
 from .workflow import fill, places, read_workflow
-
-if TYPE_CHECKING:
-    pass
 
 PICTURES = ("input_image", "inpaint_mask")  # files of ours, uploaded
 PATIENCE = 2  # jobs that a server may fail before it has drawn one
@@ -47,11 +48,15 @@ def queue(
     wait for a server that went away. Raises ValueError, before anything is sent, where a value
     finds no place, and at the end where pictures are missing."""
     try:
+        import requests  # noqa: F401
         import websocket  # noqa: F401
     except ImportError:
         raise ImportError(
-            "l2p queue needs websocket-client: pip install 'websocket-client>=1.6'"
+            "l2p queue needs requests and websocket-client: pip install 'requests>=2.31'"
+            " 'websocket-client>=1.6'"
         ) from None
+    if not 0 <= timeout < math.inf:
+        raise ValueError(f"--timeout is {timeout}; expected a number of seconds, 0 or more")
     values = [(name, value) for name, value in settings.items() if value is not None]
     for assignment in assignments:
         name, found, value = assignment.partition("=")
@@ -129,7 +134,9 @@ def plan(
         for copy, target in enumerate(files):
             drawn = deepcopy(filled)
             for node, name in seeds:
-                drawn[node]["inputs"][name] += copy
+                if copy:
+                    seed = int(checked("seed", drawn[node]["inputs"][name]))
+                    drawn[node]["inputs"][name] = seed + copy
             key = (
                 uuid.uuid4()
                 if overwrite
@@ -159,6 +166,7 @@ def draw(jobs: list[Job], servers: list[Server], timeout: float, progress: bool 
 
     def work(server: Server) -> None:
         def say(text: str) -> None:
+            text = printable(text).replace("\n", " ")
             states[server.url] = (
                 text if len(servers) == 1 else f"{urlsplit(server.url).netloc} {text}"
             )

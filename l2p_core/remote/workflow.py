@@ -5,7 +5,8 @@ import json
 import math
 from pathlib import Path
 
-from ..settings import FIELDS, checked, graph_inputs, kind
+from ..settings import FIELDS, checked, checked_text, graph_inputs
+from ..tables import read_text
 
 TEXTS = graph_inputs("prompt")
 PLACES = {  # what a flag or a column is called → the inputs that it fills, INPUT or CLASS.INPUT
@@ -19,7 +20,7 @@ def read_workflow(file: Path) -> dict:
     """The graph {node id: {class_type, inputs}}. Raises ValueError where the file holds something
     else."""
     try:
-        graph = json.loads(file.read_text(encoding="utf-8-sig"))
+        graph = json.loads(read_text(file))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file.name} is not JSON: {error}") from None
     if isinstance(graph, dict) and isinstance(graph.get("nodes"), list):
@@ -31,7 +32,10 @@ def read_workflow(file: Path) -> dict:
         not isinstance(graph, dict)
         or not graph
         or not all(
-            isinstance(node, dict) and isinstance(node.get("inputs"), dict) and "class_type" in node
+            isinstance(node, dict)
+            and isinstance(node.get("inputs"), dict)
+            and isinstance(node.get("class_type"), str)
+            and isinstance(node.get("_meta", {}), dict)
             for node in graph.values()
         )
     ):
@@ -65,7 +69,7 @@ def fill(filled: dict, graph: dict, name: str, value: object) -> None:
         )
     for node, key in found:
         old = graph[node]["inputs"][key]
-        if name in FIELDS and kind(name) is not str:
+        if name in FIELDS:
             value = checked(name, value)
         filled[node]["inputs"][key] = like(old, value, f"{name} ({node}.{key})")
         if (
@@ -121,9 +125,12 @@ def upstream(graph: dict, side: str, other: str) -> set[str]:
     found = set()
     while todo:
         link = todo.pop()
-        if is_link(link) and link[0] in graph and link[0] not in found:
-            found.add(link[0])
-            todo += [value for key, value in graph[link[0]]["inputs"].items() if key != other]
+        if not is_link(link) or not link or not isinstance(link[0], str):
+            continue
+        node = link[0]
+        if node in graph and node not in found:
+            found.add(node)
+            todo += [value for key, value in graph[node]["inputs"].items() if key != other]
     return found
 
 
@@ -134,7 +141,7 @@ def is_link(value: object) -> bool:
 
 def title(graph: dict, node: str) -> str:
     """A node's title, or its class."""
-    return graph[node].get("_meta", {}).get("title") or graph[node]["class_type"]
+    return str(graph[node].get("_meta", {}).get("title") or graph[node]["class_type"])
 
 
 def like(old: object, value: object, name: str) -> object:
@@ -143,7 +150,7 @@ def like(old: object, value: object, name: str) -> object:
 
     Raises ValueError where it is no such thing."""
     if isinstance(old, str):
-        return str(value)
+        return checked_text(name, value)
     try:
         new = json.loads(str(value).lower() if isinstance(old, bool) else str(value))
         number = isinstance(new, (int, float)) and math.isfinite(new)

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from ..files.atomic import atomic_write
-from ..images import open_image
+from ..images import read_image
 from ..pipeline import L2PPipeline
 from .pictures import SIZE, Scene, judge, test_scenes
 
@@ -112,7 +112,7 @@ def main() -> None:
             stream.write(text.getvalue().encode())
         return
     if args.pictures:
-        pictures = [open_image(args.pictures / name).convert("RGB") for name in names]
+        pictures = [read_image(args.pictures / name).convert("RGB") for name in names]
     else:
         pipe = L2PPipeline.from_pretrained(
             args.checkpoint, args.text_encoder, torch_dtype=getattr(torch, args.dtype)

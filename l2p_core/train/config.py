@@ -9,6 +9,9 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..settings import MAX_BATCH, MAX_COUNT, MAX_SIDE, checked_text
+from ..tables import read_text
+
 # Recipes of this program itself, which a settings file may name: they are no code of others.
 OWN_RECIPES = (
     "comfyui_l2p.l2p_core.shapes.train:ShapesRun",
@@ -20,10 +23,15 @@ OWN_RECIPES = (
 )
 
 
-def knob(default: object, says: str, **choices: object) -> Any:
-    """A field with its default, its help and, where it has them, its choices; for a type checker a
-    value of any type, as `dataclasses.field` is."""
-    return field(default=default, metadata={"help": says, **choices})
+HIGHEST = 10**9  # of numbers that have no bound of their own
+
+
+def knob(default: object, says: str, **about: object) -> Any:
+    """A field with its default and its help; for a type checker a value of any type, as
+    `dataclasses.field` is.
+
+    choices: the values it may have. high: the largest number, by default `HIGHEST`."""
+    return field(default=default, metadata={"help": says, **about})
 
 
 @dataclass(frozen=True)
@@ -46,23 +54,34 @@ class TrainConfig:
     cache: str = knob("", "folder for encoded captions (default: encodings/ in the data folder)")
 
     steps: int = knob(10_000, "optimiser steps in all")
-    batch: int = knob(1, "pictures a process takes through the model at once")
+    batch: int = knob(1, "pictures a process takes through the model at once", high=MAX_BATCH)
     accumulate: int = knob(1, "batches to a step: their gradients are averaged")
     height: int = knob(
         0,
         "pixels; with width, pictures are resized and cropped to this size. 0: each keeps its"
         " shape",
+        high=MAX_SIDE,
     )
-    width: int = knob(0, "pixels")
+    width: int = knob(0, "pixels", high=MAX_SIDE)
     max_pixels: int = knob(
-        0, "pictures above are shrunk to this (default: the checkpoint's trained size)"
+        0,
+        "pictures above are shrunk to this (default: the checkpoint's trained size)",
+        high=MAX_SIDE**2,
     )
     size_step: int = knob(
         0,
         "sides of pictures that keep their shape are multiples of this; 64 makes few sizes of many,"
         " so that batches fill (default: the patch, as published)",
+        high=MAX_SIDE,
     )
-    seed: int = knob(0, "of the data's order, the noise levels and the noise that is not paired")
+    background: str = knob(
+        "white", "colour behind the transparent parts of pictures: a name, or #rrggbb"
+    )
+    seed: int = knob(
+        0,
+        "of the data's order, the noise levels and the noise that is not paired",
+        high=2**64 - 1,
+    )
 
     freeze: str = knob(
         "5:-5", "main layers that stay as they are, as a Python slice; '' trains everything"
@@ -170,7 +189,7 @@ class TrainConfig:
     sample_prompts: tuple[str, ...] = knob(
         (), "drawn each time with the same noise (default: the first four captions)"
     )
-    sample_steps: int = knob(0, "default: the checkpoint's")
+    sample_steps: int = knob(0, "default: the checkpoint's", high=1000)
     held_out: int = knob(
         0,
         "pictures, drawn by the seed, that are never trained on; every sample_every steps their"
@@ -188,8 +207,12 @@ class TrainConfig:
             value, choices = getattr(self, each.name), each.metadata.get("choices")
             if choices and value not in choices:
                 raise ValueError(f"{each.name} is {value!r}; expected one of {', '.join(choices)}")
-            if each.type in (int, float) and not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{each.name} is {value}; expected 0 or more")
+            if each.type in (int, float):
+                high = each.metadata.get("high", HIGHEST)
+                if not 0 <= value < math.inf:
+                    raise ValueError(f"{each.name} is {value}; expected 0 or more")
+                if value > high:
+                    raise ValueError(f"{each.name} is {value}; expected at most {high}")
         for name in ("steps", "batch", "accumulate", "save_every", "shift", "learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
@@ -249,18 +272,19 @@ class TrainConfig:
                     f"shard goes with plain AdamW, and optimizer is {self.optimizer!r}; choose one"
                 )
         layers_of(self.freeze)
+        check_colour(self.background)
 
 
 @dataclass(frozen=True)
 class Draws:
     """How `synthesize` draws; Z-Image-Turbo's own settings."""
 
-    count: int = knob(2, "pictures for each prompt")
-    seed: int = knob(0, "of the first picture, the next has the next")
-    height: int = knob(1024, "pixels")
-    width: int = knob(1024, "pixels")
-    steps: int = knob(9, "of the latent model")
-    guidance: float = knob(0.0, "of the latent model, 0 for none")
+    count: int = knob(2, "pictures for each prompt", high=MAX_COUNT)
+    seed: int = knob(0, "of the first picture, the next has the next", high=2**63)
+    height: int = knob(1024, "pixels", high=MAX_SIDE)
+    width: int = knob(1024, "pixels", high=MAX_SIDE)
+    steps: int = knob(9, "of the latent model", high=1000)
+    guidance: float = knob(0.0, "of the latent model, 0 for none", high=100)
 
     def __post_init__(self) -> None:
         if (
@@ -274,6 +298,22 @@ class Draws:
                 f" seed {self.seed}: expected 1 or more, sizes in multiples of 16, and a seed of 0"
                 " or more"
             )
+        for each in fields(self):
+            value, high = getattr(self, each.name), each.metadata["high"]
+            if not value <= high:
+                raise ValueError(f"{each.name} is {value}; expected at most {high}")
+
+
+def check_colour(name: str) -> None:
+    """Raise ValueError for what is no colour."""
+    from PIL import ImageColor
+
+    try:
+        ImageColor.getrgb(name)
+    except ValueError:
+        raise ValueError(
+            f"background is {name!r}; expected a colour such as white, grey or #808080"
+        ) from None
 
 
 def layers_of(text: str) -> slice:
@@ -302,7 +342,7 @@ def read_config(
     else:
         import tomli as tomllib
     try:
-        values = {} if file is None else tomllib.loads(file.read_text(encoding="utf-8"))
+        values = {} if file is None else tomllib.loads(read_text(file))
     except (
         ValueError,
         RecursionError,
@@ -330,13 +370,17 @@ def read_config(
 
 def cast(setting: Field, value: object) -> Any:
     """A value from TOML as the setting's type. Raises ValueError where it is of another."""
+    if setting.type is str and isinstance(value, str):
+        return checked_text(setting.name, value)
+    if setting.type is int and isinstance(value, float) and value.is_integer():
+        return int(value)
     if (
         setting.type == tuple[str, ...]
         and isinstance(value, (list, tuple))
         and all(isinstance(each, str) for each in value)
     ):
-        return tuple(value)
-    if setting.type is float and type(value) is int:
+        return tuple(checked_text(setting.name, each) for each in value)
+    if setting.type is float and type(value) is int and abs(value) <= 2**64:
         return float(value)
     if type(value) is not setting.type:
         expected: dict[object, str] = {

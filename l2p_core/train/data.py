@@ -9,12 +9,17 @@ import json
 import math
 import random
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import cycle, islice
 from pathlib import Path
+from threading import Condition
+from unicodedata import normalize
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
@@ -22,13 +27,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ..batch import read_rows
 from ..files.atomic import atomic_write, remove_leftovers
 from ..files.header import CheckpointError, hash_files
 from ..files.save import save_tensors
 from ..flow import training_sigmas
-from ..images import read_image, to_pixels
+from ..images import (
+    MAX_DECODED_BYTES,
+    check_image,
+    decoded_bytes,
+    open_image,
+    read_image,
+    to_pixels,
+)
 from ..pipeline import L2PPipeline, draw_noise
+from ..settings import checked
+from ..tables import read_rows
 from ..text import LAYER, MAX_TOKENS, TEMPLATE, encoder_files, find_tokenizer
 from .config import TrainConfig
 
@@ -77,6 +90,7 @@ def read_examples(
             " text and, for paired noise, seed"
         )
     rows = read_rows(metadata, any_column=True)
+    memory = Memory(MAX_DECODED_BYTES)
 
     def check(row: dict) -> Example | str:
         name, caption, seed = (
@@ -89,40 +103,37 @@ def read_examples(
         captions = tuple(caption) if isinstance(caption, list) else (caption,)
         if not captions or not all(isinstance(each, str) and each.strip() for each in captions):
             return f"{name}: no caption"
-        file = next(
-            (place for place in (folder / name, folder / "images" / name) if place.is_file()), None
-        )
+        file = find_named(folder, name)
         if file is None:
             return f"{name}: no such file"
         try:
-            if seed is not None and not 0 <= (seed := int(seed)) < 2**64:
-                raise ValueError
-        except (ValueError, TypeError):
-            return f"{name}: seed is {row['seed']!r}, expected a whole number from 0 to 2^64 - 1"
+            for each in captions:
+                checked("prompt", each)
+            seed = None if seed is None else int(checked("seed", seed))
+        except ValueError as error:
+            return f"{name}: {error}"
         try:
-            picture = read_image(file)
+            with open_image(file) as image:
+                needed = decoded_bytes(image)
+            with memory.held(needed):
+                height, width = check_image(file)
+            digest = sha256_of(file)
         except (ValueError, OSError) as error:
             return f"{name}: {error}"
-        size = fixed or target_size(picture.height, picture.width, max_pixels, multiple)
+        size = fixed or target_size(height, width, max_pixels, multiple)
         if not all(size):
-            return (
-                f"{name}: {picture.width} x {picture.height} pixels, and sides are multiples of"
-                f" {multiple}"
-            )
-        digest = hashlib.sha256(file.read_bytes())
+            return f"{name}: {width} x {height} pixels, and sides are multiples of {multiple}"
         digest.update(json.dumps([captions, seed]).encode())
         return Example(file, captions, seed, size, name, digest.hexdigest())
 
     with ThreadPoolExecutor() as readers:
-        checked = list(
+        found = list(
             tqdm(readers.map(check, rows), "checking pictures", len(rows), disable=not progress)
         )
     faults = [
-        f"row {number}: {fault}"
-        for number, fault in enumerate(checked, 1)
-        if isinstance(fault, str)
+        f"row {number}: {fault}" for number, fault in enumerate(found, 1) if isinstance(fault, str)
     ]
-    examples = [example for example in checked if isinstance(example, Example)]
+    examples = [example for example in found if isinstance(example, Example)]
     faults += [
         f"{file.name} is named {count} times"
         for file, count in Counter(example.file for example in examples).items()
@@ -144,6 +155,54 @@ def read_examples(
     return examples
 
 
+class Memory:
+    """So many bytes, which threads share."""
+
+    def __init__(self, total: int):
+        self.total = self.free = total
+        self.changed = Condition()
+
+    @contextmanager
+    def held(self, count: int) -> Iterator[None]:
+        """Hold this many bytes, or all of them where it is more, once they are free."""
+        count = min(count, self.total)
+        with self.changed:
+            self.changed.wait_for(lambda: self.free >= count)
+            self.free -= count
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.free += count
+                self.changed.notify_all()
+
+
+def find_named(folder: Path, name: str) -> Path | None:
+    """Return the file that metadata names, in the folder or in its images/; None without one.
+
+    Names may come from another operating system: with backslashes, or with accents as one character
+    (NFC) or two (NFD)."""
+    spellings = [name, name.replace("\\", "/")]
+    spellings += [normalize(form, each) for each in spellings for form in ("NFC", "NFD")]
+    for each in dict.fromkeys(spellings):
+        for place in (folder / each, folder / "images" / each):
+            try:
+                if place.is_file():
+                    return place
+            except (OSError, ValueError):  # a name that no file can have
+                continue
+    return None
+
+
+def sha256_of(file: Path) -> "hashlib._Hash":
+    """Return the SHA-256 of a file, to be updated further."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest
+
+
 def target_size(height: int, width: int, max_pixels: int, multiple: int) -> tuple[int, int]:
     """Height and width a picture is trained at, as the published program has it: shrunk to
     `max_pixels` where it has more, then down to multiples of `multiple`. Never enlarged; 0 where a
@@ -162,7 +221,8 @@ def crop_and_resize(picture: Image.Image, height: int, width: int) -> Image.Imag
     if size != picture.size:
         picture = picture.resize(size, Image.Resampling.BILINEAR)
     left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
-    return picture.crop((left, top, left + width, top + height))
+    # Not Image.crop, which warns of images as large as the 10K model's.
+    return Image.fromarray(np.asarray(picture)[top : top + height, left : left + width])
 
 
 def hold_out(examples: list[Example], count: int, seed: int) -> tuple[list[Example], list[Example]]:
@@ -298,7 +358,11 @@ class Batches:
             torch.cat(
                 [
                     to_pixels(
-                        crop_and_resize(read_image(example.file).convert("RGB"), height, width)
+                        crop_and_resize(
+                            read_image(example.file, config.background).convert("RGB"),
+                            height,
+                            width,
+                        )
                     )
                     for example in examples
                 ]

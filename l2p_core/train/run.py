@@ -83,7 +83,7 @@ def find_recipe(name: str) -> type["Run"]:
             found = getattr(import_module(f"..shapes.{name_here}", __package__), attribute)
         else:
             found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"recipe is {name!r}, which can't be had ({error}); expected module:Class"
         ) from None
