@@ -230,7 +230,9 @@ class L2PKSampler(io.ComfyNode):
             latent = (
                 torch.zeros(batch_size, 3, stage.height, stage.width) if start is None else start
             )
-            sigmas = noise_levels(model, scheduler, stage.steps, stage.strength, shift)
+            sigmas = sigmas_for(
+                model, sampler_name, scheduler, stage.steps, stage.strength, shift
+            )
             with counting_windows(model, stage.window):
                 samples = sample(
                     for_stage(model, stage, multiple),
@@ -514,15 +516,27 @@ def solver(name: str) -> comfy.samplers.Sampler:
     return comfy.samplers.KSAMPLER(sample_ab2)
 
 
-def noise_levels(model, scheduler: str, steps: int, denoise: float, shift: float) -> Tensor:
-    """(steps + 1,) noise levels down to 0, of the published schedule or one of ComfyUI's."""
+def sigmas_for(
+    model, sampler: str, scheduler: str, steps: int, denoise: float, shift: float
+) -> Tensor:
+    """Return the sigmas down to 0 of the published schedule or one of ComfyUI's, steps + 1 of them.
+
+    As in ComfyUI's KSampler, denoise below 1 takes the end of a longer schedule, and some samplers
+    run without the last sigma above 0, at which they fail. A few schedulers give some sigmas
+    more or less than asked for, there too."""
+    skips_last = sampler in comfy.samplers.KSampler.DISCARD_PENULTIMATE_SIGMA_SAMPLERS
     if scheduler == EXACT:
+        if skips_last:
+            longer = schedule(steps + 1, denoise, shift)
+            return torch.cat([longer[:-2], longer[-1:]])
         return schedule(steps, denoise, shift)
     sampling = comfy.model_sampling.ModelSamplingDiscreteFlow(model.model.model_config)
     sampling.set_parameters(shift=shift, multiplier=1.0)
-    return comfy.samplers.calculate_sigmas(sampling, scheduler, int(steps / denoise))[
-        -(steps + 1) :
-    ]
+    count = steps if denoise > 0.9999 else int(steps / denoise)
+    sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, count + skips_last)
+    if skips_last:
+        sigmas = torch.cat([sigmas[:-2], sigmas[-1:]])
+    return sigmas if denoise > 0.9999 else sigmas[-(steps + 1) :]
 
 
 def sizes_of(model) -> tuple[int, int, tuple[int, int]]:

@@ -4,6 +4,7 @@ travel as files.
 `real_comfyui.Worker` is the other end. Nothing here asserts; the tests compare what comes back."""
 
 import asyncio
+import functools
 import importlib
 import json
 import sys
@@ -571,6 +572,64 @@ def largest_asked_for(path: str, size: int, **options) -> int:
     finally:
         comfy.sampler_helpers.estimate_memory = estimate
     return int(max(least for _, least in asked))
+
+
+def draw_by(
+    sampler_name: str,
+    scheduler: str,
+    steps: int,
+    denoise: float = 1.0,
+    node: str = "L2PKSampler",
+    output: str | None = None,
+    prompt: str = "a large red circle on a blue background, left",
+) -> float | None:
+    """Draw with the bundled small model by ComfyUI's KSampler or ours, at seed 7 and cfg 2.
+
+    With an output, save the latent. Otherwise return the largest difference between the two nodes,
+    None where neither gives finite numbers."""
+    model, positive, negative = bundled(prompt)
+    start = torch.zeros(1, 96, 96, 3) + 0.5
+
+    def ours() -> torch.Tensor:
+        image = {"image": start} if denoise < 1 else {}
+        options = (96, 96, 1, 7, steps, 2.0, sampler_name, scheduler, 3.0, denoise)
+        node_class = nodes.NODE_CLASS_MAPPINGS["L2PKSampler"]
+        return node_class.execute(model, positive, negative, *options, **image)[1]["samples"]
+
+    def cores() -> torch.Tensor:
+        latent = {"samples": start.movedim(-1, 1) * 2 - 1}
+        (drawn,) = nodes.KSampler().sample(
+            model, 7, steps, 2.0, sampler_name, scheduler, positive, negative, latent, denoise
+        )
+        return drawn["samples"]
+
+    if output:
+        samples = ours() if node == "L2PKSampler" else cores()
+        save_file({"samples": samples.float().contiguous()}, output)
+        return None
+    try:
+        found = ours()
+    except ValueError as error:
+        assert "NaN" in str(error)
+        found = torch.full((1, 3, 96, 96), torch.nan)
+    expected = cores()
+    if not expected.isfinite().all():
+        return None if not found.isfinite().all() else float("inf")
+    return float((found - expected).abs().max())
+
+
+def choices() -> list[list[str]]:
+    """ComfyUI's samplers and its schedulers."""
+    return [list(comfy.samplers.KSampler.SAMPLERS), list(comfy.samplers.KSampler.SCHEDULERS)]
+
+
+@functools.cache
+def bundled(prompt: str) -> tuple:
+    """The bundled small model, with the prompt and the empty prompt encoded."""
+    name = "L2P shapes (bundled small model)"
+    model = nodes.NODE_CLASS_MAPPINGS["L2PCheckpointLoader"].execute(name, "float32")[0]
+    clip = nodes.NODE_CLASS_MAPPINGS["L2PTextEncoderLoader"].execute(name)[0]
+    return model, *nodes.NODE_CLASS_MAPPINGS["L2PTextEncode"].execute(clip, prompt, "").args
 
 
 def main() -> None:
