@@ -632,6 +632,82 @@ def bundled(prompt: str) -> tuple:
     return model, *nodes.NODE_CLASS_MAPPINGS["L2PTextEncode"].execute(clip, prompt, "").args
 
 
+def reloaded_encoder(folder: str, prompt: str) -> float:
+    """Save the bundled model and its text encoder by Save Checkpoint, and load both again.
+
+    Returns the largest difference of the prompt embeddings."""
+    name = "L2P shapes (bundled small model)"
+    model = bundled(prompt)[0]
+    clip = nodes.NODE_CLASS_MAPPINGS["L2PTextEncoderLoader"].execute(name)[0]
+    path = f"{folder}/saved.safetensors"
+    comfy.sd.save_checkpoint(path, model, clip=clip)
+    again = comfy.sd.load_checkpoint_guess_config(path)[1]
+    encode = nodes.NODE_CLASS_MAPPINGS["L2PTextEncode"].execute
+    before, after = (encode(each, prompt, "").args[0][0][0] for each in (clip, again))
+    return float((before - after).abs().max())
+
+
+def shift_by_another_node(node: str, shift: float) -> list[str]:
+    """What is logged when that node comes before L2P KSampler. Raises what the sampler does."""
+    import logging
+
+    model, positive, negative = bundled("a large red circle on a blue background, left")
+    module = importlib.import_module("comfy_extras.nodes_model_advanced")
+    node_class = getattr(module, node)
+    (patched,) = getattr(node_class(), node_class.FUNCTION)(model, shift)
+    options = (96, 96, 1, 7, 1, 1.0, "euler", "l2p", 3.0, 1.0)
+    said, log = [], logging.warning
+    logging.warning = said.append
+    try:
+        nodes.NODE_CLASS_MAPPINGS["L2PKSampler"].execute(patched, positive, negative, *options)
+    finally:
+        logging.warning = log
+    return said
+
+
+def notes_of_sampler(sampler_name: str, **numbers) -> list[str]:
+    """What L2P KSampler logs with that sampler. numbers: cfg, shift or denoise, as text."""
+    import logging
+
+    model, positive, negative = bundled("a large red circle on a blue background, left")
+    cfg, shift, denoise = (
+        float(numbers.get(name, value))
+        for name, value in (("cfg", 2), ("shift", 3), ("denoise", 1))
+    )
+    said, log = [], logging.warning
+    logging.warning = said.append
+    try:
+        nodes.NODE_CLASS_MAPPINGS["L2PKSampler"].execute(
+            *(model, positive, negative, 96, 96, 1, 7, 2),
+            *(cfg, sampler_name, "l2p", shift, denoise),
+        )
+    finally:
+        logging.warning = log
+    return said
+
+
+def areas(node: str, stages: int = 1) -> float:
+    """The mean difference in levels of 255 that an area of the whole image makes, set in pixels.
+
+    node: KSampler or L2PKSampler."""
+    side = 96 * 2 ** (stages - 1)
+    model, positive, negative = bundled("a large red circle on a blue background, left")
+    (area,) = nodes.ConditioningSetArea().append(positive, side, side, 0, 0, 1.0)
+
+    def draw(conditioning: list) -> torch.Tensor:
+        if node == "KSampler":
+            latent = {"samples": torch.zeros(1, 3, side, side)}
+            options = (2.0, "euler", "simple", conditioning, negative, latent)
+            return nodes.KSampler().sample(model, 7, 4, *options)[0]["samples"]
+        options = (side, side, 1, 7, 4, 2.0, "euler", "l2p", 3.0, 1.0)
+        node_class = nodes.NODE_CLASS_MAPPINGS["L2PKSampler"]
+        return node_class.execute(model, conditioning, negative, *options, stages=stages)[1][
+            "samples"
+        ]
+
+    return float((draw(positive) - draw(area)).abs().mean() * 127.5)
+
+
 def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
