@@ -29,6 +29,7 @@ from workflow_variants import (
     NAMES,
     PICTURE,
     WORKFLOWS,
+    add_downloads,
     api,
     canvas,
     input_picture,
@@ -107,6 +108,7 @@ def make_canvas(server: real_comfyui.Server, names: list[str]) -> None:
             graph = browser.call(ARRANGE, api(name), notes()[name])
             graph["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"comfyui-l2p/{name}"))
             graph["extra"] = {}
+            add_downloads(graph)
             (WORKFLOWS / f"{name}.json").write_text(
                 json.dumps(without_nulls(graph), indent=1, ensure_ascii=False) + "\n"
             )

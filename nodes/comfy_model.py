@@ -12,7 +12,9 @@ import comfy.latent_formats
 import comfy.model_base
 import comfy.model_detection
 import comfy.supported_models
+import comfy.text_encoders.z_image
 import torch
+from comfy.supported_models_base import ClipTarget
 from torch import Tensor
 
 from ..l2p_core.config import L2PConfig, Level
@@ -36,6 +38,8 @@ from ..quant.export import PREFIXES, marker
 from ..quant.stream import TORCH_DTYPES
 from . import comfyui, versions
 
+QWEN3_4B_WIDTH = 2560  # the one Qwen3 that ComfyUI builds for Z-Image
+QWEN3_TOKENS = 151643  # words of Qwen3's own vocabulary at the least
 LANDMARK = "local_decoder.enc1.0.weight"  # in every L2P model, in no other
 ROTATED = 10  # times a run of tokens that rotating them in float32 holds beside, counted
 MARGIN = 1.1  # for what is small beside: RoPE tables, modulation, float32 inside norms
@@ -253,6 +257,29 @@ class L2P(comfy.supported_models.ZImage):
         """Build the model, its weights not loaded yet."""
         return L2PModel(self, device=device)
 
+    def clip_target(self, state_dict: dict = {}):
+        """The text encoder in a file of Save Checkpoint: Z-Image's, or one of other sizes, such as
+        the bundled model's."""
+        prefix = self.text_encoder_key_prefix[0] + "qwen3_4b.transformer."
+        own = {
+            key.removeprefix(prefix): tensor
+            for key, tensor in state_dict.items()
+            if key.startswith(prefix)
+        }
+        norm = own.get("model.norm.weight")
+        if norm is None or len(norm) == QWEN3_4B_WIDTH:
+            return super().clip_target(state_dict)
+
+        from .load import BUNDLED_MODEL, find_tokenizer, read_prompt, small_qwen3  # it imports this
+
+        folder = find_tokenizer(BUNDLED_MODEL / "text_encoder", None)
+        tokenizer, encoder = small_qwen3(own, folder)
+        if len(own["model.embed_tokens.weight"]) >= QWEN3_TOKENS:
+            tokenizer = comfy.text_encoders.z_image.ZImageTokenizer
+        else:
+            tokenizer.l2p_read_prompt = staticmethod(read_prompt)  # for L2P Text Encode
+        return ClipTarget(tokenizer, encoder)
+
     def process_unet_state_dict(self, state_dict: dict) -> dict:
         """Rename the tensors of a file for the network."""
         return published_state_dict(state_dict, layout_of(state_dict))
@@ -283,7 +310,10 @@ def install() -> None:
     def lora_keys(model) -> dict | None:
         return l2p_lora_keys(model.diffusion_model.config) if isinstance(model, L2PModel) else None
 
-    comfyui.install(L2P, prefix_of, detect, lora_keys)
+    def area_unit(model) -> int:
+        return comfyui.AREA_UNIT if isinstance(model, L2PModel) else 1
+
+    comfyui.install(L2P, prefix_of, detect, lora_keys, area_unit)
 
 
 def unet_config(state_dict: dict, prefix: str, metadata: dict[str, str] | None) -> dict:

@@ -4,18 +4,23 @@ Private is what ComfyUI may change between two releases without notice. Each ent
 needs it. What is documented for node packs (`comfy_api`, `folder_paths`, `comfy.samplers`,
 `ModelPatcher`) is used where it is needed."""
 
+import sys
 from collections.abc import Callable
 
+import comfy.cli_args
 import comfy.ldm.common_dit
 import comfy.lora
 import comfy.model_detection
 import comfy.ops
 import comfy.patcher_extension
 import comfy.quant_ops
+import comfy.samplers
 import comfy.supported_models
 import comfy.text_encoders.llama
+import latent_preview
 import torch
 from comfy.ldm.modules import attention
+from server import PromptServer
 from torch import Tensor
 
 from ..l2p_core.files.naming import split_packed_lora
@@ -23,6 +28,7 @@ from ..l2p_core.model import NORM_EPS, PUBLISHED, Attention
 
 INSTALLED = "_l2p_installed"  # set on ComfyUI's own module: a pack may be imported twice
 INT8_LAYOUT = "TensorWiseINT8Layout"
+AREA_UNIT = 8  # pixels that Conditioning (Set Area) takes to be one element of any latent
 
 pad_to_patch_size = comfy.ldm.common_dit.pad_to_patch_size  # as for its other transformers
 
@@ -40,21 +46,27 @@ class LoraKeys(dict):
 
 
 def install(
-    model_class: type, find_prefix: Callable, detect: Callable, lora_keys: Callable
+    model_class: type,
+    find_prefix: Callable,
+    detect: Callable,
+    lora_keys: Callable,
+    area_unit: Callable,
 ) -> None:
-    """Make ComfyUI's loaders and LoRA nodes recognise L2P models.
+    """Make ComfyUI's loaders and LoRA nodes recognise L2P models, and its samplers their areas.
 
-    There is no public way to add a model class. Core looks these four functions up on their modules
+    There is no public way to add a model class. Core looks these five functions up on their modules
     at each call, so they are wrapped there; for every other model they do what they did.
 
     model_class: core's description of the model. find_prefix: state dict → key prefix, or None
     where it is no L2P model. detect: state dict, key prefix, metadata → `unet_config`, or None.
-    lora_keys: model → `LoraKeys`, or None."""
+    lora_keys: model → `LoraKeys`, or None. area_unit: model → how many elements of its latent the
+    unit of Conditioning (Set Area) is, which core takes to be 1."""
     detection = comfy.model_detection
     if getattr(detection, INSTALLED, False):
         return
     core_prefix, core_detect = detection.unet_prefix_from_state_dict, detection.detect_unet_config
     core_keys, core_load = comfy.lora.model_lora_keys_unet, comfy.lora.load_lora
+    core_conds = comfy.samplers.process_conds
 
     def unet_prefix_from_state_dict(state_dict):
         prefix = find_prefix(state_dict)
@@ -69,6 +81,12 @@ def install(
         ours = lora_keys(model)
         return keys if ours is None else LoraKeys({**ours, **keys})
 
+    def process_conds(model, noise, conds, *args, **options):
+        unit = area_unit(model)
+        if unit != 1:
+            conds = {kind: [scaled_area(each, unit) for each in conds[kind]] for kind in conds}
+        return core_conds(model, noise, conds, *args, **options)
+
     def load_lora(lora, to_load, *args, **options):
         lora = split_packed_lora(lora) if isinstance(to_load, LoraKeys) else lora
         return core_load(lora, to_load, *args, **options)
@@ -78,7 +96,32 @@ def install(
     detection.detect_unet_config = detect_unet_config
     comfy.lora.model_lora_keys_unet = model_lora_keys_unet
     comfy.lora.load_lora = load_lora
+    comfy.samplers.process_conds = process_conds
     setattr(detection, INSTALLED, True)
+
+
+def scaled_area(condition: dict, unit: int) -> dict:
+    """A condition inside a sampler, its area, which was in units, in pixels."""
+    area = condition.get("area")
+    if area is None or area[0] == "percentage":
+        return condition
+    return {**condition, "area": tuple(unit * length for length in area)}
+
+
+def wants_preview() -> bool:
+    """Whether images are shown as they are generated: unless the user chose the preview method
+    none, in the page's settings or on the command line.
+
+    None is also ComfyUI's default, so that what it holds now does not say whether it was chosen.
+    The page's choice comes with the prompt that runs, and no node is given that."""
+    server = getattr(PromptServer, "instance", None)  # none where ComfyUI is used as a library
+    running = server.prompt_queue.get_current_queue_volatile()[0] if server else []
+    chosen = next((entry[3].get("preview_method") for entry in running), None)
+    if chosen in (None, "default"):
+        on_command_line = any(each.startswith("--preview-method") for each in sys.argv)
+        none = latent_preview.LatentPreviewMethod.NoPreviews
+        return not (on_command_line and comfy.cli_args.args.preview_method == none)
+    return chosen != "none"
 
 
 def has_kernels(formats: set[str]) -> bool:

@@ -25,7 +25,7 @@ from ..l2p_core.pipeline import BUNDLED_MODEL
 from ..l2p_core.shapes.parse import read_prompt
 from ..l2p_core.text import LAYER, TEMPLATE, find_tokenizer, qwen3_sizes
 from . import comfyui, versions
-from .comfy_model import published_state_dict
+from .comfy_model import QWEN3_4B_WIDTH, published_state_dict
 
 BUNDLED = "L2P shapes (bundled small model)"
 DTYPES = {
@@ -35,7 +35,6 @@ DTYPES = {
     "float32": torch.float32,
     "float8_e4m3fn": torch.float8_e4m3fn,
 }
-QWEN3_4B_WIDTH = 2560  # the one Qwen3 that ComfyUI builds for Z-Image
 
 
 class L2PCheckpointLoader(io.ComfyNode):

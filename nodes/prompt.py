@@ -94,7 +94,8 @@ def completed(clip, prompt: str) -> tuple[str, list[str]]:
     """The prompt that is encoded, and what to say of it.
 
     The bundled model's prompts are completed, always with the same seed; others stay the same."""
-    read = getattr(clip, "l2p_read_prompt", None)
+    of_tokenizer = getattr(clip.tokenizer, "l2p_read_prompt", None)  # from Load Checkpoint
+    read = getattr(clip, "l2p_read_prompt", of_tokenizer)
     if read is None:
         return prompt, []
     with warnings.catch_warnings(record=True) as said:

@@ -21,11 +21,21 @@ from torch import Tensor
 from ..l2p_core.flow import ab2, schedule
 from ..l2p_core.images import check_size, size_for, to_pictures
 from ..l2p_core.model import L2PTransformer
-from ..l2p_core.settings import FIELDS, SQUEEZED, Settings, kind
+from ..l2p_core.settings import FIELDS, SQUEEZED, Settings, expected, kind
 from ..l2p_core.stages import LARGEST, Stage, by_windows, misfit, plan_stages, run_stages
+from . import comfyui
 from .prompt import note
 
 EXACT = "l2p"
+# ComfyUI's samplers that do not suit L2P models at the usual guidance: docs/comfyui.md, Samplers.
+UNUSABLE_SAMPLERS = (
+    "dpmpp_2s_ancestral_cfg_pp",
+    "dpmpp_2m_cfg_pp",
+    "res_multistep_cfg_pp",
+    "res_multistep_ancestral_cfg_pp",
+    "gradient_estimation_cfg_pp",
+)
+GRAINY_SAMPLERS = ("dpm_fast", "dpm_adaptive", "ddpm", "res_multistep_ancestral")
 MAX_SIZE = 10240
 MULTIPLES = "a multiple of 16; of 64, 128 or 320 for the 4K, 8K and 10K models"
 PREVIEW_SIZE = 512
@@ -198,11 +208,16 @@ class L2PKSampler(io.ComfyNode):
         redraw=SQUEEZED,
     ) -> io.NodeOutput:
         """Generate. Returns the IMAGE and its pixel latent."""
+        check_numbers(cfg_scale=cfg, shift=shift, denoising_strength=denoise)
+        check_numbers(stage_strength=stage_denoise)
         multiple, cap_feat_dim, trained = sizes_of(model)
         batch_size = max(batch_size, 0 if image is None else len(image))
         height, width = drawn_size(image, height, width, trained, multiple)
         for conditioning in (positive, negative):
             check_conditioning(conditioning, cap_feat_dim)
+        positive, negative = (
+            areas_as_shares(conditioning, height, width) for conditioning in (positive, negative)
+        )
         check_image_and_mask(image, mask, denoise)
         settings = Settings(
             height=height,
@@ -218,6 +233,8 @@ class L2PKSampler(io.ComfyNode):
         note(
             cls,
             *notes_on(image, mask, denoise, height, width),
+            note_on_sampler(sampler_name),
+            note_on_model_sampling(model, shift),
             misfit(plan, trained),
             shortage(model, plan, batch_size, have),
         )
@@ -230,7 +247,7 @@ class L2PKSampler(io.ComfyNode):
             latent = (
                 torch.zeros(batch_size, 3, stage.height, stage.width) if start is None else start
             )
-            sigmas = noise_levels(model, scheduler, stage.steps, stage.strength, shift)
+            sigmas = sigmas_for(model, sampler_name, scheduler, stage.steps, stage.strength, shift)
             with counting_windows(model, stage.window):
                 samples = sample(
                     for_stage(model, stage, multiple),
@@ -258,6 +275,62 @@ class L2PKSampler(io.ComfyNode):
             plan, generate, None if image is None else image_at, None if mask is None else mask_at
         )
         return io.NodeOutput(to_image(samples), {"samples": samples})
+
+
+def check_numbers(**numbers: float) -> None:
+    """Raise ValueError for NaN, which ComfyUI lets through. numbers: by the names of `Settings`."""
+    for name, value in numbers.items():
+        if math.isnan(value):
+            field = FIELDS[name].metadata
+            node_input = field.get("inputs", (name,))[0]
+            raise ValueError(f"{node_input} is NaN; expected {expected(name)}. Type it again")
+
+
+def areas_as_shares(conditioning: list, height: int, width: int) -> list:
+    """Return the conditioning with areas in pixels as shares of the image, right for each stage.
+
+    Conditioning (Set Area) counts in eighths of pixels, as (height, width, y, x)."""
+    sides = (height, width, height, width)
+
+    def as_share(options: dict) -> dict:
+        area = options.get("area")
+        if area is None or area[0] == "percentage":
+            return options
+        shares = [comfyui.AREA_UNIT * length / side for length, side in zip(area, sides)]
+        return {**options, "area": ("percentage", *shares)}
+
+    return [[embeds, as_share(options)] for embeds, options in conditioning]
+
+
+def note_on_sampler(name: str) -> str | None:
+    """Say so where a sampler is known not to work with L2P models."""
+    if name in UNUSABLE_SAMPLERS:
+        return f"{name} spoils the images of L2P models. Choose another sampler, such as euler"
+    if name in GRAINY_SAMPLERS:
+        return f"{name} leaves noise in the images of L2P models. More steps help, or euler"
+    return None
+
+
+def note_on_model_sampling(model, shift: float) -> str | None:
+    """Say so where a node before this one set another shift, which is not used here.
+
+    Raises ValueError where it changed how the model counts time or what it predicts."""
+    sampling = model.object_patches.get("model_sampling")
+    if sampling is None:
+        return None
+    is_flow = isinstance(sampling, comfy.model_sampling.CONST)
+    if not is_flow or abs(float(sampling.timestep(torch.tensor(0.5))) - 0.5) > 1e-6:
+        raise ValueError(
+            "a node such as ModelSamplingSD3 changed how the model counts time, which spoils the"
+            " images of L2P models. Remove it, and set shift in L2P KSampler"
+        )
+    before = getattr(sampling, "shift", shift)
+    if before == shift:
+        return None
+    return (
+        f"a node such as ModelSamplingAuraFlow set shift {before:g}; L2P KSampler uses its own"
+        f" shift, {shift:g}. Set it there, and remove the other node"
+    )
 
 
 def check_image_and_mask(image: Tensor | None, mask: Tensor | None, denoise: float) -> None:
@@ -320,6 +393,7 @@ class L2PScheduler(io.ComfyNode):
 
     @classmethod
     def execute(cls, steps: int, shift: float, denoise: float) -> io.NodeOutput:
+        check_numbers(shift=shift, denoising_strength=denoise)
         return io.NodeOutput(schedule(steps, denoise, shift))
 
 
@@ -477,8 +551,11 @@ def sample(
     at each step."""
     done = progress.current
 
+    wanted = comfyui.wants_preview()
+
     def callback(step: int, x0: Tensor, x: Tensor, steps: int) -> None:
-        progress.update_absolute(done + step + 1, preview=("JPEG", preview(x0), PREVIEW_SIZE))
+        shown = ("JPEG", preview(x0), PREVIEW_SIZE) if wanted else None
+        progress.update_absolute(done + step + 1, preview=shown)
 
     return comfy.sample.sample_custom(
         model,
@@ -514,15 +591,27 @@ def solver(name: str) -> comfy.samplers.Sampler:
     return comfy.samplers.KSAMPLER(sample_ab2)
 
 
-def noise_levels(model, scheduler: str, steps: int, denoise: float, shift: float) -> Tensor:
-    """(steps + 1,) noise levels down to 0, of the published schedule or one of ComfyUI's."""
+def sigmas_for(
+    model, sampler: str, scheduler: str, steps: int, denoise: float, shift: float
+) -> Tensor:
+    """Return the sigmas down to 0 of the published schedule or one of ComfyUI's, steps + 1 of them.
+
+    As in ComfyUI's KSampler, denoise below 1 takes the end of a longer schedule, and some samplers
+    run without the last sigma above 0, at which they fail. A few schedulers give some sigmas
+    more or less than asked for, there too."""
+    skips_last = sampler in comfy.samplers.KSampler.DISCARD_PENULTIMATE_SIGMA_SAMPLERS
     if scheduler == EXACT:
+        if skips_last:
+            longer = schedule(steps + 1, denoise, shift)
+            return torch.cat([longer[:-2], longer[-1:]])
         return schedule(steps, denoise, shift)
     sampling = comfy.model_sampling.ModelSamplingDiscreteFlow(model.model.model_config)
     sampling.set_parameters(shift=shift, multiplier=1.0)
-    return comfy.samplers.calculate_sigmas(sampling, scheduler, int(steps / denoise))[
-        -(steps + 1) :
-    ]
+    count = steps if denoise > 0.9999 else int(steps / denoise)
+    sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, count + skips_last)
+    if skips_last:
+        sigmas = torch.cat([sigmas[:-2], sigmas[-1:]])
+    return sigmas if denoise > 0.9999 else sigmas[-(steps + 1) :]
 
 
 def sizes_of(model) -> tuple[int, int, tuple[int, int]]:

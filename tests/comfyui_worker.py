@@ -4,6 +4,7 @@ travel as files.
 `real_comfyui.Worker` is the other end. Nothing here asserts; the tests compare what comes back."""
 
 import asyncio
+import functools
 import importlib
 import json
 import sys
@@ -571,6 +572,140 @@ def largest_asked_for(path: str, size: int, **options) -> int:
     finally:
         comfy.sampler_helpers.estimate_memory = estimate
     return int(max(least for _, least in asked))
+
+
+def draw_by(
+    sampler_name: str,
+    scheduler: str,
+    steps: int,
+    denoise: float = 1.0,
+    node: str = "L2PKSampler",
+    output: str | None = None,
+    prompt: str = "a large red circle on a blue background, left",
+) -> float | None:
+    """Draw with the bundled small model by ComfyUI's KSampler or ours, at seed 7 and cfg 2.
+
+    With an output, save the latent. Otherwise return the largest difference between the two nodes,
+    None where neither gives finite numbers."""
+    model, positive, negative = bundled(prompt)
+    start = torch.zeros(1, 96, 96, 3) + 0.5
+
+    def ours() -> torch.Tensor:
+        image = {"image": start} if denoise < 1 else {}
+        options = (96, 96, 1, 7, steps, 2.0, sampler_name, scheduler, 3.0, denoise)
+        node_class = nodes.NODE_CLASS_MAPPINGS["L2PKSampler"]
+        return node_class.execute(model, positive, negative, *options, **image)[1]["samples"]
+
+    def cores() -> torch.Tensor:
+        latent = {"samples": start.movedim(-1, 1) * 2 - 1}
+        (drawn,) = nodes.KSampler().sample(
+            model, 7, steps, 2.0, sampler_name, scheduler, positive, negative, latent, denoise
+        )
+        return drawn["samples"]
+
+    if output:
+        samples = ours() if node == "L2PKSampler" else cores()
+        save_file({"samples": samples.float().contiguous()}, output)
+        return None
+    try:
+        found = ours()
+    except ValueError as error:
+        assert "NaN" in str(error)
+        found = torch.full((1, 3, 96, 96), torch.nan)
+    expected = cores()
+    if not expected.isfinite().all():
+        return None if not found.isfinite().all() else float("inf")
+    return float((found - expected).abs().max())
+
+
+def choices() -> list[list[str]]:
+    """ComfyUI's samplers and its schedulers."""
+    return [list(comfy.samplers.KSampler.SAMPLERS), list(comfy.samplers.KSampler.SCHEDULERS)]
+
+
+@functools.cache
+def bundled(prompt: str) -> tuple:
+    """The bundled small model, with the prompt and the empty prompt encoded."""
+    name = "L2P shapes (bundled small model)"
+    model = nodes.NODE_CLASS_MAPPINGS["L2PCheckpointLoader"].execute(name, "float32")[0]
+    clip = nodes.NODE_CLASS_MAPPINGS["L2PTextEncoderLoader"].execute(name)[0]
+    return model, *nodes.NODE_CLASS_MAPPINGS["L2PTextEncode"].execute(clip, prompt, "").args
+
+
+def reloaded_encoder(folder: str, prompt: str) -> float:
+    """Save the bundled model and its text encoder by Save Checkpoint, and load both again.
+
+    Returns the largest difference of the prompt embeddings."""
+    name = "L2P shapes (bundled small model)"
+    model = bundled(prompt)[0]
+    clip = nodes.NODE_CLASS_MAPPINGS["L2PTextEncoderLoader"].execute(name)[0]
+    path = f"{folder}/saved.safetensors"
+    comfy.sd.save_checkpoint(path, model, clip=clip)
+    again = comfy.sd.load_checkpoint_guess_config(path)[1]
+    encode = nodes.NODE_CLASS_MAPPINGS["L2PTextEncode"].execute
+    before, after = (encode(each, prompt, "").args[0][0][0] for each in (clip, again))
+    return float((before - after).abs().max())
+
+
+def shift_by_another_node(node: str, shift: float) -> list[str]:
+    """What is logged when that node comes before L2P KSampler. Raises what the sampler does."""
+    import logging
+
+    model, positive, negative = bundled("a large red circle on a blue background, left")
+    module = importlib.import_module("comfy_extras.nodes_model_advanced")
+    node_class = getattr(module, node)
+    (patched,) = getattr(node_class(), node_class.FUNCTION)(model, shift)
+    options = (96, 96, 1, 7, 1, 1.0, "euler", "l2p", 3.0, 1.0)
+    said, log = [], logging.warning
+    logging.warning = said.append
+    try:
+        nodes.NODE_CLASS_MAPPINGS["L2PKSampler"].execute(patched, positive, negative, *options)
+    finally:
+        logging.warning = log
+    return said
+
+
+def notes_of_sampler(sampler_name: str, **numbers) -> list[str]:
+    """What L2P KSampler logs with that sampler. numbers: cfg, shift or denoise, as text."""
+    import logging
+
+    model, positive, negative = bundled("a large red circle on a blue background, left")
+    cfg, shift, denoise = (
+        float(numbers.get(name, value))
+        for name, value in (("cfg", 2), ("shift", 3), ("denoise", 1))
+    )
+    said, log = [], logging.warning
+    logging.warning = said.append
+    try:
+        nodes.NODE_CLASS_MAPPINGS["L2PKSampler"].execute(
+            *(model, positive, negative, 96, 96, 1, 7, 2),
+            *(cfg, sampler_name, "l2p", shift, denoise),
+        )
+    finally:
+        logging.warning = log
+    return said
+
+
+def areas(node: str, stages: int = 1) -> float:
+    """The mean difference in levels of 255 that an area of the whole image makes, set in pixels.
+
+    node: KSampler or L2PKSampler."""
+    side = 96 * 2 ** (stages - 1)
+    model, positive, negative = bundled("a large red circle on a blue background, left")
+    (area,) = nodes.ConditioningSetArea().append(positive, side, side, 0, 0, 1.0)
+
+    def draw(conditioning: list) -> torch.Tensor:
+        if node == "KSampler":
+            latent = {"samples": torch.zeros(1, 3, side, side)}
+            options = (2.0, "euler", "simple", conditioning, negative, latent)
+            return nodes.KSampler().sample(model, 7, 4, *options)[0]["samples"]
+        options = (side, side, 1, 7, 4, 2.0, "euler", "l2p", 3.0, 1.0)
+        node_class = nodes.NODE_CLASS_MAPPINGS["L2PKSampler"]
+        return node_class.execute(model, conditioning, negative, *options, stages=stages)[1][
+            "samples"
+        ]
+
+    return float((draw(positive) - draw(area)).abs().mean() * 127.5)
 
 
 def main() -> None:

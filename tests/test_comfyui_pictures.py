@@ -363,17 +363,14 @@ def test_what_does_not_fit_is_explained(comfyui_server, change, message):
         comfyui_server.run(request)
 
 
-def test_the_preview_is_the_true_picture(comfyui_server):
-    """Without any preview setting: steps are counted, and what is shown before the last one is
-    nearly what comes out."""
+def watch(server, request: dict, **extra) -> tuple[list[bytes], list[tuple[int, int]], dict]:
+    """Run a graph as the page does. Returns the previews, the counts of steps, and what was saved.
+
+    extra: what the page sends beside the graph."""
     websocket = pytest.importorskip("websocket")
-    socket = websocket.create_connection(
-        f"ws{comfyui_server.url[4:]}/ws?clientId=preview", timeout=120
-    )
-    steps = 8
-    prompt_id = comfyui_server.post(
-        "/prompt", {"prompt": graph(steps=steps, seed=11), "client_id": "preview"}
-    )["prompt_id"]
+    socket = websocket.create_connection(f"ws{server.url[4:]}/ws?clientId=preview", timeout=120)
+    body = {"prompt": request, "client_id": "preview", "extra_data": extra}
+    prompt_id = server.post("/prompt", body)["prompt_id"]
     shown, counted = [], []
     while True:
         message = socket.recv()
@@ -389,8 +386,15 @@ def test_the_preview_is_the_true_picture(comfyui_server):
         ):
             break
     socket.close()
+    return shown, counted, server.wait(prompt_id)["outputs"]["save"]["images"][0]
+
+
+def test_the_preview_is_the_true_picture(comfyui_server):
+    """Without any preview setting: steps are counted, and what is shown before the last one is
+    nearly what comes out."""
+    steps = 8
+    shown, counted, final = watch(comfyui_server, graph(steps=steps, seed=11))
     assert counted[-1] == (steps, steps) and len(counted) > 2
-    final = comfyui_server.wait(prompt_id)["outputs"]["save"]["images"][0]
     assert len(shown) > 2
     first, last = (
         levels(message[message.index(b"\xff\xd8") :]) for message in (shown[0], shown[-1])
@@ -401,6 +405,11 @@ def test_the_preview_is_the_true_picture(comfyui_server):
     )  # ComfyUI enlarges small previews
     assert np.abs(last - final).mean() < np.abs(first - final).mean() / 2
     assert np.abs(last - final).mean() < 8  # JPEG, and the last step
+
+
+def test_no_preview_is_shown_to_those_who_want_none(comfyui_server):
+    shown, counted, _ = watch(comfyui_server, graph(steps=4, seed=12), preview_method="none")
+    assert counted[-1] == (4, 4) and shown == []
 
 
 @pytest.mark.parametrize("node", ["EasyCache", "LazyCache"])

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from workflow_variants import (
     BUNDLED,
+    DOWNLOADS,
     NAMES,
     PICTURE,
     WORKFLOWS,
@@ -117,6 +118,24 @@ def test_files_are_named_without_folders(name):
             if isinstance(value, str) and value.endswith((".safetensors", ".png")):
                 assert MODEL_FILE.fullmatch(value)
                 assert value == "example.png" or value in notes()[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_loader_says_where_its_files_are_downloaded(name):
+    """ComfyUI's page offers a Download button for what `properties.models` lists. A LoRA is the
+    user's own."""
+    for node in canvas(name)["nodes"]:
+        values = [value for value in node.get("widgets_values", ()) if isinstance(value, str)]
+        files = [value for value in values if MODEL_FILE.fullmatch(value)]
+        files = [value for value in files if value.endswith(".safetensors")]
+        if node["type"] == "LoraLoaderModelOnly":
+            continue
+        listed = node["properties"].get("models", [])
+        assert [each["name"] for each in listed] == files
+        for each in listed:
+            assert (each["url"], each["directory"]) == DOWNLOADS[each["name"]]
+            assert each["url"].startswith("https://huggingface.co/")
+            assert each["url"].endswith("/" + each["name"])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -22,6 +22,26 @@ SMALL, TINY_4K, LORA, PICTURE = (
     "shapes_lora.safetensors",
     "shapes_input.png",
 )
+HUB = "https://huggingface.co"
+# The weights that workflows name: where ComfyUI's page downloads each, and into which folder.
+DOWNLOADS = {
+    "model-1k-merge.safetensors": (
+        f"{HUB}/zhen-nan/L2P/resolve/main/model-1k-merge.safetensors",
+        "diffusion_models",
+    ),
+    "model-1k-merge-INT8.safetensors": (
+        f"{HUB}/Abiray/L2P-model-1k-merge-INT8/resolve/main/model-1k-merge-INT8.safetensors",
+        "diffusion_models",
+    ),
+    "l2p_4k_sft.safetensors": (
+        f"{HUB}/HaojunChen/PixVerve-L2P/resolve/main/l2p_4k_sft.safetensors",
+        "diffusion_models",
+    ),
+    "qwen_3_4b.safetensors": (
+        f"{HUB}/Comfy-Org/z_image_turbo/resolve/main/split_files/text_encoders/qwen_3_4b.safetensors",
+        "text_encoders",
+    ),
+}
 SIDES = {1024: 96, 4096: 384}
 PROMPT = "a large red circle on a blue background, left"
 
@@ -38,6 +58,17 @@ def notes() -> dict[str, str]:
     """What the note on each canvas says: its section in workflows/README.md."""
     sections = re.split(r"^## (.+)$", (WORKFLOWS / "README.md").read_text(), flags=re.MULTILINE)[1:]
     return {name: text.strip() for name, text in zip(sections[::2], sections[1::2])}
+
+
+def add_downloads(graph: dict) -> None:
+    """Tell the page, in a canvas form, where each file that a loader names is downloaded."""
+    for node in graph["nodes"]:
+        named = [value for value in node.get("widgets_values", ()) if value in DOWNLOADS]
+        if named:
+            node["properties"]["models"] = [
+                {"name": name, "url": DOWNLOADS[name][0], "directory": DOWNLOADS[name][1]}
+                for name in named
+            ]
 
 
 def write_models(models: Path, patch_64: bool = True) -> None:
