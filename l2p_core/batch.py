@@ -16,6 +16,7 @@ from threading import Event
 from torch import Tensor
 from tqdm import tqdm
 
+from .devices import free_memory
 from .files.atomic import WAIT, locked, process_rank
 from .files.header import hash_files
 from .images import PNG_KEY, open_image, read_image, save_image
@@ -124,13 +125,14 @@ def draw(
     jobs: list[Job],
     pipe: L2PPipeline,
     batch: int = 1,
-    free_text_encoder: bool = False,
+    free_text_encoder: bool | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> None:
     """Generate and write the images that do not exist yet, `batch` at a time, each file atomically.
 
-    free_text_encoder: encode all prompts first, then free the encoder's memory. overwrite: generate
+    free_text_encoder: encode all prompts first, then free the encoder's memory; None to do so where
+    the device's memory needs it. overwrite: generate
     all. progress: show a bar. Raises ValueError, before anything is generated, where an image
     exists with other settings, and AlreadyRunning where another run still writes there after `WAIT`
     seconds."""
@@ -179,6 +181,11 @@ def draw(
             print(f"{len(jobs) - len(missing)} of {len(jobs)} images exist already")
         if not missing:
             return
+        if free_memory(pipe.device) is not None:  # on a CPU nothing is to be chosen
+            placement = pipe.place(largest_of(missing), batch, free_text_encoder)
+            free_text_encoder = placement.free_text_encoder
+            pipe.adopt(placement)
+            print(f"Memory: {placement.reason}")
         encode: Callable[[str], Tensor] = pipe.encode_prompt
         encode(missing[0].prompt)  # a fault of the text encoder shows before the bar does
         if free_text_encoder:
@@ -207,6 +214,13 @@ def draw(
                 for job, image in zip(group, images, strict=True):
                     save_image(image, job.output, record(job))
                 bar.update(len(group))
+
+
+def largest_of(jobs: list[Job]) -> CompleteSettings:
+    """Return the settings of the largest image."""
+    return max(
+        (job.settings for job in jobs), key=lambda settings: settings.height * settings.width
+    )
 
 
 def _advance(bar: tqdm, images: int, done: int, *_: object) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import sys
@@ -14,12 +15,16 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .files.header import CheckpointError
 from .interrupt import STATUS, Terminated, ending_at_once
 from .remote.workflow import PLACES
 from .settings import FIELDS, checked, describe, kind
+
+if TYPE_CHECKING:
+    from .batch import Job
+    from .pipeline import L2PPipeline
 
 
 def program() -> None:
@@ -140,8 +145,12 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     machine.add_argument(
         "--batch", type=int, default=1, help="pictures drawn at a time (default 1)"
     )
-    machine.add_argument("--device", help="default: the GPU where there is one")
-    machine.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    machine.add_argument("--device", help="default: the accelerator where there is one")
+    machine.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="default: bfloat16, or float16 on NVIDIA cards older than RTX 30",
+    )
     machine.add_argument(
         "--convrot",
         type=int,
@@ -159,15 +168,18 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     )
     machine.add_argument(
         "--free-text-encoder",
-        action="store_true",
-        help="encode all prompts first, then free the encoder's memory",
+        action=argparse.BooleanOptionalAction,
+        help=(
+            "encode all prompts first, then free the encoder's memory (default: where it does not"
+            " fit beside the model)"
+        ),
     )
     machine.add_argument(
         "--offload",
         action=argparse.BooleanOptionalAction,
         help=(
             "keep the model in the CPU's memory, and on the GPU only the block that computes and"
-            " the next (default: where it would fill the GPU)"
+            " the next (default: where it does not fit)"
         ),
     )
     machine.add_argument(
@@ -191,6 +203,12 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
             "checkpoint's header alone"
         ),
     )
+    machine.add_argument(
+        "--memory",
+        type=float,
+        metavar="GB",
+        help="with --estimate: plan for an accelerator with so much free memory",
+    )
 
     def run(args: argparse.Namespace) -> None:
         import torch
@@ -206,7 +224,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
             args.text_encoder,
             args.tokenizer,
             device,
-            getattr(torch, args.dtype),
+            getattr(torch, args.dtype) if args.dtype else None,
             args.convrot,
             progress=args.checkpoint is not None,
             decoder_tile=args.decoder_tile,
@@ -224,30 +242,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
         settings = {name: getattr(args, name) for name in FIELDS if name != "prompt"}
         jobs = plan(rows, settings, args.count, args.output, pipe)
         if args.estimate:
-            from .estimate import estimate
-            from .meter import table
-
-            largest = max(
-                (job.settings for job in jobs),
-                key=lambda settings: settings.height * settings.width,
-            )
-            parts, passes = estimate(pipe, largest, args.batch, args.free_text_encoder)
-            told = ", then ".join(
-                f"{count} of {args.batch} x {width} x {height} pixels"
-                for count, height, width in passes
-            )
-            found = pipe.text_encoder_path.exists()
-            print(
-                f"{table(parts)}\npasses through the model: {told}"
-                + (
-                    ""
-                    if found
-                    else (
-                        f"\nthe text encoder is not counted: {pipe.text_encoder_path} does not"
-                        " exist"
-                    )
-                )
-            )
+            print_estimate(pipe, jobs, args.batch, args.free_text_encoder, args.memory)
             return
         draw(
             jobs[rank::processes],
@@ -261,6 +256,37 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
             print(args.output)
 
     parser.set_defaults(run=run, when_stopped="The same command goes on where this one ended")
+
+
+def print_estimate(
+    pipe: L2PPipeline,
+    jobs: list[Job],
+    batch: int,
+    free_text_encoder: bool | None,
+    memory: float | None,
+) -> None:
+    """Print what the largest image takes. memory: GB of free memory to plan for; None for what the
+    device has."""
+    from .batch import largest_of
+    from .estimate import estimate
+    from .meter import table
+
+    if memory is not None and not 0 < memory < math.inf:
+        raise ValueError(f"--memory is {memory}; expected a number of GB above 0")
+    largest = largest_of(jobs)
+    free = None if memory is None else int(memory * 1e9)
+    placement = pipe.place(largest, batch, free_text_encoder, free)
+    pipe.adopt(placement)
+    freed = placement.free_text_encoder or placement.encode_on_cpu
+    parts, passes = estimate(pipe, largest, batch, freed, placement.encode_on_cpu)
+    told = ", then ".join(
+        f"{count} of {batch} x {width} x {height} pixels" for count, height, width in passes
+    )
+    print(table(parts))
+    print(f"placement: {placement.reason}")
+    print(f"passes through the model: {told}")
+    if not pipe.text_encoder_path.exists():
+        print(f"the text encoder is not counted: {pipe.text_encoder_path} does not exist")
 
 
 def add_settings(
@@ -280,13 +306,14 @@ def add_settings(
             )
 
 
-def share(device: str | None) -> tuple[int, int, str | None]:
+def share(device: str | None) -> tuple[int, int, str]:
     """This process's number, how many there are, and its device: a GPU of its own where there are
     GPUs."""
-    import torch
+    from .devices import default_device
 
-    if device == "cuda" or device is None and torch.cuda.is_available():
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = device or default_device().type
+    if device in ("cuda", "xpu"):
+        device = f"{device}:{os.environ.get('LOCAL_RANK', 0)}"
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), device
 
 
