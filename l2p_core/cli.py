@@ -43,15 +43,15 @@ def program() -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run `l2p` with these arguments.
 
-    Returns the exit status: 0 done, 1 refused with a message, 130 interrupted (Ctrl-C), 143
-    terminated (SIGTERM)."""
+    Returns the exit status: 0 done, 1 refused with a message, or found faulty by `l2p doctor`, 130
+    interrupted (Ctrl-C), 143 terminated (SIGTERM)."""
     with ending_at_once():
         import torch
 
         args = make_parser().parse_args(arguments)
         warnings.showwarning = lambda message, *_: print(f"l2p: note: {message}", file=sys.stderr)
     try:
-        args.run(args)
+        status = args.run(args)
     except (CheckpointError, ValueError, OSError, ImportError) as error:
         print(f"l2p: {error}", file=sys.stderr)
         return 1
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(f"l2p: stopped. {args.when_stopped}", file=sys.stderr)
         return STATUS[signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT]
-    return 0
+    return status or 0
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -79,6 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_generate(commands)
     add_queue(commands)
     add_inspect(commands)
+    add_doctor(commands)
     add_convert(commands)
     add_merge(commands)
     add_quantize(commands)
@@ -427,6 +428,59 @@ def add_inspect(commands: argparse._SubParsersAction) -> None:
 
         facts = describe(args.checkpoint)
         print(json.dumps(facts, indent=1) if args.json else report(facts))
+
+    parser.set_defaults(run=run, when_stopped="Nothing was changed")
+
+
+def add_doctor(commands: argparse._SubParsersAction) -> None:
+    """Add the command `l2p doctor`."""
+    parser = commands.add_parser(
+        "doctor",
+        help="test this installation, or a checkpoint and its text encoder",
+        description=(
+            "Without a checkpoint: say what is installed, compare an image of the bundled model"
+            " with a recorded one, and prove that the model denoises. With one: compare its tensors"
+            " with the published files, and prove that it denoises an image better than any"
+            " baseline. A fault is named. Exit status 1 where anything fails."
+        ),
+    )
+    parser.add_argument("--checkpoint", metavar="PATH", help="file, index or folder of shards")
+    parser.add_argument("--text-encoder", metavar="PATH", help="as for l2p generate")
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="as for l2p generate")
+    parser.add_argument("--device", help="default: the accelerator where there is one")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--convrot", type=int, metavar="GROUP", help="as for l2p generate")
+    parser.add_argument(
+        "--image", metavar="FILE", help="denoise this image (default: a scene that is drawn)"
+    )
+    parser.add_argument("--prompt", metavar="TEXT", help="what the image shows")
+    parser.add_argument(
+        "--compare",
+        metavar="PATH",
+        help="a second checkpoint of the same model, such as its INT8 form",
+    )
+
+    def run(args: argparse.Namespace) -> int:
+        import torch
+
+        from .doctor import examine
+
+        failed = 0
+        for finding in examine(
+            args.checkpoint,
+            args.text_encoder,
+            args.tokenizer,
+            args.device,
+            getattr(torch, args.dtype) if args.dtype else None,
+            args.convrot,
+            args.image,
+            args.prompt,
+            args.compare,
+        ):
+            print(finding, flush=True)
+            failed += finding.ok is False
+        print(f"{failed} failed" if failed else "everything that was tested is right")
+        return min(failed, 1)
 
     parser.set_defaults(run=run, when_stopped="Nothing was changed")
 
