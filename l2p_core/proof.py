@@ -8,6 +8,7 @@ names, its rotation) is clearly better, the fault is named."""
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import permutations
 from typing import NamedTuple
 
@@ -223,24 +224,24 @@ def check_readings(probe: Probe, given: list[Pass]) -> list[Finding]:
 def readings(probe: Probe) -> Iterator[tuple[str, str, float, Callable[[], Pass]]]:
     """Other readings of the file: (kind, in words, sigma, one pass)."""
     high, low = SIGMAS[0], SIGMAS[-1]
-    yield "time", "time 1 for noise and 0 for image", high, lambda: probe.run(high, time=high)
+    yield "time", "time 1 for noise and 0 for image", high, partial(probe.run, high, time=high)
     blocks = [*probe.model.noise_refiner, *probe.model.context_refiner, *probe.model.layers]
     qkv = ("to_q", "to_k", "to_v")
     for order in list(permutations(qkv))[1:]:
         attentions = [block.attention for block in blocks]
         told = f"{', '.join(order)} in the places of {', '.join(qkv)}"
-        yield "naming", told, low, lambda a=attentions, o=order: _swapped(probe, low, a, qkv, o)
+        yield "naming", told, low, partial(_swapped, probe, low, attentions, qkv, order)
     feeds = [block.feed_forward for block in blocks]
     gates, reverse = ("w1", "w3"), ("w3", "w1")
     told = "w1 and w3 swapped"
-    yield "naming", told, low, lambda: _swapped(probe, low, feeds, gates, reverse)
+    yield "naming", told, low, partial(_swapped, probe, low, feeds, gates, reverse)
     layers = [each for each in probe.model.modules() if isinstance(each, Int8Linear)]
     present = {each.convrot_groupsize for each in layers}
     for size in CONVROT_GROUPSIZES if layers else ():
         if present != {size} and any(each.weight.shape[1] % max(size, 1) == 0 for each in layers):
             told = f"convrot {size}" if size else "no rotation"
             flag = f"{told} (give --convrot {size})" if size else told
-            yield "convrot", flag, low, lambda s=size: _rotated(probe, low, layers, s)
+            yield "convrot", flag, low, partial(_rotated, probe, low, layers, size)
 
 
 def _swapped(
