@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from .devices import free_memory
 from .files.atomic import WAIT, locked, process_rank
 from .files.header import hash_files
 from .images import (
@@ -93,13 +94,14 @@ def draw(
     jobs: list[Job],
     pipe: L2PPipeline,
     batch: int = 1,
-    free_text_encoder: bool = False,
+    free_text_encoder: bool | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> None:
     """Generate and write the images that do not exist yet, `batch` at a time, each file atomically.
 
-    free_text_encoder: encode all prompts first, then free the encoder's memory. overwrite: generate
+    free_text_encoder: encode all prompts first, then free the encoder's memory; None to do so where
+    the device's memory needs it. overwrite: generate
     all. progress: show a bar. Raises ValueError, before anything is generated, where an image
     exists with other settings, and AlreadyRunning where another run still writes there after `WAIT`
     seconds."""
@@ -152,6 +154,11 @@ def draw(
             print(f"{len(jobs) - len(missing)} of {len(jobs)} images exist already")
         if not missing:
             return
+        if free_memory(pipe.device) is not None:  # on a CPU nothing is to be chosen
+            placement = pipe.place(largest_of(missing), batch, free_text_encoder)
+            free_text_encoder = placement.free_text_encoder
+            pipe.adopt(placement)
+            print(f"Memory: {placement.reason}")
         encode: Callable[[str], Tensor] = pipe.encode_prompt
         encode(missing[0].prompt)  # a fault of the text encoder shows before the bar does
         if free_text_encoder:
@@ -191,6 +198,13 @@ def read_inputs(image_file: str, mask_file: str) -> Image.Image:
 def read_input(name: str, file: str) -> Image.Image:
     """Return the image of one of `INPUTS`; a mask keeps its transparency. Raises ValueError."""
     return read_image(file, None if name == "inpaint_mask" else BACKGROUND)
+
+
+def largest_of(jobs: list[Job]) -> CompleteSettings:
+    """Return the settings of the largest image."""
+    return max(
+        (job.settings for job in jobs), key=lambda settings: settings.height * settings.width
+    )
 
 
 def _advance(bar: tqdm, images: int, done: int, *_: object) -> None:

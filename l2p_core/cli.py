@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import sys
@@ -15,13 +16,17 @@ from collections.abc import Iterable
 from dataclasses import fields
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .files.content import printable
 from .files.header import CheckpointError
 from .interrupt import STATUS, Terminated, ending_at_once
 from .remote.workflow import PLACES
 from .settings import FIELDS, checked, describe, kind
+
+if TYPE_CHECKING:
+    from .batch import Job
+    from .pipeline import L2PPipeline
 
 
 def program() -> None:
@@ -43,8 +48,8 @@ def program() -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run `l2p` with these arguments.
 
-    Returns the exit status: 0 done, 1 refused with a message, 130 interrupted (Ctrl-C), 143
-    terminated (SIGTERM)."""
+    Returns the exit status: 0 done, 1 refused with a message, or found faulty by `l2p doctor`, 130
+    interrupted (Ctrl-C), 143 terminated (SIGTERM)."""
     with ending_at_once():
         import torch
 
@@ -53,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"l2p: note: {printable(message)}", file=sys.stderr
         )
     try:
-        args.run(args)
+        status = args.run(args)
     except (CheckpointError, ValueError, OSError, ImportError) as error:
         print(f"l2p: {printable(error)}", file=sys.stderr)
         return 1
@@ -63,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(f"l2p: stopped. {args.when_stopped}", file=sys.stderr)
         return STATUS[signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT]
-    return 0
+    return status or 0
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -81,6 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_generate(commands)
     add_queue(commands)
     add_inspect(commands)
+    add_doctor(commands)
     add_convert(commands)
     add_merge(commands)
     add_quantize(commands)
@@ -154,8 +160,12 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     machine.add_argument(
         "--batch", type=int, default=1, help="pictures drawn at a time (default 1)"
     )
-    machine.add_argument("--device", help="default: the GPU where there is one")
-    machine.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    machine.add_argument("--device", help="default: the accelerator where there is one")
+    machine.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="default: bfloat16, or float16 on NVIDIA cards older than RTX 30",
+    )
     machine.add_argument(
         "--convrot",
         type=int,
@@ -173,15 +183,18 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     )
     machine.add_argument(
         "--free-text-encoder",
-        action="store_true",
-        help="encode all prompts first, then free the encoder's memory",
+        action=argparse.BooleanOptionalAction,
+        help=(
+            "encode all prompts first, then free the encoder's memory (default: where it does not"
+            " fit beside the model)"
+        ),
     )
     machine.add_argument(
         "--offload",
         action=argparse.BooleanOptionalAction,
         help=(
             "keep the model in the CPU's memory, and on the GPU only the block that computes and"
-            " the next (default: where it would fill the GPU)"
+            " the next (default: where it does not fit)"
         ),
     )
     machine.add_argument(
@@ -205,6 +218,12 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
             "checkpoint's header alone"
         ),
     )
+    machine.add_argument(
+        "--memory",
+        type=float,
+        metavar="GB",
+        help="with --estimate: plan for an accelerator with so much free memory",
+    )
 
     def run(args: argparse.Namespace) -> None:
         import torch
@@ -221,7 +240,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
             args.text_encoder,
             args.tokenizer,
             device,
-            getattr(torch, args.dtype),
+            getattr(torch, args.dtype) if args.dtype else None,
             args.convrot,
             progress=args.checkpoint is not None,
             decoder_tile=args.decoder_tile,
@@ -241,30 +260,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
         settings = {name: getattr(args, name) for name in FIELDS if name != "prompt"}
         jobs = plan(rows, settings, args.count, args.output, pipe)
         if args.estimate:
-            from .estimate import estimate
-            from .meter import table
-
-            largest = max(
-                (job.settings for job in jobs),
-                key=lambda settings: settings.height * settings.width,
-            )
-            parts, passes = estimate(pipe, largest, args.batch, args.free_text_encoder)
-            told = ", then ".join(
-                f"{count} of {args.batch} x {width} x {height} pixels"
-                for count, height, width in passes
-            )
-            found = pipe.text_encoder_path.exists()
-            print(
-                f"{table(parts)}\npasses through the model: {told}"
-                + (
-                    ""
-                    if found
-                    else (
-                        f"\nthe text encoder is not counted: {pipe.text_encoder_path} does not"
-                        " exist"
-                    )
-                )
-            )
+            print_estimate(pipe, jobs, args.batch, args.free_text_encoder, args.memory)
             return
         draw(
             jobs[rank::processes],
@@ -289,6 +285,37 @@ def file_and_strength(given: str) -> tuple[str, float]:
         return given, 1.0
 
 
+def print_estimate(
+    pipe: L2PPipeline,
+    jobs: list[Job],
+    batch: int,
+    free_text_encoder: bool | None,
+    memory: float | None,
+) -> None:
+    """Print what the largest image takes. memory: GB of free memory to plan for; None for what the
+    device has."""
+    from .batch import largest_of
+    from .estimate import estimate
+    from .meter import table
+
+    if memory is not None and not 0 < memory < math.inf:
+        raise ValueError(f"--memory is {memory}; expected a number of GB above 0")
+    largest = largest_of(jobs)
+    free = None if memory is None else int(memory * 1e9)
+    placement = pipe.place(largest, batch, free_text_encoder, free)
+    pipe.adopt(placement)
+    freed = placement.free_text_encoder or placement.encode_on_cpu
+    parts, passes = estimate(pipe, largest, batch, freed, placement.encode_on_cpu)
+    told = ", then ".join(
+        f"{count} of {batch} x {width} x {height} pixels" for count, height, width in passes
+    )
+    print(table(parts))
+    print(f"placement: {placement.reason}")
+    print(f"passes through the model: {told}")
+    if not pipe.text_encoder_path.exists():
+        print(f"the text encoder is not counted: {pipe.text_encoder_path} does not exist")
+
+
 def add_settings(
     group: argparse._ArgumentGroup, names: Iterable[str], defaults: bool = True
 ) -> None:
@@ -306,13 +333,14 @@ def add_settings(
             )
 
 
-def share(device: str | None) -> tuple[int, int, str | None]:
+def share(device: str | None) -> tuple[int, int, str]:
     """This process's number, how many there are, and its device: a GPU of its own where there are
     GPUs."""
-    import torch
+    from .devices import default_device
 
-    if device == "cuda" or device is None and torch.cuda.is_available():
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = device or default_device().type
+    if device in ("cuda", "xpu"):
+        device = f"{device}:{os.environ.get('LOCAL_RANK', 0)}"
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), device
 
 
@@ -426,6 +454,59 @@ def add_inspect(commands: argparse._SubParsersAction) -> None:
 
         facts = describe(args.checkpoint)
         print(json.dumps(facts, indent=1) if args.json else printable(report(facts)))
+
+    parser.set_defaults(run=run, when_stopped="Nothing was changed")
+
+
+def add_doctor(commands: argparse._SubParsersAction) -> None:
+    """Add the command `l2p doctor`."""
+    parser = commands.add_parser(
+        "doctor",
+        help="test this installation, or a checkpoint and its text encoder",
+        description=(
+            "Without a checkpoint: say what is installed, compare an image of the bundled model"
+            " with a recorded one, and prove that the model denoises. With one: compare its tensors"
+            " with the published files, and prove that it denoises an image better than any"
+            " baseline. A fault is named. Exit status 1 where anything fails."
+        ),
+    )
+    parser.add_argument("--checkpoint", metavar="PATH", help="file, index or folder of shards")
+    parser.add_argument("--text-encoder", metavar="PATH", help="as for l2p generate")
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="as for l2p generate")
+    parser.add_argument("--device", help="default: the accelerator where there is one")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--convrot", type=int, metavar="GROUP", help="as for l2p generate")
+    parser.add_argument(
+        "--image", metavar="FILE", help="denoise this image (default: a scene that is drawn)"
+    )
+    parser.add_argument("--prompt", metavar="TEXT", help="what the image shows")
+    parser.add_argument(
+        "--compare",
+        metavar="PATH",
+        help="a second checkpoint of the same model, such as its INT8 form",
+    )
+
+    def run(args: argparse.Namespace) -> int:
+        import torch
+
+        from .doctor import examine
+
+        failed = 0
+        for finding in examine(
+            args.checkpoint,
+            args.text_encoder,
+            args.tokenizer,
+            args.device,
+            getattr(torch, args.dtype) if args.dtype else None,
+            args.convrot,
+            args.image,
+            args.prompt,
+            args.compare,
+        ):
+            print(finding, flush=True)
+            failed += finding.ok is False
+        print(f"{failed} failed" if failed else "everything that was tested is right")
+        return min(failed, 1)
 
     parser.set_defaults(run=run, when_stopped="Nothing was changed")
 

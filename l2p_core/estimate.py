@@ -1,49 +1,99 @@
 """What drawing will hold in memory, and how often the model runs, by a checkpoint's header
 alone."""
 
+from __future__ import annotations
+
 from collections import Counter
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .files.header import read_header
 from .files.load import bytes_in_memory
+from .fit import Needs
 from .flow import SOLVERS, guided_velocity, is_guided, schedule
 from .meter import Meter, shapes_only
 from .model import L2PTransformer, padded
-from .pipeline import L2PPipeline
 from .settings import CompleteSettings
 from .stages import Stage, in_windows, windows
 from .text import MAX_TOKENS, encoder_files
+
+if TYPE_CHECKING:
+    from .pipeline import L2PPipeline
 
 BLOCKS = ("layers.", "noise_refiner.", "context_refiner.")  # what `offload` streams
 
 
 def estimate(
-    pipe: L2PPipeline, picture: CompleteSettings, batch: int, free_text_encoder: bool
+    pipe: L2PPipeline,
+    picture: CompleteSettings,
+    batch: int,
+    free_text_encoder: bool,
+    encode_on_cpu: bool = False,
 ) -> tuple[dict[str, int], list[tuple[int, int, int]]]:
     """Bytes held at the peak, by what they are for, with their sum as "in all", and what waits in
     the CPU's memory; and the passes through the model that one batch takes: (how many, height,
     width) for each stage.
 
-    A text encoder that is not there counts as nothing. Prompts count as 512 tokens. Two steps of
-    the last stage are run on tensors that have only a shape."""
-    layout, dtype = pipe.layout, pipe.dtype
+    A text encoder that is not there, or works on the CPU, counts as nothing.
+    Prompts count as 512 tokens. Two steps of the last stage are run on tensors that have only a
+    shape."""
+    needed = needs(pipe, picture, batch)
+    streamed = pipe.streamed
+    drawing = {
+        "model": needed.streamed if streamed else needed.model,
+        "pictures and what passes": needed.passing(pipe.decoder_tile),
+    }
+    encoder = 0 if encode_on_cpu else needed.text_encoder
+    parts = drawing if free_text_encoder else {"text encoder": encoder, **drawing}
+    in_all = max(sum(drawing.values()), encoder) if free_text_encoder else sum(parts.values())
+    beside = {"in the CPU's memory": needed.model} if streamed else {}
+    multiple = pipe.layout.config.size_multiple
+    passes = []
+    for stage in pipe.plan_stages(picture):
+        tiles = windows(stage.height, stage.width, stage.window, multiple)
+        passes.append(
+            (
+                passes_of(picture, stage) * len(tiles),
+                min(stage.height, stage.window or stage.height),
+                min(stage.width, stage.window or stage.width),
+            )
+        )
+    return {**parts, "in all": in_all, **beside}, passes
+
+
+def needs(pipe: L2PPipeline, picture: CompleteSettings, batch: int) -> Needs:
+    """Return what generating takes, for `fit.place`."""
     by_block: Counter[str] = Counter()  # bytes, by the part of the name that tells a block
-    for name, size in bytes_in_memory(layout, dtype).items():
+    for name, size in bytes_in_memory(pipe.layout, pipe.dtype).items():
         by_block[".".join(name.split(".")[:2]) if name.startswith(BLOCKS) else ""] += size
-    weights, elsewhere = by_block.total(), 0
-    if pipe.streamed:
-        elsewhere = weights
-        weights = by_block.pop("") + sum(size for _, size in by_block.most_common(2))
-    files = encoder_files(pipe.text_encoder_path) if pipe.text_encoder_path.exists() else []
-    encoder = sum(
+    model = by_block.total()
+    outside = by_block.pop("")
+    streamed = outside + sum(size for _, size in by_block.most_common(2))
+    encoder = encoder_bytes(pipe.text_encoder_path, pipe.dtype)
+    return Needs(encoder, model, streamed, cache(partial(passing, pipe, picture, batch)))
+
+
+def encoder_bytes(text_encoder: Path, dtype: torch.dtype) -> int:
+    """Return the bytes of a text encoder in memory; 0 where it does not exist."""
+    files = encoder_files(text_encoder) if text_encoder.exists() else []
+    return sum(
         entry.count * dtype.itemsize for file in files for entry in read_header(file)[0].values()
     )
+
+
+def passing(
+    pipe: L2PPipeline, picture: CompleteSettings, batch: int, decoder_tile: int | None
+) -> int:
+    """Return the bytes of images and of what passes through the model, at the peak."""
+    layout, dtype = pipe.layout, pipe.dtype
     with torch.device("meta"):
         model = L2PTransformer(layout.config).to(dtype).requires_grad_(False)
-    *_, last = plan = pipe.plan_stages(picture)
-    multiple, sigmas = layout.config.size_multiple, schedule(2)
+    last = pipe.plan_stages(picture)[-1]
+    sigmas = schedule(2)  # numbers, so not made on shapes
     with shapes_only(model), Meter() as meter:
         captions = [
             torch.empty(MAX_TOKENS, layout.config.cap_feat_dim, dtype=dtype) for _ in range(batch)
@@ -55,7 +105,7 @@ def estimate(
             captions,
             picture.cfg_scale,
             batch_guidance=pipe.batch_guidance,
-            decoder_tile=pipe.decoder_tile,
+            decoder_tile=decoder_tile,
         )
         asked: set[float] = set()
 
@@ -65,6 +115,7 @@ def estimate(
             asked.add(sigma)
             return torch.empty_like(x) if known else velocity(x, sigma)
 
+        multiple = layout.config.size_multiple
         SOLVERS[picture.sampler](
             in_windows(once, last.window, multiple) if last.window else velocity, noise, sigmas
         )
@@ -77,21 +128,7 @@ def estimate(
         kept = held * batch * tokens * layout.config.dim * dtype.itemsize
     if picture.inpaint_mask:  # its picture, its noise and itself are held all the way
         kept += 4 * last.height * last.width * (3 + 3 * batch + 1)
-    drawing = {"model": weights, "pictures and what passes": meter.peak() + kept}
-    parts = drawing if free_text_encoder else {"text encoder": encoder, **drawing}
-    in_all = max(sum(drawing.values()), encoder) if free_text_encoder else sum(parts.values())
-    beside = {"in the CPU's memory": elsewhere} if elsewhere else {}
-    passes = []
-    for stage in plan:
-        tiles = windows(stage.height, stage.width, stage.window, multiple)
-        passes.append(
-            (
-                passes_of(picture, stage) * len(tiles),
-                min(stage.height, stage.window or stage.height),
-                min(stage.width, stage.window or stage.width),
-            )
-        )
-    return {**parts, "in all": in_all, **beside}, passes
+    return meter.peak() + kept
 
 
 def passes_of(picture: CompleteSettings, stage: Stage) -> int:

@@ -94,7 +94,9 @@ class L2PTransformer(nn.Module):
 
         def pad_token() -> nn.Parameter:
             token = torch.empty(1, dim, **factory)
-            return nn.Parameter(token.normal_(std=0.02) if operations is nn else token)
+            if operations is nn and not token.is_meta:  # on meta, normal_ imports torch._dynamo
+                token.normal_(std=0.02)
+            return nn.Parameter(token)
 
         def blocks(count: int, modulated: bool = True) -> nn.ModuleList:
             return nn.ModuleList(

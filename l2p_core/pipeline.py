@@ -13,9 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .devices import default_device, default_dtype, empty_cache, free_memory
 from .files.layout import Layout, read_layout
-from .files.load import bytes_in_memory, check, load_model
+from .files.load import check, load_model
 from .files.lora import Change, add_changes, read_lora
+from .fit import RESERVE, SHARE, Placement, place
 from .flow import SOLVERS, Callback, guided_velocity, inpaint_velocity, interpolate, schedule
 from .images import (
     check_size,
@@ -34,7 +36,6 @@ from .stages import Stage, in_windows, misfit, plan_stages, run_stages
 from .text import TextEncoder, find_encoder
 
 KEPT_ENCODINGS = 64
-ROOM = 0.8  # of a GPU's free memory, for weights
 BUNDLED_MODEL = Path(__file__).parent / "shapes" / "model"
 
 
@@ -87,6 +88,7 @@ class L2PPipeline:
         self.batch_guidance, self.compile_blocks = batch_guidance, compile_blocks
         self.load_on_cpu, self._prompt_reader = load_on_cpu, prompt_reader
         self.loras: list[Lora] = []  # see `load_lora`
+        self._encode_on_cpu = False
         self._encodings: dict[str, Tensor] = {}  # of the prompts seen last
 
     @classmethod
@@ -96,7 +98,7 @@ class L2PPipeline:
         text_encoder: str | Path | None = None,
         tokenizer: str | Path | None = None,
         device: str | torch.device | None = None,
-        torch_dtype: torch.dtype = torch.bfloat16,
+        torch_dtype: torch.dtype | None = torch.bfloat16,
         convrot_groupsize: int | None = None,
         progress: bool = False,
         decoder_tile: int | None = None,
@@ -111,16 +113,17 @@ class L2PPipeline:
         checkpoint: None for the bundled small model, for which prompts are completed: see
         `read_prompt`. text_encoder, tokenizer: as for
         `TextEncoder.load`; by default `text_encoder/` and `tokenizer/` beside the checkpoint.
-        device: by default the GPU where there is one. progress: show a bar while loading.
+        device: by default the accelerator where there is one. torch_dtype: None for bfloat16, or
+        float16 on cards that have no bfloat16 arithmetic. progress: show a bar while loading.
         decoder_tile: side in pixels of the squares that the local decoder computes one after
         another, 0 for the whole at once; by default large pictures are cut. The picture is the
         same. offload: keep the model's weights in the CPU's memory, and on the device only the
-        block that computes and the next; by default where they would fill a GPU. batch_guidance:
-        run both passes of a guided step as one of twice the batch. compile_blocks: with
-        torch.compile, which takes a while at the first pictures. load_on_cpu: load the model there
-        whatever the device is. trained_size: height and width of the trained resolution, where it
-        is not what the checkpoint says. Raises CheckpointError where the checkpoint can't be used,
-        and ValueError for a tile below 0."""
+        block that computes and the next; by default where it does not fit: see `place`.
+        batch_guidance: run both passes of a guided step as one of twice the batch. compile_blocks:
+        with torch.compile, which takes a while at the first pictures. load_on_cpu: load the model
+        there whatever the device is. trained_size: height and width of the trained resolution,
+        where it is not what the checkpoint says. Raises CheckpointError where the checkpoint can't
+        be used, and ValueError for a tile below 0."""
         if decoder_tile is not None and decoder_tile < 0:
             raise ValueError(
                 f"decoder_tile is {decoder_tile}; expected a side in pixels, or 0 for the whole at"
@@ -144,13 +147,13 @@ class L2PPipeline:
                 )
                 / "text_encoder"
             )
-        device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = usable_device(device or default_device())
         return cls(
             layout,
             find_encoder(text_encoder),
             Path(tokenizer) if tokenizer else None,
             device,
-            torch_dtype,
+            torch_dtype or default_dtype(device),
             progress,
             decoder_tile,
             offload,
@@ -162,13 +165,66 @@ class L2PPipeline:
 
     @property
     def streamed(self) -> bool:
-        """Whether the model's weights stay in the CPU's memory: as `offload` says, or where they
-        would fill the GPU."""
-        return (
-            fills(self.device, sum(bytes_in_memory(self.layout, self.dtype).values()))
-            if self.offload is None
-            else self.offload
+        """Whether the model's weights stay in the CPU's memory: as `offload` says, or as `place`
+        chose."""
+        if self.offload is None and self.device.type == "cpu":
+            return False
+        if self.offload is None:
+            self.offload = self.place(self.complete({}), 1).offload
+        return self.offload
+
+    def place(
+        self,
+        settings: CompleteSettings,
+        batch: int,
+        free_text_encoder: bool | None = None,
+        free: int | None = None,
+    ) -> Placement:
+        """Choose what stays in the accelerator's memory, by `fit.place`, for images of these
+        settings.
+
+        free_text_encoder: None where that is left open. free: bytes of free memory to plan for; by
+        default the device's. What the user asked for is kept; on a CPU everything stays."""
+        from .estimate import needs
+
+        if free is None and (free := free_memory(self.device)) is not None:
+            free += self._loaded_bytes()  # what is loaded already is placed anew
+        return place(
+            needs(self, settings, batch),
+            free,
+            free_text_encoder,
+            self.offload,
+            self.decoder_tile,
+            find_spec("diffusers") is not None,
         )
+
+    def adopt(self, placement: Placement) -> None:
+        """Load and generate as `place` chose."""
+        self.offload, self.decoder_tile = placement.offload, placement.decoder_tile
+        self._encode_on_cpu = placement.encode_on_cpu
+
+    def _loaded_bytes(self) -> int:
+        """Bytes of the text encoder and the model that are in the accelerator's memory."""
+        encoder, model = self.__dict__.get("text_encoder"), self.__dict__.get("transformer")
+        modules = [each for each in (encoder and encoder.model, model) if each is not None]
+        return sum(
+            weight.nbytes
+            for module in modules
+            for weight in module.state_dict().values()
+            if weight.device.type == self.device.type
+        )
+
+    def _encoder_device(self) -> torch.device:
+        """The CPU where the text encoder has no room, alone or beside a model that is loaded."""
+        from .estimate import encoder_bytes
+
+        free = free_memory(self.device)
+        if self._encode_on_cpu:
+            return torch.device("cpu")
+        if free is None or "transformer" not in self.__dict__:
+            return self.device
+        size = encoder_bytes(self.text_encoder_path, self.dtype)
+        return self.device if size <= SHARE * free - RESERVE else torch.device("cpu")
 
     @cached_property
     def transformer(self) -> L2PTransformer:
@@ -189,7 +245,7 @@ class L2PPipeline:
     def text_encoder(self) -> TextEncoder:
         """The text encoder, loaded when it is first used."""
         return TextEncoder.load(
-            self.text_encoder_path, self.tokenizer_path, self.device, self.dtype
+            self.text_encoder_path, self.tokenizer_path, self._encoder_device(), self.dtype
         )
 
     def load_lora(self, file: str | Path, strength: float = 1.0) -> None:
@@ -236,8 +292,7 @@ class L2PPipeline:
         """Take the text encoder out of memory. Prompts seen lately stay encoded; a new one loads it
         again."""
         self.__dict__.pop("text_encoder", None)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        empty_cache(self.device)
 
     def __call__(
         self,
@@ -282,6 +337,11 @@ class L2PPipeline:
         chosen = self.complete(settings, input_image)
         plan = self.plan_stages(chosen)
 
+        placement = None
+        if free_memory(self.device) is not None and "transformer" not in self.__dict__:
+            placement = self.place(chosen, batch_size(prompt, prompt_embeds, num_images))
+            self.adopt(placement)
+
         single = num_images is None and (
             isinstance(prompt, str) or isinstance(prompt_embeds, Tensor)
         )
@@ -306,6 +366,8 @@ class L2PPipeline:
                 else negative_prompt_embeds
             )
             negatives = [negative.to(self.device)] * len(positives)
+        if placement and placement.free_text_encoder:
+            self.unload_text_encoder()
         if warning := misfit(plan, self.layout.trained_size):
             warnings.warn(warning, stacklevel=2)
         if chosen.cache_threshold and any(stage.window for stage in plan):
@@ -398,6 +460,17 @@ class L2PPipeline:
         check_size(height, width, self.layout.config.size_multiple)
 
 
+def batch_size(
+    prompt: str | Sequence[str] | None,
+    prompt_embeds: Tensor | Sequence[Tensor] | None,
+    num_images: int | None,
+) -> int:
+    """Return how many images one call generates."""
+    given = prompt if prompt_embeds is None else prompt_embeds
+    prompts = 1 if isinstance(given, (str, Tensor)) else len(given or ())
+    return max(1, prompts * (num_images or 1))
+
+
 def reading_seeds(seed: int | Sequence[int] | None, images: int) -> list[int]:
     """The seed by which each image's prompt is read: its own, or one apart from one for all."""
     if isinstance(seed, Sequence):
@@ -423,15 +496,6 @@ def usable_device(name: str | torch.device) -> torch.device:
         raise ValueError(
             f"device {name} can't be used here: {str(error).splitlines()[0]}"
         ) from None
-
-
-def fills(device: torch.device, weights: int) -> bool:
-    """Whether so many bytes leave a GPU too little to compute in, and can be streamed."""
-    return (
-        device.type == "cuda"
-        and weights > ROOM * torch.cuda.mem_get_info(device)[0]
-        and find_spec("diffusers") is not None
-    )
 
 
 def stream_blocks(model: L2PTransformer, device: torch.device) -> None:

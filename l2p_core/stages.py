@@ -96,7 +96,7 @@ def run_stages(
         if not x.isfinite().all():
             raise ValueError(
                 "the image came out as NaN: the model's numbers overflow in this dtype, or its file"
-                " is damaged. Try bfloat16"
+                " is damaged. Try bfloat16, or float32 on a card without it"
             )
     return x
 

@@ -7,11 +7,15 @@ import torch
 from comfyui_l2p.l2p_core import L2PPipeline
 from comfyui_l2p.l2p_core.cli import main
 from comfyui_l2p.l2p_core.estimate import estimate
+from comfyui_l2p.l2p_core.files.load import bytes_in_memory
+from comfyui_l2p.l2p_core.fit import RESERVE, SHARE, Needs, place
 from comfyui_l2p.l2p_core.flow import euler, guided_velocity, schedule
 from comfyui_l2p.l2p_core.meter import Meter, bytes_of
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
 from comfyui_l2p.l2p_core.settings import Settings
 from comfyui_l2p.quant.quantize import quantize
+from helpers import apart
+from PIL import Image
 
 
 def picture(side: int, cfg_scale: float) -> Settings:
@@ -74,17 +78,72 @@ def test_streamed_blocks_wait_in_the_cpus_memory():
     assert streamed["model"] == whole["model"] - sum(blocks[:-2])
 
 
+# Bytes of an encoder of 8, a model of 12 and images of 1, of 0.4 in small tiles. Streamed, 2 stay.
+NEEDS = Needs(8 * 10**9, 12 * 10**9, 2 * 10**9, lambda tile: 4 * 10**8 if tile else 10**9)
+
+
 @pytest.mark.parametrize(
-    "device, free, streamed", [("cuda", 1.2, True), ("cuda", 1.3, False), ("cpu", 1.2, False)]
+    "usable, freed, streamed, tile, on_cpu",
+    [
+        (21.1, False, False, None, False),
+        (20.9, True, False, None, False),
+        (13.1, True, False, None, False),
+        (12.9, True, False, 512, False),
+        (12.3, False, True, None, False),  # 8 + 2 + 1
+        (10.9, True, True, None, False),
+        (7.9, False, True, None, True),
+        (2.9, True, True, 512, True),
+    ],
 )
-def test_weights_that_would_fill_a_gpu_are_streamed(monkeypatch, device, free, streamed):
-    """free: times the weights."""
+def test_the_fastest_placement_that_fits_is_chosen(usable, freed, streamed, tile, on_cpu):
+    chosen = place(NEEDS, round((usable * 1e9 + RESERVE) / SHARE))
+    assert chosen.offload == streamed and chosen.decoder_tile == tile
+    assert chosen.encode_on_cpu == on_cpu and (on_cpu or chosen.free_text_encoder == freed)
+    assert f"{usable:.1f} GB usable" in chosen.reason and "\n" not in chosen.reason
+
+
+def test_what_the_user_asks_for_is_kept():
+    free = round((30e9 + RESERVE) / SHARE)
+    chosen = place(NEEDS, free, free_text_encoder=True, offload=True, decoder_tile=128)
+    assert chosen[:3] == (True, True, 128)
+    small = place(NEEDS, round((4e9 + RESERVE) / SHARE), offload=False)
+    assert not small.offload and "may run out of memory" in small.reason
+
+
+def test_without_diffusers_nothing_is_streamed():
+    chosen = place(NEEDS, round((9e9 + RESERVE) / SHARE), can_stream=False)
+    assert not chosen.offload and "comfyui-l2p[offload]" in chosen.reason
+
+
+@pytest.mark.parametrize("free, words", [(10**9, "stays"), (10**6, "streamed")])
+def test_a_full_device_still_draws_the_same(tmp_path, monkeypatch, capsys, free, words):
+    """The CPU stands in for an accelerator with so many free bytes."""
+    plain, placed = tmp_path / "plain.png", tmp_path / "placed.png"
+    command = ["generate", "a red circle", "--steps", "2", "--output"]
+    assert main([*command, str(plain)]) == 0
+    assert "Memory:" not in capsys.readouterr().out
+    for module in ("pipeline", "batch"):
+        monkeypatch.setattr(f"comfyui_l2p.l2p_core.{module}.free_memory", lambda _: free)
+    assert main([*command, str(placed)]) == 0
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if "Memory:" in line]
+    assert words in said
+    assert apart(Image.open(plain), Image.open(placed)) <= 1
+
+
+def test_python_makes_room_before_it_loads_the_model(monkeypatch):
     pipe = L2PPipeline.from_pretrained()
-    weights = estimate(pipe, picture(96, 2.0), 1, free_text_encoder=True)[0]["model"]
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(free * weights),) * 2)
-    pipe.device = torch.device(device)
-    parts, _ = estimate(pipe, picture(96, 2.0), 1, free_text_encoder=True)
-    assert parts.get("in the CPU's memory") == (weights if streamed else None)
+    size = sum(bytes_in_memory(pipe.layout, pipe.dtype).values())
+    free = round((size + 2e7 + RESERVE) / SHARE)  # the model and its images, but not the encoder
+    monkeypatch.setattr("comfyui_l2p.l2p_core.pipeline.free_memory", lambda _: free)
+    monkeypatch.setattr("comfyui_l2p.l2p_core.estimate.encoder_bytes", lambda *_: size + 10**7)
+    pipe("a red circle", seed=1, num_inference_steps=1)
+    assert not pipe.streamed and "text_encoder" not in vars(pipe)
+
+
+def test_an_estimate_plans_for_a_given_memory(capsys):
+    assert main(["generate", "--estimate", "--memory", "0.5"]) == 0
+    assert "streamed" in capsys.readouterr().out
+    assert main(["generate", "--estimate", "--memory", "-1"]) == 1
 
 
 def test_int8_counts_as_it_is_kept(tmp_path):

@@ -86,3 +86,27 @@ def test_the_bundled_model_stays_small():
     assert (
         sum(file.stat().st_size for file in BUNDLED_MODEL.rglob("*") if file.is_file()) < 8_000_000
     )
+
+
+FILE_TOOLS = """
+import sys
+from comfyui_l2p.l2p_core.cli import main
+
+model, output = sys.argv[1:]
+for command in (
+    ["inspect", model],
+    ["export", model, "-o", output],
+    ["convert", model, "--patch", "64", "-o", output],
+    ["merge", "--trained", model, "--base", model, "-o", output],
+):
+    assert main(command) == 0
+    heavy = {"torch._dynamo", "torch._inductor", "sympy", "transformers"} & sys.modules.keys()
+    assert not heavy, (command[0], heavy)
+"""
+
+
+def test_the_file_tools_start_without_the_compiler(tmp_path):
+    """torch._dynamo takes half of a start. Quantizing has it from comfy-kitchen, which imports
+    it."""
+    model, output = BUNDLED_MODEL / "transformer.safetensors", tmp_path / "output.safetensors"
+    subprocess.run([sys.executable, "-c", FILE_TOOLS, model, output], check=True)

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from ..batch import is_drawn
+from ..devices import default_device
 from ..files.atomic import WAIT, atomic_write, locked
 from ..files.header import CheckpointError
 from ..images import save_image
@@ -87,7 +88,7 @@ def synthesize(
         if missing:
             pipe = open_pipeline(
                 model,
-                usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
+                usable_device(device or default_device()),
                 dtype,
             )
             queue = iter(missing)
