@@ -1,4 +1,4 @@
-"""How time and memory of one pass grow with the picture's size and with the batch, for the 1K model
+"""How time and memory of one pass grow with the image's size and with the batch, for the 1K model
 and for those of larger patches.
 
     pip install matplotlib
@@ -143,7 +143,7 @@ def main() -> None:
     rows = json.loads(args.rows.read_text()) if args.rows and args.rows.exists() else []
     if not rows:
         print(
-            f"{torch.get_num_threads()} threads\n| patch | picture | batch | TFLOP | memory |"
+            f"{torch.get_num_threads()} threads\n| patch | image | batch | TFLOP | memory |"
             " seconds |\n|---|---|---|---|---|---|",
             flush=True,
         )

@@ -1,10 +1,10 @@
 """What each option that saves time gains, what those that save memory cost in time, and all of them
-in pictures, on the bundled model.
+in images, on the bundled model.
 
     python benchmarks/options.py --count 100          (a quarter of an hour on two CPU cores)
 
-Times are of one picture, drawn in turns with the plain one; "right" is the score's over `count`
-pictures, drawn 25 at a time, PSNR theirs against the plain ones, with 255 as the peak. The bundled
+Times are of one image, drawn in turns with the plain one; "right" is the score's over `count`
+images, drawn 25 at a time, PSNR theirs against the plain ones, with 255 as the peak. The bundled
 model is small: see the docs for which gains carry over."""
 
 import argparse
@@ -24,8 +24,8 @@ from comfyui_l2p.quant.quantize import Options, quantize
 from quantization import psnr
 
 CHECKPOINT = BUNDLED_MODEL / "transformer.safetensors"
-TOKENS, TOKENS_AT_ONCE = 16, model.TOKENS_AT_ONCE  # the picture has 36, or 64 with the padding
-# Name → what the pipeline is opened with, what a picture is drawn with.
+TOKENS, TOKENS_AT_ONCE = 16, model.TOKENS_AT_ONCE  # the image has 36, or 64 with the padding
+# Name → what the pipeline is opened with, what an image is drawn with.
 OPTIONS: dict[str, tuple[dict, dict]] = {
     "plain": ({}, {}),
     "ab2, 18 steps, shift 2": ({}, {"sampler": "ab2", "num_inference_steps": 18, "shift": 2.0}),
@@ -60,7 +60,7 @@ def seconds(pipe: L2PPipeline, caption: str, drawn: dict) -> float:
 
 
 def settle(drawn: dict) -> dict:
-    """Set how many tokens blocks compute at once, and return what a picture takes."""
+    """Set how many tokens blocks compute at once, and return what an image takes."""
     model.TOKENS_AT_ONCE = drawn.get("tokens", TOKENS_AT_ONCE)
     return {name: value for name, value in drawn.items() if name != "tokens"}
 
@@ -69,8 +69,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--count", type=int, default=100, help="pictures to score (default 100)")
-    parser.add_argument("--rounds", type=int, default=5, help="pictures to time (default 5)")
+    parser.add_argument("--count", type=int, default=100, help="images to score (default 100)")
+    parser.add_argument("--rounds", type=int, default=5, help="images to time (default 5)")
     parser.add_argument(
         "--only",
         nargs="+",
@@ -84,7 +84,7 @@ def main() -> None:
     captions = [scene.caption() for scene in scenes]
     plain, wanted = L2PPipeline.from_pretrained(), None
     print(
-        f"{torch.get_num_threads()} threads, {args.count} pictures\n| option | time | PSNR | right"
+        f"{torch.get_num_threads()} threads, {args.count} images\n| option | time | PSNR | right"
         " | passes cut short |\n|---|---|---|---|---|",
         flush=True,
     )

@@ -1,9 +1,9 @@
-"""What quantizing costs in pictures: the small model in each format against bfloat16, with the same
+"""What quantizing costs in images: the small model in each format against bfloat16, with the same
 prompts and noise.
 
     python benchmarks/quantization.py --count 300          (a quarter of an hour on two CPU cores)
 
-All linears of the blocks are quantized. PSNR is over all pictures, with 255 as the peak; "right" is
+All linears of the blocks are quantized. PSNR is over all images, with 255 as the peak; "right" is
 the score's."""
 
 import argparse
@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--count", type=int, default=60, help="pictures (default 60)")
+    parser.add_argument("--count", type=int, default=60, help="images (default 60)")
     scenes = test_scenes(parser.parse_args().count)
     captions = [scene.caption() for scene in scenes]
     wanted = draw(L2PPipeline.from_pretrained(), captions)

@@ -3,7 +3,7 @@ bundled model.
 
     python benchmarks/solvers.py          (a quarter of an hour on two CPU cores)
 
-Distance is the root mean square difference, in levels of 255, of pictures from the same noise, over
+Distance is the root mean square difference, in levels of 255, of images from the same noise, over
 eight prompts."""
 
 import random

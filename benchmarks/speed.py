@@ -6,10 +6,10 @@ weights, prompt and noise.
     python benchmarks/speed.py --folder /tmp/l2p --published T2I-L2P \\
         --scale full --size 1024 --device cuda (13 GB of disk)
 
-Each program draws one picture in a process of its own, one after another, in rounds. An evaluation
-is one pass through the model, the median of the picture's; a picture includes the encoding of its
+Each program draws one image in a process of its own, one after another, in rounds. An evaluation
+is one pass through the model, the median of the image's; an image includes the encoding of its
 prompts, by the bundled small model's text encoder; "start to file" runs from the start of the
-process until the picture is saved. Against diffusers it is the transformer alone, in three passes.
+process until the image is saved. Against diffusers it is the transformer alone, in three passes.
 Private memory is the process's anonymous pages (RssAnon), polled; weights that stay in the
 memory-mapped file are not counted."""
 

@@ -1,14 +1,14 @@
-"""What drawing in stages leaves of a picture: what it shows, seams, and how sharp it is; on the
+"""What drawing in stages leaves of an image: what it shows, seams, and how sharp it is; on the
 bundled model.
 
     python benchmarks/stages.py          (to twice the trained size, half an hour on two CPU cores)
     python benchmarks/stages.py --stages 3 --strengths 0.3 --count 8
         (to four times, a quarter of an hour)
 
-right: percent of pictures that, shrunk to the trained size, the score calls right in everything.
+right: percent of images that, shrunk to the trained size, the score calls right in everything.
 patch seam, window seam: the mean step from pixel to pixel across borders of patches, or of windows,
 against that elsewhere. Only plain places count, where the last stage's start is even over a patch
-around; 1 is no seam. sharp: how steep outlines are against those of the same picture enlarged by
+around; 1 is no seam. sharp: how steep outlines are against those of the same image enlarged by
 Lanczos alone: sum of squared steps by sum of steps."""
 
 import argparse
@@ -35,7 +35,7 @@ def steps_across(pixels: Tensor) -> Tensor:
 
 def seam(pixels: Tensor, start: Tensor, borders: list[int], reach: int) -> float:
     """Steps across columns that end at `borders` against steps elsewhere, in plain places of
-    `start`, both ways of the picture.
+    `start`, both ways of the image.
 
     Blurred pixels of one 8-bit level count too: half a level is added to both."""
     at, elsewhere = [], []
@@ -62,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--count", type=int, default=16, help="pictures (default 16)")
+    parser.add_argument("--count", type=int, default=16, help="images (default 16)")
     parser.add_argument("--stages", type=int, default=2, help="default 2")
     parser.add_argument("--strengths", type=float, nargs="*", default=[0.1, 0.2, 0.3, 0.4])
     parser.add_argument(
@@ -117,7 +117,7 @@ def main() -> None:
         )
 
     print(
-        f"{args.count} pictures, {trained} to {side} pixels\n\n| | right | patch seam | window seam"
+        f"{args.count} images, {trained} to {side} pixels\n\n| | right | patch seam | window seam"
         " | sharp |\n|---|---|---|---|---|"
     )
     row(f"as drawn at {trained}, enlarged", start)

@@ -45,7 +45,7 @@ SETTINGS = {
     },
     "LoRA of rank 16": {"lora_rank": 16},
     "ema": {"ema": 0.999},
-    "two pictures at once": {"batch": 2},
+    "two images at once": {"batch": 2},
 }
 
 
@@ -99,7 +99,7 @@ def main() -> None:
     )
     parser.add_argument("--scale", choices=("quarter", "wide"), default="quarter")
     parser.add_argument(
-        "--size", type=int, default=512, help="side of the pictures in pixels (default 512)"
+        "--size", type=int, default=512, help="side of the images in pixels (default 512)"
     )
     parser.add_argument(
         "--only",

@@ -60,8 +60,8 @@ SETTINGS = Path(recipe.__file__).with_name("shapes.toml")
 
 
 class Latents:
-    """Pictures (B, 3, H, W) to (B, 16, H / 8, W / 8) and back, by the principal components of the
-    training pictures' blocks."""
+    """Images (B, 3, H, W) to (B, 16, H / 8, W / 8) and back, by the principal components of the
+    training images' blocks."""
 
     def __init__(self, pictures: Tensor):
         blocks = F.pixel_unshuffle(pictures, BLOCK).movedim(1, -1).flatten(0, 2)

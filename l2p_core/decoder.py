@@ -1,7 +1,7 @@
-"""The local decoder: a small U-Net from the noisy picture and the transformer's features to pixels.
+"""The local decoder: a small U-Net from the noisy image and the transformer's features to pixels.
 
 It is convolutions and pooling only, so a pixel depends on its surroundings alone, and a large
-picture can be computed in tiles without a trace: each tile is read with enough around it and only
+image can be computed in tiles without a trace: each tile is read with enough around it and only
 the part that knows all it needs is kept."""
 
 from itertools import product
@@ -100,7 +100,7 @@ class LocalDecoder(nn.Module):
 
 
 class Cut(NamedTuple):
-    """One tile along one side of the picture."""
+    """One tile along one side of the image."""
 
     read: slice  # the pixels it is computed from
     innermost: slice  # the same in innermost pixels
@@ -137,9 +137,9 @@ def tile_side(
     """0, uncut, where the maps fit in `budget` bytes, or else the largest tile whose maps do.
 
     budget: by default 1 GiB in bfloat16, which is two megapixels uncut at patch 16, or 16 bytes for
-    each pixel where that is more: little beside the pictures of 12 that a solver keeps. Twice that
+    each pixel where that is more: little beside the images of 12 that a solver keeps. Twice that
     in float32, for the same tiles. It doesn't go by the memory that is free, so that a seed's last
-    bits stay the same. No tile is smaller than what is computed around it on two sides: a picture
+    bits stay the same. No tile is smaller than what is computed around it on two sides: an image
     in such tiles takes four times as long."""
     if budget is None:
         budget = dtype.itemsize * max(2**29, 8 * height * width)
@@ -192,7 +192,7 @@ def largest(height: int, width: int, tile: int, step: int) -> tuple[int, int]:
 
 
 def whole_bytes(config: L2PConfig, height: int, width: int, dtype: torch.dtype) -> int:
-    """The peak of `LocalDecoder._whole` for one picture, its maps counted in the order they come
+    """The peak of `LocalDecoder._whole` for one image, its maps counted in the order they come
     and go."""
     area, skips = height * width, []  # all in numbers, not bytes
     for (

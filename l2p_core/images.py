@@ -249,7 +249,7 @@ def to_levels(pixels: Tensor) -> Tensor:
 
 
 def to_pictures(pixels: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) → B RGB pictures."""
+    """(B, 3, H, W) → B RGB images."""
     return [Image.fromarray(levels) for levels in to_levels(pixels).cpu().numpy()]
 
 
@@ -263,9 +263,9 @@ def mask_levels(mask: Image.Image, image: Image.Image | None = None) -> Image.Im
 
     A mask without transparency is its luminance. Where transparency varies, one of these holds,
     and a warning says which: strokes of one colour on transparent ground are generated where they
-    are opaque; a picture with transparent holes, as ComfyUI's mask editor saves it, is generated in
+    are opaque; an image with transparent holes, as ComfyUI's mask editor saves it, is generated in
     the holes; of anything else it is luminance times opacity. image: what is inpainted, by which a
-    picture with holes is recognised. Raises ValueError where all of the mask is transparent."""
+    image with holes is recognised. Raises ValueError where all of the mask is transparent."""
     mask = eight_bits(mask)
     if mask.mode not in ("LA", "RGBA"):
         return mask.convert("L")
@@ -313,7 +313,7 @@ def size_for(
     wanted_height: int | None = None,
     wanted_width: int | None = None,
 ) -> tuple[int, int]:
-    """Height and width nearest to a picture's in multiples of `multiple`; where one is wanted
+    """Height and width nearest to an image's in multiples of `multiple`; where one is wanted
     otherwise, the other in proportion."""
     if wanted_height is not None:
         scale = wanted_height / height

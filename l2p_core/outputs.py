@@ -27,9 +27,7 @@ def output_files(rows: list[dict], count: int, output: Path) -> list[list[Path]]
         raise ValueError(f"that makes {images:,} images; expected at most {MAX_COUNT:,}")
     if is_one_image(output):
         if images > 1:
-            raise ValueError(
-                f"--output is one file, {output}, for {images} pictures; give a folder"
-            )
+            raise ValueError(f"--output is one file, {output}, for {images} images; give a folder")
         files = [[output]]
     else:
         files = [_files_of_row(row, number, count, output) for number, row in enumerate(rows)]
@@ -53,7 +51,7 @@ def is_one_image(output: Path) -> bool:
         return True
     if suffix in Image.registered_extensions():
         raise ValueError(
-            f"--output is {output}; pictures are written as .png, which keeps their settings"
+            f"--output is {output}; images are written as .png, which keeps their settings"
         )
     return False
 

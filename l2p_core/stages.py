@@ -18,7 +18,7 @@ OVERLAP = 4  # neighbouring windows share a quarter of their side
 SMALLEST, LARGEST = (
     1 / 4,
     2,
-)  # times the trained number of pixels that a picture is drawn at in one go
+)  # times the trained number of pixels that an image is drawn at in one go
 FARTHEST = 8  # times the trained side: the published table of positions ends at 512, training at 64
 
 
@@ -123,7 +123,7 @@ def misfit(plan: list[Stage], trained: tuple[int, int]) -> str | None:
     if first.strength == 1 and times < SMALLEST:
         return (
             f"{size}: what it draws that small is worse. Draw at {width} x {height}, and shrink the"
-            " picture"
+            " image"
         )
     if first.strength == 1 and times > LARGEST:
         return (
@@ -140,7 +140,7 @@ def misfit(plan: list[Stage], trained: tuple[int, int]) -> str | None:
                 f" long as the {width} x {height} pixels that this checkpoint was trained at,"
                 " farther than its published table of positions goes. "
                 + (
-                    "Draw a picture nearer to a square"
+                    "Draw an image nearer to a square"
                     if stage.strength == 1
                     else "Redraw in windows"
                 )
@@ -154,7 +154,7 @@ def in_windows(velocity: Velocity, window: int, step: int) -> Velocity:
 
 
 def by_windows(function: Callable[[Tensor], Tensor], x: Tensor, window: int, step: int) -> Tensor:
-    """`function` of a picture (B, C, H, W), each of its `windows` taken for a picture of its own.
+    """`function` of an image (B, C, H, W), each of its `windows` taken for an image of its own.
 
     Where they overlap, each counts by how far inside it a pixel is (MultiDiffusion, arXiv
     2302.08113, with weights that fall to the edge)."""
@@ -170,7 +170,7 @@ def by_windows(function: Callable[[Tensor], Tensor], x: Tensor, window: int, ste
 
 
 def windows(height: int, width: int, window: int, step: int) -> list[tuple[slice, slice]]:
-    """Rows and columns of overlapping squares of `window` pixels that cover the picture, beginning
+    """Rows and columns of overlapping squares of `window` pixels that cover the image, beginning
     at multiples of `step`; the whole where window is 0."""
 
     def along(length: int) -> list[slice]:

@@ -132,7 +132,7 @@ class L2PConvertCheckpoint(io.ComfyNode):
                     "patch",
                     options=["16", "64", "128", "160"],
                     default="16",
-                    tooltip="Pixels: 16 for 1K pictures, 64 for 4K, 128 for 8K, 160 for 10K.",
+                    tooltip="Pixels: 16 for 1K images, 64 for 4K, 128 for 8K, 160 for 10K.",
                 ),
                 io.Int.Input(
                     "seed",

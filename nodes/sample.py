@@ -447,13 +447,13 @@ class L2PImageToLatent(io.ComfyNode):
             node_id="L2PImageToLatent",
             display_name="L2P Image to Pixel Latent",
             category="L2P",
-            description="What VAE Encode is to other models: the picture's own pixels, in float32.",
+            description="What VAE Encode is to other models: the image's own pixels, in float32.",
             search_aliases=["vae encode", "pixel latent"],
             inputs=[
                 io.Image.Input(
                     "image",
                     tooltip=(
-                        "One picture or a batch. Sides best in multiples of 16 pixels, of 64, 128"
+                        "One image or a batch. Sides best in multiples of 16 pixels, of 64, 128"
                         " or 320 for the 4K, 8K and 10K models; others are padded while drawing."
                     ),
                 )
@@ -527,7 +527,7 @@ def for_stage(model, stage: Stage, multiple: int):
 
 @contextmanager
 def counting_windows(model, window: int) -> Iterator[None]:
-    """Have the memory of a pass counted as that of a window, 0 for the whole picture."""
+    """Have the memory of a pass counted as that of a window, 0 for the whole image."""
     model.model.window = window
     try:
         yield
@@ -547,7 +547,7 @@ def sample(
     noise_mask: Tensor | None,
     progress: comfy.utils.ProgressBar,
 ) -> Tensor:
-    """Pixels (B, 3, H, W), float32, drawn by ComfyUI's sampler, with a preview of the true picture
+    """Pixels (B, 3, H, W), float32, drawn by ComfyUI's sampler, with a preview of the true image
     at each step."""
     done = progress.current
 
@@ -688,7 +688,7 @@ def fit(image: Tensor, width: int, height: int) -> Tensor:
 
 
 def fit_mask(mask: Tensor, width: int, height: int, batch_size: int) -> Tensor:
-    """A MASK (B, H, W) of that size for so many pictures."""
+    """A MASK (B, H, W) of that size for so many images."""
     return comfy.utils.repeat_to_batch_size(
         comfy.utils.common_upscale(mask[:, None], width, height, "bilinear", "disabled")[
             :, 0
@@ -698,7 +698,7 @@ def fit_mask(mask: Tensor, width: int, height: int, batch_size: int) -> Tensor:
 
 
 def to_latent(image: Tensor, batch_size: int) -> Tensor:
-    """IMAGE → pixel latent of so many pictures."""
+    """IMAGE → pixel latent of so many images."""
     return comfy.utils.repeat_to_batch_size(
         image[..., :3].movedim(-1, 1).float() * 2 - 1, batch_size
     )
@@ -711,7 +711,7 @@ def to_image(samples: Tensor) -> Tensor:
 
 
 def preview(x0: Tensor) -> Image.Image:
-    """The first picture as it now looks to come out, small."""
+    """The first image as it now looks to come out, small."""
     small = min(1.0, PREVIEW_SIZE / max(x0.shape[-2:]))
     if small < 1:
         x0 = torch.nn.functional.interpolate(x0[:1].float(), scale_factor=small, mode="area")

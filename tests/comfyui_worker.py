@@ -85,7 +85,7 @@ def forward(
     strength: float = 1.0,
     **options,
 ) -> dict:
-    """The network's output, noise - picture, and what was loaded."""
+    """The network's output, noise - image, and what was loaded."""
     model, _, vae = load(path, loader, **options)
     if lora:
         model, _ = comfy.sd.load_lora_for_models(
@@ -296,7 +296,7 @@ def with_reference_image(path: str) -> None:
 
 
 def vae_round_trip(path: str) -> float:
-    """The largest change of a picture that went through Load Checkpoint's VAE and back."""
+    """The largest change of an image that went through Load Checkpoint's VAE and back."""
     vae = load(path, "checkpoint")[2]
     picture = torch.rand(1, 32, 48, 3, generator=torch.Generator().manual_seed(0))
     return float((vae.decode(vae.encode(picture)) - picture).abs().max())
@@ -542,7 +542,7 @@ def shortage(path: str, have: int, batch_size: int, **settings) -> str | None:
 
 
 def largest_asked_for(path: str, size: int, **options) -> int:
-    """The most bytes that ComfyUI makes room for at the least, as a picture of so many pixels is
+    """The most bytes that ComfyUI makes room for at the least, as an image of so many pixels is
     drawn."""
     model, conditioning, asked = load(path, "diffusion")[0], [[torch.zeros(1, 4, 96), {}]], []
     estimate = comfy.sampler_helpers.estimate_memory

@@ -105,7 +105,7 @@ def regular_hadamard(size: int) -> torch.Tensor:
 
 
 def apart(one: Image.Image | np.ndarray, other: Image.Image | np.ndarray) -> int:
-    """The largest difference of two pictures, in levels. The same program run twice may differ by
+    """The largest difference of two images, in levels. The same program run twice may differ by
     one: where a tensor happens to lie in memory decides in which order some kernels add."""
     return int(np.abs(np.asarray(one).astype(int) - np.asarray(other)).max())
 

@@ -107,7 +107,7 @@ class Server:
     """ComfyUI's server on a free port, with the pack and no other installed, and folders of its
     own.
 
-    server.run(graph) → [picture files, as bytes]; server.models / "loras" is where files go;
+    server.run(graph) → [image files, as bytes]; server.models / "loras" is where files go;
     server.log tells what it said."""
 
     def __init__(
@@ -193,7 +193,7 @@ class Server:
             raise Refused(error.read().decode(errors="replace") or str(error)) from None
 
     def upload(self, name: str, data: bytes) -> str:
-        """Put a picture into ComfyUI's input folder, as the Load Image node does. Returns the name
+        """Put an image into ComfyUI's input folder, as the Load Image node does. Returns the name
         it has there."""
         edge = uuid.uuid4().hex
         head = (
@@ -241,7 +241,7 @@ class Server:
         return entry
 
     def run(self, graph: dict, seconds: float = 300) -> list[bytes]:
-        """Run a graph in API form. Returns the picture files it saved, in the order of its
+        """Run a graph in API form. Returns the image files it saved, in the order of its
         nodes."""
         outputs = self.wait(self.queue(graph), seconds)["outputs"]
         return [

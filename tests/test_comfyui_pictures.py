@@ -25,7 +25,7 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def picture(pipe):
-    """A picture to start from."""
+    """An image to start from."""
     return pipe("a small green square on a yellow background, top", seed=1, num_inference_steps=6)
 
 
@@ -260,7 +260,7 @@ def test_every_level_survives_the_way_through_a_pixel_latent(comfyui_server):
 
 
 def test_a_list_of_prompts_draws_each(comfyui_server, pipe):
-    """The held-out prompts, as the score asks them: what the library's pictures score, ComfyUI's
+    """The held-out prompts, as the score asks them: what the library's images score, ComfyUI's
     do."""
     prompts = [scene.caption() for scene in held_out_scenes(8)]
     request = graph(["prompts", 0], steps=4)
@@ -331,7 +331,7 @@ def test_comfyuis_samplers_and_schedulers_draw_near(comfyui_server, pipe, schedu
     found = levels(
         comfyui_server.run(graph(steps=12, scheduler=scheduler, sampler_name=sampler))[0]
     )
-    assert found.std() > 10  # a picture, neither flat nor NaN
+    assert found.std() > 10  # an image, neither flat nor NaN
     if sampler != "euler_ancestral":  # which adds noise of its own
         assert np.abs(found - expected).mean() < 20
 

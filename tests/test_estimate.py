@@ -42,7 +42,7 @@ def test_the_estimate_is_what_drawing_holds(batch, side, cfg_scale):
             torch.randn(batch, 3, side, side),
             schedule(2),
         )
-    assert parts["pictures and what passes"] == pytest.approx(meter.peak(), rel=0.02)
+    assert parts["images and what passes"] == pytest.approx(meter.peak(), rel=0.02)
 
 
 def test_windows_hold_little_and_ask_often():
@@ -55,7 +55,7 @@ def test_windows_hold_little_and_ask_often():
     )
     assert whole_passes == [(60, 96, 96), (18, 192, 192), (18, 384, 384)]
     assert windows_passes == [(60, 96, 96), (18 * 9, 96, 96), (18 * 25, 96, 96)]
-    assert windows["pictures and what passes"] < whole["pictures and what passes"] / 2
+    assert windows["images and what passes"] < whole["images and what passes"] / 2
 
 
 def test_streamed_blocks_wait_in_the_cpus_memory():

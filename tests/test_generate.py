@@ -65,7 +65,7 @@ def test_one_prompt_with_no_checkpoint_uses_the_bundled_model_and_says_so(tmp_pa
         },
     )
     assert apart(again, Image.open(tmp_path / "new" / "out.png")) <= 1, (
-        "the settings tell the picture"
+        "the settings tell the image"
     )
 
 
@@ -171,7 +171,7 @@ def test_a_changed_start_picture_or_encoder_is_another_picture(tmp_path, capsys)
     assert main([*command, "--text-encoder", str(tmp_path / "model")]) == 1
     assert "text_encoder_sha256" in capsys.readouterr().err
     assert str(tmp_path) not in json.dumps(settings(tmp_path / "out.png")), (
-        "a picture does not tell its folders"
+        "an image does not tell its folders"
     )
 
 
@@ -382,7 +382,7 @@ def test_start_picture_gives_the_size_and_mask_keeps_it(tmp_path):
     [
         ([], "give a prompt"),
         (["a", "--height", "100"], "Nearest: 96 and 112"),
-        (["a", "-o", "x.jpg"], "pictures are written as .png"),
+        (["a", "-o", "x.jpg"], "images are written as .png"),
         (["a", "-o", "x.png", "--count", "2"], "give a folder"),
         (["a", "--checkpoint", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
         (

@@ -180,7 +180,7 @@ def test_misfitting_pictures_are_resized_and_it_is_said(pipe, photo):
         ({"sampler": "dpm"}, "sampler is 'dpm'; expected one of euler, ab2"),
         ({"denoising_strength": 0}, "denoising_strength is 0; expected a number above 0 to 1"),
         ({"num_images": 0}, "nothing to generate"),
-        ({"seed": [1, 2]}, "2 seeds came for 1 pictures"),
+        ({"seed": [1, 2]}, "2 seeds came for 1 images"),
         ({"prompt_embeds": torch.ones(2, 96)}, "either prompt or prompt_embeds"),
         ({"cfg_scale": float("nan")}, "cfg_scale is nan"),
         ({"shift": float("nan")}, "shift is nan; expected a number above 0 to 100"),
@@ -211,7 +211,7 @@ def test_a_picture_of_nan_is_refused(write, stages):
 
 @pytest.mark.parametrize("rounding, dtype", [(False, torch.float32), (True, torch.bfloat16)])
 def test_published_rounding_reaches_the_start_picture(pipe, photo, rounding, dtype):
-    """At strength 1e-6 the picture itself comes back, in float32 or as bfloat16 makes it (up to
+    """At strength 1e-6 the image itself comes back, in float32 or as bfloat16 makes it (up to
     0.002 off)."""
     seen = []
     pipe(

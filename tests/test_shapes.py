@@ -1,4 +1,4 @@
-"""The judge of the small model is judged: true pictures pass, and one wrong attribute fails. And
+"""The judge of the small model is judged: true images pass, and one wrong attribute fails. And
 its recipe runs."""
 
 import random

@@ -295,7 +295,7 @@ def test_the_demo_runs_from_the_template_browser(browser):
     )
     browser.run()
     assert browser.call(
-        f"() => {{ const picture = {comfyui_browser.SAVED}; return [picture.naturalWidth,"
-        " picture.naturalHeight] }"
+        f"() => {{ const image = {comfyui_browser.SAVED}; return [image.naturalWidth,"
+        " image.naturalHeight] }"
     ) == [384, 384]
     assert not browser.errors

@@ -109,7 +109,7 @@ def write_models(models: Path, patch_64: bool = True) -> None:
 
 
 def input_picture(picture: Image.Image) -> bytes:
-    """A picture as PNG, its right half see-through: what Load Image gives as mask."""
+    """An image as PNG, its right half see-through: what Load Image gives as mask."""
     alpha = Image.new("L", picture.size, 255)
     alpha.paste(0, (picture.width // 2, 0, *picture.size))
     picture = picture.convert("RGB")

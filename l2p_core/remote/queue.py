@@ -41,12 +41,12 @@ def queue(
     overwrite: bool = False,
     progress: bool = True,
 ) -> None:
-    """Have every row of the prompt file drawn by whichever server is free, and write the pictures.
+    """Have every row of the prompt file drawn by whichever server is free, and write the images.
 
     settings: see `PLACES`, None for the workflow's own; assignments: NODE.INPUT=VALUE. A row's
-    value comes before both. count: pictures for each row, with seeds one apart. timeout: seconds to
+    value comes before both. count: images for each row, with seeds one apart. timeout: seconds to
     wait for a server that went away. Raises ValueError, before anything is sent, where a value
-    finds no place, and at the end where pictures are missing."""
+    finds no place, and at the end where images are missing."""
     try:
         import requests  # noqa: F401
         import websocket  # noqa: F401
@@ -96,13 +96,13 @@ def plan(
     output: Path,
     overwrite: bool = False,
 ) -> list[Job]:
-    """Every picture to have drawn, files named as by `l2p generate`. values: (name, value), for
+    """Every image to have drawn, files named as by `l2p generate`. values: (name, value), for
     what a row leaves out. Raises ValueError where a value finds no place or the output makes no
     sense."""
     seeds = places(graph, "seed")
     if count > 1 and not seeds:
         raise ValueError(
-            f"--count is {count}, but the workflow has no seed that would tell the pictures apart"
+            f"--count is {count}, but the workflow has no seed that would tell the images apart"
         )
     jobs = []
 
@@ -147,12 +147,12 @@ def plan(
 
 
 def draw(jobs: list[Job], servers: list[Server], timeout: float, progress: bool = True) -> None:
-    """Let every server draw the next job whenever it is free, and write the pictures, each file
+    """Let every server draw the next job whenever it is free, and write the images, each file
     whole or not at all.
 
     A server that is away for timeout seconds, or has drawn nothing and fails two jobs, gets no
     more. A job goes to another server where one is away or refuses it, and where one fails it that
-    has drawn nothing. Raises ValueError, once nothing more can be done, where pictures are
+    has drawn nothing. Raises ValueError, once nothing more can be done, where images are
     missing."""
     # Each with the servers that can't draw it.
     todo: list[tuple[Job, set[Server]]] = [(job, set()) for job in jobs]
@@ -220,13 +220,13 @@ def draw(jobs: list[Job], servers: list[Server], timeout: float, progress: bool 
                 thread.result()
     if len(done) < len(jobs):
         raise ValueError(
-            f"{len(done)} of {len(jobs)} pictures were drawn. The same command goes on with the"
+            f"{len(done)} of {len(jobs)} images were drawn. The same command goes on with the"
             " rest. What went wrong:\n  " + "\n  ".join(dict.fromkeys(reasons))
         )
 
 
 def write(pictures: list[bytes], job: Job) -> None:
-    """Write the job's pictures, the second as NAME_2.png, and the first last: where it is, all
+    """Write the job's images, the second as NAME_2.png, and the first last: where it is, all
     are."""
     job.output.parent.mkdir(parents=True, exist_ok=True)
     settings = (

@@ -57,7 +57,7 @@ class Status(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """One picture to have drawn. uploads: the name that the graph has for a file → the file."""
+    """One image to have drawn. uploads: the name that the graph has for a file → the file."""
 
     output: Path
     graph: dict
@@ -68,7 +68,7 @@ class Job:
 
     @property
     def record(self) -> dict:
-        """The graph with one entry an input, as it is kept in the picture and compared."""
+        """The graph with one entry an input, as it is kept in the image and compared."""
         return {
             f"{node}.{name}": value
             for node, settings in self.graph.items()
@@ -104,7 +104,7 @@ class Server:
     def draw(
         self, job: Job, stop: Event, timeout: float, say: Callable[[str], None]
     ) -> list[bytes]:
-        """The job's pictures as PNG files; none where stop was set. Stays with the job while the
+        """The job's images as PNG files; none where stop was set. Stays with the job while the
         server restarts. say takes news of the progress. Raises Away after timeout seconds of
         silence, ValueError where the job fails."""
         entry, sent, lost, silent_since = None, False, 0, None
@@ -231,7 +231,7 @@ class Server:
         return False
 
     def fetch(self, entry: dict, job: Job) -> list[bytes]:
-        """The pictures of a job that ended: those it saved, or else its previews. Raises ValueError
+        """The images of a job that ended: those it saved, or else its previews. Raises ValueError
         where there are none."""
         if reason := failure(entry, job.graph):
             raise ValueError(f"{self.url}: {reason}")
@@ -244,7 +244,7 @@ class Server:
         images = [image for image in images if image.get("type") == "output"] or images
         if not images:
             raise ValueError(
-                f"{self.url}: the workflow ran and made no picture; give it a Save Image node"
+                f"{self.url}: the workflow ran and made no image; give it a Save Image node"
             )
         return [self.fetch_image(image) for image in images]
 

@@ -1,1 +1,1 @@
-"""The bundled small model: its pictures, its training, its score."""
+"""The bundled small model: its images, its training, its score."""

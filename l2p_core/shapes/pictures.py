@@ -1,4 +1,4 @@
-"""Captioned pictures of one shape on a plain background: what the small model learns, and the
+"""Captioned images of one shape on a plain background: what the small model learns, and the
 measure of its score."""
 
 import math
@@ -34,7 +34,7 @@ COLOUR_RADIUS = (
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. A size or place that the caption does not mention is still some size
+    """What an image shows. A size or place that the caption does not mention is still some size
     and place."""
 
     shape: str
@@ -85,7 +85,7 @@ def test_scenes(count: int = 300, seed: int = 0) -> list[Scene]:
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The picture: SIZE x SIZE RGB, flat colours, smooth edges."""
+    """The image: SIZE x SIZE RGB, flat colours, smooth edges."""
     column, row = (SIZE // 2 + OFFSET * direction for direction in PLACES[scene.place])
     half = SIZES[scene.size]
     picture = Image.new("RGB", (SIZE, SIZE), COLOURS[scene.background])
@@ -117,7 +117,7 @@ OUTLINES = {  # in a unit square, y down
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a picture was measured to show."""
+    """What an image was measured to show."""
 
     scene: Scene
     background_std: float  # of 255, over the pixels clear of the shape; the largest channel
@@ -141,7 +141,7 @@ class Verdict:
 
 
 def judge(picture: Image.Image) -> Verdict:
-    """Measure a picture of one shape on a plain background."""
+    """Measure an image of one shape on a plain background."""
     pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)
     border = np.concatenate(
         [

@@ -24,7 +24,7 @@ BATCH = 25
 
 
 def score(pictures: list[Image.Image], scenes: list[Scene]) -> dict[str, float]:
-    """Percent of pictures in which each attribute is right, the background clean, and all of them
+    """Percent of images in which each attribute is right, the background clean, and all of them
     at once ("right")."""
     counts: Counter[str] = Counter()
     for picture, scene in zip(pictures, scenes, strict=True):
@@ -40,7 +40,7 @@ def score(pictures: list[Image.Image], scenes: list[Scene]) -> dict[str, float]:
 def contact_sheet(
     pictures: list[Image.Image], captions: list[str], columns: int = 6
 ) -> Image.Image:
-    """The pictures in a grid, each over its caption."""
+    """The images in a grid, each over its caption."""
     cell_width, cell_height = SIZE + 8, SIZE + 58
     sheet = Image.new(
         "RGB", (columns * cell_width, -(-len(pictures) // columns) * cell_height), "white"
@@ -61,7 +61,7 @@ def contact_sheet(
 def draw(
     pipe: L2PPipeline, captions: list[str], progress: bool = True, **settings: object
 ) -> list[Image.Image]:
-    """A picture for each caption, with its number as the seed. settings: as the pipeline takes
+    """An image for each caption, with its number as the seed. settings: as the pipeline takes
     them."""
     pictures = []
     for start in tqdm(range(0, len(captions), BATCH), unit="batch", disable=not progress):
@@ -89,10 +89,10 @@ def main() -> None:
         help="write the prompts as CSV and draw nothing",
     )
     parser.add_argument(
-        "--pictures", type=Path, metavar="FOLDER", help="judge these pictures instead of drawing"
+        "--pictures", type=Path, metavar="FOLDER", help="judge these images instead of drawing"
     )
     parser.add_argument(
-        "--sheet", type=Path, help="write the first 24 pictures with their captions here"
+        "--sheet", type=Path, help="write the first 24 images with their captions here"
     )
     args = parser.parse_args()
     scenes = test_scenes(args.count)
