@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """Build the parser with all commands."""
     parser = argparse.ArgumentParser(
-        prog="l2p", description="Pictures from L2P checkpoints, straight to pixels."
+        prog="l2p", description="Generate images with L2P checkpoints, and make such checkpoints."
     )
     parser.set_defaults(
         when_full=(
@@ -100,21 +100,21 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     """Add the command `l2p generate`."""
     parser = commands.add_parser(
         "generate",
-        help="draw pictures from prompts",
+        help="generate images from prompts",
         description=(
-            "Draw pictures from a prompt or a file of prompts. A run that was stopped continues:"
-            " pictures that are there with the same settings are not drawn again. Under `accelerate"
+            "Generate images from a prompt or a file of prompts. The same command resumes an"
+            " interrupted run: images that exist with the same settings are kept. Under `accelerate"
             " launch` or torchrun, the prompts are split over the processes."
         ),
     )
-    parser.add_argument("prompt", nargs="?", help="what to draw")
+    parser.add_argument("prompt", nargs="?", help="what to generate")
     parser.add_argument(
         "--prompts",
         type=Path,
         metavar="FILE",
         help=(
-            "draw many: .txt (a prompt a line), .csv, .json or .jsonl (columns prompt or text, and "
-            "optionally file_name, seed and any other setting below)"
+            "a prompt file: .txt (one prompt per line), .csv, .json or .jsonl (columns prompt or"
+            " text, and optionally file_name, seed and any other setting below)"
         ),
     )
     parser.add_argument(
@@ -123,7 +123,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
         type=Path,
         default=Path("out.png"),
         metavar="PATH",
-        help="a .png for one picture, a folder for several (default out.png)",
+        help="a .png for one image, a folder for several (default out.png)",
     )
     parser.add_argument(
         "--checkpoint",
@@ -158,7 +158,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     )
     machine = parser.add_argument_group("machine")
     machine.add_argument(
-        "--batch", type=int, default=1, help="pictures drawn at a time (default 1)"
+        "--batch", type=int, default=1, help="images generated at a time (default 1)"
     )
     machine.add_argument("--device", help="default: the accelerator where there is one")
     machine.add_argument(
@@ -177,8 +177,8 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
         type=int,
         metavar="PIXELS",
         help=(
-            "compute the local decoder in squares of this side, for the same picture in less"
-            " memory; 0 for the whole at once (default: large pictures are cut)"
+            "side of the tiles that the local decoder computes one after another: the same"
+            " image in less memory; 0 for no tiles (default: tiles for large images)"
         ),
     )
     machine.add_argument(
@@ -205,10 +205,12 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     machine.add_argument(
         "--compile-blocks",
         action="store_true",
-        help="compile the model's blocks, which takes a while at the first pictures",
+        help="compile the model's blocks, which takes a while at the first images",
     )
     machine.add_argument(
-        "--overwrite", action="store_true", help="draw again what was drawn with other settings"
+        "--overwrite",
+        action="store_true",
+        help="replace images that exist with other settings",
     )
     machine.add_argument(
         "--estimate",
@@ -348,12 +350,12 @@ def add_queue(commands: argparse._SubParsersAction) -> None:
     """Add the command `l2p queue`."""
     parser = commands.add_parser(
         "queue",
-        help="have ComfyUI servers draw a workflow, with many prompts",
+        help="run a workflow on ComfyUI servers, with many prompts",
         description=(
             "Send a workflow to one or several ComfyUI servers with these values filled in, and"
-            " fetch the pictures. A value goes to the input of that name; several inputs that say"
-            " the same in the workflow are filled alike. A run that was stopped continues: pictures"
-            " that are there with the same settings are not drawn again."
+            " fetch the images. A value goes to the input of that name; several inputs that say"
+            " the same in the workflow are filled alike. The same command resumes an interrupted"
+            " run: images that exist with the same settings are kept."
         ),
     )
     parser.add_argument(
@@ -367,8 +369,7 @@ def add_queue(commands: argparse._SubParsersAction) -> None:
         action="append",
         metavar="URL",
         help=(
-            "may be given again: each draws the next picture when it is free (default"
-            " http://127.0.0.1:8188)"
+            "may be given again: a free server takes the next image (default http://127.0.0.1:8188)"
         ),
     )
     parser.add_argument(
@@ -377,7 +378,7 @@ def add_queue(commands: argparse._SubParsersAction) -> None:
         type=Path,
         default=Path("out.png"),
         metavar="PATH",
-        help="a .png for one picture, a folder for several (default out.png)",
+        help="a .png for one image, a folder for several (default out.png)",
     )
     parser.add_argument(
         "--timeout",
@@ -387,7 +388,9 @@ def add_queue(commands: argparse._SubParsersAction) -> None:
         help="how long to wait for a server that is away or restarts (default 600)",
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="draw again what was drawn with other settings"
+        "--overwrite",
+        action="store_true",
+        help="replace images that exist with other settings",
     )
     image = parser.add_argument_group("image", "what is not given stays as it is in the workflow")
     texts = image.add_mutually_exclusive_group()
@@ -749,11 +752,11 @@ def add_synthesize(commands: argparse._SubParsersAction) -> None:
 
     parser = commands.add_parser(
         "synthesize",
-        help="have the latent model draw pictures to train on",
+        help="generate training images with the latent model",
         description=(
-            "Draw pictures with a latent Z-Image through diffusers, as a folder for l2p train:"
+            "Generate images with a latent Z-Image through diffusers, as a folder for l2p train:"
             " images/ and metadata.csv with the seeds. A run that was stopped goes on. Under"
-            " `accelerate launch` the pictures are split over the processes."
+            " `accelerate launch` the images are split over the processes."
         ),
     )
     parser.add_argument(
@@ -773,7 +776,9 @@ def add_synthesize(commands: argparse._SubParsersAction) -> None:
             default=each.default,
             help=f"{each.metadata['help']} (default {each.default})",
         )
-    parser.add_argument("--batch", type=int, default=1, help="pictures drawn at a time (default 1)")
+    parser.add_argument(
+        "--batch", type=int, default=1, help="images generated at a time (default 1)"
+    )
     parser.add_argument("--device", help="default: the GPU where there is one")
 
     def run(args: argparse.Namespace) -> None:
@@ -815,7 +820,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
         "train",
         help="train a pixel initialisation, or go on training",
         description=(
-            "Train an L2P model on pictures with captions. The settings come from a TOML file, from"
+            "Train an L2P model on images with captions. The settings come from a TOML file, from"
             " the flags below, which are the file's names, or from both. A run that was stopped"
             " goes on where it saved last."
         ),

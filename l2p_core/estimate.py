@@ -1,4 +1,4 @@
-"""What drawing will hold in memory, and how often the model runs, by a checkpoint's header
+"""What generating will hold in memory, and how often the model runs, by a checkpoint's header
 alone."""
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def estimate(
     streamed = pipe.streamed
     drawing = {
         "model": needed.streamed if streamed else needed.model,
-        "pictures and what passes": needed.passing(pipe.decoder_tile),
+        "images and what passes": needed.passing(pipe.decoder_tile),
     }
     encoder = 0 if encode_on_cpu else needed.text_encoder
     parts = drawing if free_text_encoder else {"text encoder": encoder, **drawing}
@@ -126,7 +126,7 @@ def passing(
         passes_a_step = 1 if picture.cfg_scale == 1 else 2
         held = 2 * passes_a_step + 1  # by `StepCache`: two for each pass, and one while it runs
         kept = held * batch * tokens * layout.config.dim * dtype.itemsize
-    if picture.inpaint_mask:  # its picture, its noise and itself are held all the way
+    if picture.inpaint_mask:  # its image, its noise and itself are held all the way
         kept += 4 * last.height * last.width * (3 + 3 * batch + 1)
     return meter.peak() + kept
 

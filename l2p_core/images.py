@@ -254,7 +254,7 @@ def to_pictures(pixels: Tensor) -> list[Image.Image]:
 
 
 def to_mask(mask: Image.Image) -> Tensor:
-    """(1, 1, H, W) in [0, 1]; white, 1, is drawn anew. Transparency counts, see `mask_levels`."""
+    """(1, 1, H, W) in [0, 1]; white, 1, is generated. Transparency counts, see `mask_levels`."""
     return torch.from_numpy(np.array(mask_levels(mask)))[None, None].float() / 255
 
 
@@ -339,6 +339,6 @@ def check_size(height: int, width: int, multiple: int) -> None:
             below = size // multiple * multiple
             nearest = f"{below} and {below + multiple}" if below > 0 else str(multiple)
             raise ValueError(
-                f"{name} is {size}; this checkpoint draws multiples of {multiple} pixels. Nearest:"
+                f"{name} is {size}; this checkpoint needs multiples of {multiple} pixels. Nearest:"
                 f" {nearest}"
             )

@@ -1,7 +1,7 @@
 """How many bytes of tensors are alive at the peak of a computation: of a real one, or of one on
 tensors that have only a shape.
 
-torch's FakeTensorMode carries shapes, dtypes and devices through the very code that draws and
+torch's FakeTensorMode carries shapes, dtypes and devices through the very code that generates and
 trains. What lies outside of tensors is not counted: the program itself, a GPU's context, a kernel's
 workspace."""
 

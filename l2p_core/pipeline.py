@@ -1,4 +1,4 @@
-"""The whole path as one object: files and a prompt → pictures."""
+"""The whole path as one object: files and a prompt → images."""
 
 import random
 import warnings
@@ -40,7 +40,7 @@ BUNDLED_MODEL = Path(__file__).parent / "shapes" / "model"
 
 
 class Defaults(NamedTuple):
-    """What a checkpoint draws best with."""
+    """The published settings of a checkpoint."""
 
     num_inference_steps: int
     cfg_scale: float
@@ -57,12 +57,12 @@ class Lora(NamedTuple):
 
 
 class L2PPipeline:
-    """Draws pictures from prompts.
+    """Generates images from prompts.
 
         pipe = L2PPipeline.from_pretrained("model-1k-merge.safetensors", "Z-Image-Turbo")
         pipe("a lighthouse at dusk", seed=42).save("lighthouse.png")
 
-    The text encoder is loaded at the first prompt and the model at the first picture, so each can
+    The text encoder is loaded at the first prompt and the model at the first image, so each can
     be in memory alone: see `encode_prompt` and `unload_text_encoder`."""
 
     def __init__(
@@ -116,11 +116,11 @@ class L2PPipeline:
         device: by default the accelerator where there is one. torch_dtype: None for bfloat16, or
         float16 on cards that have no bfloat16 arithmetic. progress: show a bar while loading.
         decoder_tile: side in pixels of the squares that the local decoder computes one after
-        another, 0 for the whole at once; by default large pictures are cut. The picture is the
+        another, 0 for the whole at once; by default large images are cut. The image is the
         same. offload: keep the model's weights in the CPU's memory, and on the device only the
         block that computes and the next; by default where it does not fit: see `place`.
         batch_guidance: run both passes of a guided step as one of twice the batch. compile_blocks:
-        with torch.compile, which takes a while at the first pictures. load_on_cpu: load the model
+        with torch.compile, which takes a while at the first images. load_on_cpu: load the model
         there whatever the device is. trained_size: height and width of the trained resolution,
         where it is not what the checkpoint says. Raises CheckpointError where the checkpoint can't
         be used, and ValueError for a tile below 0."""
@@ -280,7 +280,7 @@ class L2PPipeline:
         return self._prompt_reader(prompt, seed) if self._prompt_reader else prompt
 
     def encode_prompt(self, prompt: str) -> Tensor:
-        """(L, cap_feat_dim) features of one prompt, to be used for any number of pictures. The
+        """(L, cap_feat_dim) features of one prompt, to be used for any number of images. The
         empty one has some too."""
         if prompt not in self._encodings:
             while len(self._encodings) >= KEPT_ENCODINGS:
@@ -449,14 +449,14 @@ class L2PPipeline:
     def size_for(
         self, picture: Image.Image, height: int | None = None, width: int | None = None
     ) -> tuple[int, int]:
-        """Height and width nearest to the picture's that the checkpoint can draw; where one is
-        given, the other in proportion."""
+        """Return the supported height and width nearest to the image's; where one is given, the
+        other in proportion."""
         return size_for(
             picture.height, picture.width, self.layout.config.size_multiple, height, width
         )
 
     def check_size(self, height: int, width: int) -> None:
-        """Raise ValueError, naming the nearest sizes, unless the checkpoint can draw this one."""
+        """Raise ValueError, naming the nearest sizes, unless the checkpoint supports this one."""
         check_size(height, width, self.layout.config.size_multiple)
 
 
@@ -480,10 +480,10 @@ def reading_seeds(seed: int | Sequence[int] | None, images: int) -> list[int]:
 
 
 def check_mask(mask: object, picture: object) -> None:
-    """Raise ValueError for a mask, or a file of one, without the picture it keeps pixels of."""
+    """Raise ValueError for a mask, or a file of one, without the image it keeps pixels of."""
     if mask and not picture:
         raise ValueError(
-            "an inpaint_mask came without an input_image; give the picture whose pixels are to be"
+            "an inpaint_mask came without an input_image; give the image whose pixels are to be"
             " kept"
         )
 
@@ -511,12 +511,12 @@ def stream_blocks(model: L2PTransformer, device: torch.device) -> None:
 def draw_noise(
     shape: tuple[int, int, int, int], seed: int | Sequence[int] | None, device: str = "cpu"
 ) -> Tensor:
-    """Standard normal float32 of (B, 3, H, W): one draw from one seed, or one draw for each picture
+    """Standard normal float32 of (B, 3, H, W): one draw from one seed, or one draw for each image
     from its own."""
     if isinstance(seed, Sequence):
         if len(seed) != shape[0]:
             raise ValueError(
-                f"{len(seed)} seeds came for {shape[0]} pictures; expected one for each, or a"
+                f"{len(seed)} seeds came for {shape[0]} images; expected one for each, or a"
                 " single one"
             )
         return torch.cat([draw_noise((1, *shape[1:]), each, device) for each in seed])
@@ -529,7 +529,7 @@ def draw_noise(
 
 
 def fit(picture: Image.Image, height: int, width: int, name: str) -> Image.Image:
-    """The picture at that size, resized with a warning where it has another."""
+    """The image at that size, resized with a warning where it has another."""
     if picture.size == (width, height):
         return picture
     warnings.warn(

@@ -18,7 +18,7 @@ OVERLAP = 4  # neighbouring windows share a quarter of their side
 SMALLEST, LARGEST = (
     1 / 4,
     2,
-)  # times the trained number of pixels that an image is drawn at in one go
+)  # times the trained number of pixels that one pass generates
 FARTHEST = 8  # times the trained side: the published table of positions ends at 512, training at 64
 
 
@@ -122,12 +122,12 @@ def misfit(plan: list[Stage], trained: tuple[int, int]) -> str | None:
     )
     if first.strength == 1 and times < SMALLEST:
         return (
-            f"{size}: what it draws that small is worse. Draw at {width} x {height}, and shrink the"
+            f"{size}: images that small are worse. Generate at {width} x {height}, and shrink the"
             " image"
         )
     if first.strength == 1 and times > LARGEST:
         return (
-            f"{size}: what it draws at once repeats itself or falls apart. Draw in"
+            f"{size}: in one pass the image repeats itself or falls apart. Generate in"
             f" {round(math.log2(times) / 2) + len(plan)} stages"
         )
     for stage in plan:
@@ -136,11 +136,11 @@ def misfit(plan: list[Stage], trained: tuple[int, int]) -> str | None:
             and stage.rope_scale * max(stage.height / height, stage.width / width) > FARTHEST
         ):
             return (
-                f"{stage.width} x {stage.height}, drawn at once, is more than {FARTHEST} times as"
+                f"{stage.width} x {stage.height} in one pass is more than {FARTHEST} times as"
                 f" long as the {width} x {height} pixels that this checkpoint was trained at,"
                 " farther than its published table of positions goes. "
                 + (
-                    "Draw an image nearer to a square"
+                    "Generate an image nearer to a square"
                     if stage.strength == 1
                     else "Redraw in windows"
                 )

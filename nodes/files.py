@@ -116,7 +116,7 @@ class L2PConvertCheckpoint(io.ComfyNode):
             is_output_node=True,
             description=(
                 "Makes a pixel initialisation, where training starts, from Z-Image or from an L2P"
-                " model of a smaller patch. It does not draw before it is trained."
+                " model of a smaller patch. It does not generate before it is trained."
             ),
             search_aliases=["pixel initialisation", "z-image to l2p", "train"],
             inputs=[

@@ -30,7 +30,7 @@ class L2PTextEncode(io.ComfyNode):
                     multiline=True,
                     dynamic_prompts=True,
                     tooltip=(
-                        f"What to draw. Up to {MAX_TOKENS} tokens with the template's 9, about 350"
+                        f"The prompt. Up to {MAX_TOKENS} tokens with the template's 9, about 350"
                         " words; the rest is left out, with a note under the node."
                     ),
                 ),

@@ -454,7 +454,7 @@ class L2PImageToLatent(io.ComfyNode):
                     "image",
                     tooltip=(
                         "One image or a batch. Sides best in multiples of 16 pixels, of 64, 128"
-                        " or 320 for the 4K, 8K and 10K models; others are padded while drawing."
+                        " or 320 for the 4K, 8K and 10K models; others are padded while generating."
                     ),
                 )
             ],
@@ -475,7 +475,7 @@ class L2PLatentToImage(io.ComfyNode):
             node_id="L2PLatentToImage",
             display_name="L2P Pixel Latent to Image",
             category="L2P",
-            description="What VAE Decode is to other models: the drawn pixels, in float32.",
+            description="What VAE Decode is to other models: the generated pixels, in float32.",
             search_aliases=["vae decode", "pixel latent"],
             inputs=[
                 io.Latent.Input(
@@ -501,7 +501,7 @@ class L2PLatentToImage(io.ComfyNode):
 
 
 def for_stage(model, stage: Stage, multiple: int):
-    """The model as it draws this stage."""
+    """The model as it generates this stage."""
     model = model.clone()
     if stage.rope_scale != 1:
         options = model.model_options["transformer_options"]
@@ -547,7 +547,7 @@ def sample(
     noise_mask: Tensor | None,
     progress: comfy.utils.ProgressBar,
 ) -> Tensor:
-    """Pixels (B, 3, H, W), float32, drawn by ComfyUI's sampler, with a preview of the true image
+    """Return pixels (B, 3, H, W), float32, of ComfyUI's sampler, with a preview of the x0 prediction
     at each step."""
     done = progress.current
 
@@ -661,7 +661,7 @@ def shortage(model, plan: list[Stage], batch_size: int, have: int) -> str | None
         ),
     ]
     return (
-        f"drawing {batch_size} x {largest.width} x {largest.height} holds about"
+        f"generating {batch_size} x {largest.width} x {largest.height} holds about"
         f" {need(largest) / 1e9:.1f} GB beside the model, and the device has {have / 1e9:.1f} GB:"
         f" it will run out of memory, or be very slow. Take {', or '.join(advice)}"
     )

@@ -533,7 +533,7 @@ def images_in_flight(path: str, size: int) -> float:
 
 
 def shortage(path: str, have: int, batch_size: int, **settings) -> str | None:
-    """What the sampler says of that drawing on a device of so many bytes."""
+    """What the sampler says of that generating on a device of so many bytes."""
     sampler = of_pack("nodes.sample")
     model = load(path, "diffusion")[0]
     _, _, trained = sampler.sizes_of(model)
@@ -543,7 +543,7 @@ def shortage(path: str, have: int, batch_size: int, **settings) -> str | None:
 
 def largest_asked_for(path: str, size: int, **options) -> int:
     """The most bytes that ComfyUI makes room for at the least, as an image of so many pixels is
-    drawn."""
+    generated."""
     model, conditioning, asked = load(path, "diffusion")[0], [[torch.zeros(1, 4, 96), {}]], []
     estimate = comfy.sampler_helpers.estimate_memory
 
@@ -583,7 +583,7 @@ def draw_by(
     output: str | None = None,
     prompt: str = "a large red circle on a blue background, left",
 ) -> float | None:
-    """Draw with the bundled small model by ComfyUI's KSampler or ours, at seed 7 and cfg 2.
+    """Generate with the bundled small model by ComfyUI's KSampler or ours, at seed 7 and cfg 2.
 
     With an output, save the latent. Otherwise return the largest difference between the two nodes,
     None where neither gives finite numbers."""

@@ -386,7 +386,7 @@ def test_what_a_device_cannot_hold_is_told_with_figures(
         told is None
         if words is None
         else words in told
-        and f"drawing {batch_size} x 2048 x 2048 holds about" in told
+        and f"generating {batch_size} x 2048 x 2048 holds about" in told
         and "0.1 GB" in told
     )
 

@@ -1,4 +1,4 @@
-"""What ComfyUI's server draws against what the library draws: the same pixels, to the level that
+"""ComfyUI's server and the library generate the same pixels, to the level that
 ComfyUI's Save Image cuts off."""
 
 import io

@@ -1,4 +1,4 @@
-"""What `l2p generate --estimate` says against what drawing really holds."""
+"""What `l2p generate --estimate` says against what generating really holds."""
 
 from dataclasses import replace
 

@@ -309,7 +309,7 @@ def test_ctrl_c_leaves_no_half_file(tmp_path):
         stderr=subprocess.STDOUT,
     )
     seen = b""
-    while b"step/s" not in seen:  # it is drawing
+    while b"step/s" not in seen:  # it is generating
         seen += process.stdout.read1()
         assert process.poll() is None, seen
     time.sleep(0.2)

@@ -644,7 +644,9 @@ def test_a_refusal_is_explained(tmp_path, fakes, workflow, capsys, status, body,
         == 1
     )
     error = capsys.readouterr().err
-    assert not [text for text in said if text not in error] and "0 of 3 images were drawn" in error
+    assert (
+        not [text for text in said if text not in error] and "0 of 3 images were generated" in error
+    )
     assert len(fake.graphs()) == 2 and not fake.running and not (tmp_path / "out").exists(), (
         "it is given up after two"
     )
@@ -688,7 +690,7 @@ def test_a_row_that_is_refused_does_not_keep_the_others_from_being_drawn(
     command = ["queue", workflow, "--server", fake.url, "-o", str(tmp_path / "out"), "--count", "4"]
     assert main(command) == 1
     error = capsys.readouterr().err
-    assert "3 of 4 images were drawn" in error and error.count("steps is 0") == 1
+    assert "3 of 4 images were generated" in error and error.count("steps is 0") == 1
     fake.on_prompt = lambda fake, body: None
     assert main(command) == 0 and len(fake.graphs()) == 5
 
@@ -739,7 +741,7 @@ def test_a_later_job_that_fails_is_told_at_the_end(tmp_path, fakes, workflow, ca
     )
     error = capsys.readouterr().err
     assert (
-        "2 of 3 images were drawn. The same command goes on" in error
+        "2 of 3 images were generated. The same command resumes" in error
         and "00000-1.png: http" in error
     )
     assert sorted(os.listdir(tmp_path / "out")) == ["00000-0.png", "00000-2.png"]
@@ -791,7 +793,7 @@ def test_a_server_that_stays_away_leaves_its_job_to_the_other(tmp_path, fakes, w
         gone.url,
     ]
     assert main(command) == 1
-    assert "0 of 2 images were drawn" in capsys.readouterr().err
+    assert "0 of 2 images were generated" in capsys.readouterr().err
     assert main([*command, "--server", good.url]) == 0 and len(good.graphs()) == 2
 
 

@@ -199,7 +199,7 @@ def test_inpainting_in_stages_keeps_the_picture(pipe):
         ((192, 192), 1, "in 2 stages"),
         ((384, 384), 1, "in 3 stages"),
         ((384, 384), 2, "in 3 stages"),
-        ((32, 32), 1, "Draw at 96 x 96"),
+        ((32, 32), 1, "Generate at 96 x 96"),
         ((16, 1152), 1, "nearer to a square"),
         ((96, 128), 1, None),
     ],

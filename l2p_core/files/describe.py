@@ -51,7 +51,7 @@ def describe(path: Path) -> dict:
             "config": dataclasses.asdict(config),
             "usable": True,
             "advice": (
-                f'Draw with it: l2p generate "a prompt" --checkpoint {path} --text-encoder '
+                f'Generate with it: l2p generate "a prompt" --checkpoint {path} --text-encoder '
                 + (
                     "Z-Image-Turbo"
                     if config.cap_feat_dim == L2PConfig.cap_feat_dim
@@ -85,7 +85,7 @@ def report(facts: dict) -> str:
         lines += [
             (
                 f"  patch {facts['patch']}: trained for about {facts['width']} x {facts['height']}"
-                f" pixels, draws multiples of {facts['size_multiple']}"
+                f" pixels, sides in multiples of {facts['size_multiple']}"
             ),
             (
                 f"  width {config['dim']}, {config['n_heads']} heads, {config['n_layers']} +"

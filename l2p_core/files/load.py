@@ -27,8 +27,10 @@ def load_model(
     convrot_groupsize: int | None = None,
     progress: bool = False,
 ) -> L2PTransformer:
-    """The model of a checkpoint, ready to draw: a file of any known naming, an index or a folder of
-    shards, or the layout read from one.
+    """Return the model of a checkpoint, ready to generate.
+
+    path: a file with any known tensor names, an index or a folder of shards, or the layout read
+    from one.
 
     dtype: what all weights become, save INT8 ones, which stay INT8. Weights that already are of
     that dtype stay in the memory-mapped file on a CPU. convrot_groupsize: see `read_layout`, where
@@ -122,7 +124,7 @@ def check(layout: Layout) -> None:
         )
     if layout.kind == "latent":
         raise CheckpointError(
-            f"{name} is a latent Z-Image, which draws through a VAE. "
+            f"{name} is a latent Z-Image, which needs a VAE. "
             "Convert it to an L2P pixel initialisation first, l2p convert, and train that"
         )
     if layout.kind == "lora":

@@ -26,7 +26,7 @@ from .server import Away, Job, Refused, Server
 from .workflow import fill, places, read_workflow
 
 PICTURES = ("input_image", "inpaint_mask")  # files of ours, uploaded
-PATIENCE = 2  # jobs that a server may fail before it has drawn one
+PATIENCE = 2  # jobs that a server may fail before it has generated one
 
 
 def queue(
@@ -41,7 +41,7 @@ def queue(
     overwrite: bool = False,
     progress: bool = True,
 ) -> None:
-    """Have every row of the prompt file drawn by whichever server is free, and write the images.
+    """Generate every row of the prompt file on whichever server is free, and write the images.
 
     settings: see `PLACES`, None for the workflow's own; assignments: NODE.INPUT=VALUE. A row's
     value comes before both. count: images for each row, with seeds one apart. timeout: seconds to
@@ -96,7 +96,7 @@ def plan(
     output: Path,
     overwrite: bool = False,
 ) -> list[Job]:
-    """Every image to have drawn, files named as by `l2p generate`. values: (name, value), for
+    """Return every image to generate, files named as by `l2p generate`. values: (name, value), for
     what a row leaves out. Raises ValueError where a value finds no place or the output makes no
     sense."""
     seeds = places(graph, "seed")
@@ -147,14 +147,14 @@ def plan(
 
 
 def draw(jobs: list[Job], servers: list[Server], timeout: float, progress: bool = True) -> None:
-    """Let every server draw the next job whenever it is free, and write the images, each file
+    """Give every server the next job whenever it is free, and write the images, each file
     whole or not at all.
 
-    A server that is away for timeout seconds, or has drawn nothing and fails two jobs, gets no
+    A server that is away for timeout seconds, or has generated nothing and fails two jobs, gets no
     more. A job goes to another server where one is away or refuses it, and where one fails it that
-    has drawn nothing. Raises ValueError, once nothing more can be done, where images are
+    has generated nothing. Raises ValueError, once nothing more can be done, where images are
     missing."""
-    # Each with the servers that can't draw it.
+    # Each with the servers that have failed it.
     todo: list[tuple[Job, set[Server]]] = [(job, set()) for job in jobs]
     busy: set[Server] = set()
     picking = Lock()  # held while a job goes from `todo` to a busy server
@@ -220,7 +220,7 @@ def draw(jobs: list[Job], servers: list[Server], timeout: float, progress: bool 
                 thread.result()
     if len(done) < len(jobs):
         raise ValueError(
-            f"{len(done)} of {len(jobs)} images were drawn. The same command goes on with the"
+            f"{len(done)} of {len(jobs)} images were generated. The same command resumes with the"
             " rest. What went wrong:\n  " + "\n  ".join(dict.fromkeys(reasons))
         )
 

@@ -57,7 +57,7 @@ class Status(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """One image to have drawn. uploads: the name that the graph has for a file → the file."""
+    """One image to generate. uploads: the name that the graph has for a file → the file."""
 
     output: Path
     graph: dict
@@ -257,7 +257,7 @@ class Server:
             picture = self.ask("/view", query=wanted, most=MAX_IMAGE_BYTES)
         except Status:
             raise ValueError(
-                f"{self.url} made {name} and no longer has it. It would not draw the same again:"
+                f"{self.url} made {name} and no longer has it. It would not make the same again:"
                 " restart it, or give another --seed"
             ) from None
         if not picture.startswith(PNG_HEADER):
