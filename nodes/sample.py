@@ -547,7 +547,7 @@ def sample(
     noise_mask: Tensor | None,
     progress: comfy.utils.ProgressBar,
 ) -> Tensor:
-    """Return pixels (B, 3, H, W), float32, of ComfyUI's sampler, with a preview of the x0 prediction
+    """Return ComfyUI's samples, (B, 3, H, W), float32, with a preview of the x0 prediction
     at each step."""
     done = progress.current
 
