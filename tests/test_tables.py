@@ -255,7 +255,7 @@ def test_the_number_of_images_has_a_bound(tmp_path):
         (b"\n<!DOCTYPE html>\n<html>", "a web page"),
         (b"<?xml version='1.0'?><Error>", "an XML text"),
         (b'{"error":"Repository not found"}', "a JSON text"),
-        (b"Entry not found", "a plain text"),
+        (b"Entry not found", "plain text"),
         (b"GGUF\3\0\0\0" + bytes(99), "a GGUF file"),
         (b"\x80\2}q\0." + bytes(99), "a PyTorch pickle"),
         (b"\x80\4\x95\n\0\0\0\0\0\0\0}\x94", "a PyTorch pickle"),

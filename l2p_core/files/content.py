@@ -30,7 +30,7 @@ WEB_PAGE = Content(
 )
 JSON_TEXT = Content("a JSON text, such as a server's error message", AGAIN)
 XML_TEXT = Content("an XML text, such as a server's error message", AGAIN)
-PLAIN_TEXT = Content("a plain text, such as a server's error message", AGAIN)
+PLAIN_TEXT = Content("plain text, such as a server's error message", AGAIN)
 ZEROS = Content("nothing but zeros: its download or copy was aborted", AGAIN)
 PICKLE = Content("a PyTorch pickle, which can run any code when loaded", SAFETENSORS)
 GGUF = Content("a GGUF file, which this program does not read", SAFETENSORS)
