@@ -242,9 +242,10 @@ def read_rows(file: Path, any_column: bool = False) -> list[dict]:
     match file.suffix.lower():
         case ".txt":
             rows = [{"prompt": line.strip()} for line in text.split("\n") if line.strip()]
-        case ".csv":
+        case ".csv" | ".tsv":
             try:
-                rows = list(csv.DictReader(io.StringIO(text, newline="")))
+                lines = io.StringIO(text, newline="")
+                rows = list(csv.DictReader(lines, delimiter=separator(text)))
             except csv.Error as error:
                 raise ValueError(f"{file.name} is not CSV: {error}") from None
             for number, row in enumerate(rows):
@@ -269,7 +270,8 @@ def read_rows(file: Path, any_column: bool = False) -> list[dict]:
             ]
         case suffix:
             raise ValueError(
-                f"{file.name} ends in {suffix or 'nothing'}; expected .txt, .csv, .json or .jsonl"
+                f"{file.name} ends in {suffix or 'nothing'}; expected .txt, .csv, .tsv, .json"
+                " or .jsonl"
             )
     if not rows:
         raise ValueError(f"{file.name} holds no prompts")
@@ -290,6 +292,13 @@ def read_rows(file: Path, any_column: bool = False) -> list[dict]:
                 + f"; known are {', '.join(COLUMNS)}"
             )
     return rows
+
+
+def separator(text: str) -> str:
+    """Return what separates the columns of a table: the comma, semicolon or tab that is found most
+    in its first line."""
+    first = text.split("\n", 1)[0]
+    return max((",", ";", "\t"), key=first.count)
 
 
 def batches(jobs: list[Job], size: int) -> Iterator[list[Job]]:

@@ -6,8 +6,10 @@ answer an interrupt."""
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
+import re
 import signal
 import sys
 import warnings
@@ -43,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     with ending_at_once():
         import torch
 
-        args = make_parser().parse_args(arguments)
+        args = make_parser().parse_args(with_dashes(arguments))
         warnings.showwarning = lambda message, *_: print(f"l2p: note: {message}", file=sys.stderr)
     try:
         args.run(args)
@@ -59,11 +61,36 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def with_dashes(arguments: list[str] | None) -> list[str]:
+    """Return the arguments with --learning_rate as --learning-rate; values stay as they are."""
+    changed = []
+    for argument in sys.argv[1:] if arguments is None else arguments:
+        flag, equals, value = argument.partition("=")
+        if re.fullmatch(r"--[a-z0-9]+(_[a-z0-9]+)+", flag):
+            flag = flag.replace("_", "-")
+        changed.append(flag + equals + value)
+    return changed
+
+
+class Parser(argparse.ArgumentParser):
+    """Names the nearest flag where one is unknown."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and end with the command's own usage where a flag is unknown."""
+        found, unknown = super().parse_known_args(args, namespace)
+        flags = [each.partition("=")[0] for each in unknown if each.startswith("--")]
+        if flags:
+            near = difflib.get_close_matches(flags[0], self._option_string_actions, 1)
+            self.error(
+                f"unrecognized arguments: {' '.join(flags)}"
+                + (f"; did you mean {near[0]}?" if near else f"; {self.prog} --help lists them")
+            )
+        return found, unknown
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Build the parser with all commands."""
-    parser = argparse.ArgumentParser(
-        prog="l2p", description="Pictures from L2P checkpoints, straight to pixels."
-    )
+    parser = Parser(prog="l2p", description="Pictures from L2P checkpoints, straight to pixels.")
     parser.set_defaults(
         when_full=(
             "Try --free-text-encoder, --offload, a smaller --batch or size, --redraw windows, or"
