@@ -277,7 +277,6 @@ def test_faults_are_named_before_training(data):
         training.train(config(data), progress=False)
     told = str(error.value)
     for words in (
-        "broken.png",
         "notes.png",
         "thin.png: 8 x 200",
         "absent.png: no such file",
@@ -287,6 +286,10 @@ def test_faults_are_named_before_training(data):
         "3.png: no seed, but",
     ):
         assert words in told
+    rows = (data / "metadata.csv").read_text().splitlines()[:8]
+    (data / "metadata.csv").write_text("\n".join(rows))  # files are read once the rows are right
+    with pytest.raises(ValueError, match="row 7: broken.png"):
+        training.train(config(data), progress=False)
     assert not (data.parent / "run").exists()
 
 

@@ -115,9 +115,8 @@ def read_examples(
         return with_digests(example)
 
     found = [check(row) for row in rows]
-    refuse_faults(source, found)
     examples = [each for each in found if isinstance(each, Example)]
-    refuse_duplicates(source, examples)
+    raise_faults(source, [*row_faults(found), *faults_together(examples)])
     with ThreadPoolExecutor() as readers:
         whole = list(
             tqdm(
@@ -127,7 +126,7 @@ def read_examples(
                 disable=not progress,
             )
         )
-    refuse_faults(source, whole)
+    raise_faults(source, row_faults(whole))
     return [each for each in whole if isinstance(each, Example)]
 
 
@@ -264,30 +263,26 @@ def with_digests(example: Example) -> Example:
     return replace(example, digest=content.hexdigest(), image_digest=image_digest)
 
 
-def refuse_faults(source: Path, checked: list[Example | str]) -> None:
-    """Raise ValueError that names the rows with faults."""
-    faults = [
+def row_faults(checked: list[Example | str]) -> list[str]:
+    """Return the faults among what `check` returned, each with its row."""
+    return [
         f"row {number}: {fault}"
         for number, fault in enumerate(checked, 1)
         if isinstance(fault, str)
     ]
-    raise_faults(source, faults)
 
 
-def refuse_duplicates(source: Path, examples: list[Example]) -> None:
-    """Raise ValueError for files that are named twice, and where only some have a seed."""
-    faults = [
-        f"{file.name} is named {count} times"
-        for file, count in Counter(example.file for example in examples).items()
-        if count > 1
-    ]
+def faults_together(examples: list[Example]) -> list[str]:
+    """Return the files that are named twice, and those without a seed where others have one."""
+    counts = Counter(example.file for example in examples)
+    faults = [f"{file.name} is named {count} times" for file, count in counts.items() if count > 1]
     if seeds := sum(example.seed is not None for example in examples):
         faults += [
             f"{example.file.name}: no seed, but {seeds} others have one"
             for example in examples
             if example.seed is None
         ]
-    raise_faults(source, faults)
+    return faults
 
 
 def raise_faults(source: Path, faults: list[str]) -> None:
@@ -384,7 +379,7 @@ def read_data(
         for folder, _ in folders_of(config.regularization)
         for example in read(folder, replace(reading, trigger=""))
     ]
-    refuse_duplicates(Path(config.data[0]), [*main, *extra])
+    raise_faults(Path(config.data[0]), faults_together([*main, *extra]))
     return Data(main, repeats, extra)
 
 
