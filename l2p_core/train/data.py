@@ -169,7 +169,7 @@ class Batches:
     def passes(self, number: int) -> list[Batch]:
         """Return this process's images of a step, as one batch for each size."""
         config = self.config
-        order = self._epoch(number // self.per_epoch)[number % self.per_epoch]
+        order = self._row(number)
         generator = self.generator(number)
         sigma = training_sigmas(
             self.size, config.timestep_sampling, config.shift, self.patch_size, generator
@@ -180,6 +180,14 @@ class Batches:
             self._batch(number, places, order, sigma, dropped, picks)
             for places in self._passes(order)
         ]
+
+    def is_mixed(self, number: int) -> bool:
+        """Return whether this process takes a step's images in several passes."""
+        return len(self._passes(self._row(number))) > 1
+
+    def _row(self, number: int) -> list[int]:
+        """Return the examples of a step."""
+        return self._epoch(number // self.per_epoch)[number % self.per_epoch]
 
     def _passes(self, order: list[int]) -> list[list[int]]:
         """Return the places of a row that this process takes, those of each pass.
