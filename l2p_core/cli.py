@@ -6,6 +6,7 @@ answer an interrupt."""
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import math
 import os
@@ -71,9 +72,34 @@ def main(arguments: list[str] | None = None) -> int:
     return status or 0
 
 
+class Parser(argparse.ArgumentParser):
+    """Takes --learning_rate for --learning-rate, and names the nearest flag where one is
+    unknown."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and end with the command's own usage where a flag is unknown."""
+        given = map(self.with_dashes, sys.argv[1:] if args is None else args)
+        found, unknown = super().parse_known_args(list(given), namespace)
+        flags = [each.partition("=")[0] for each in unknown if each.startswith("--")]
+        if flags:
+            near = difflib.get_close_matches(flags[0], self._option_string_actions, 1)
+            self.error(
+                f"unrecognized arguments: {' '.join(flags)}"
+                + (f"; did you mean {near[0]}?" if near else f"; {self.prog} --help lists them")
+            )
+        return found, unknown
+
+    def with_dashes(self, argument: str) -> str:
+        """Return a flag of this command under its own name; values stay as they are."""
+        flag, equals, value = argument.partition("=")
+        dashed = "--" + flag[2:].replace("_", "-")
+        known = flag not in self._option_string_actions and dashed in self._option_string_actions
+        return dashed + equals + value if flag.startswith("--") and known else argument
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Build the parser with all commands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="l2p", description="Generate images with L2P checkpoints, and make such checkpoints."
     )
     parser.set_defaults(

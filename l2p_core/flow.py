@@ -157,16 +157,22 @@ SOLVERS = {"euler": euler, "ab2": ab2}
 
 
 def flow_matching_loss(
-    model: L2PTransformer, image: Tensor, prompt_embeds: list[Tensor], noise: Tensor, sigma: Tensor
+    model: L2PTransformer,
+    image: Tensor,
+    prompt_embeds: list[Tensor],
+    noise: Tensor,
+    sigma: Tensor,
+    weight: Tensor | None = None,
 ) -> Tensor:
-    """Return the mean squared error of the velocity, in float32: the published objective,
-    unweighted.
+    """Return the mean squared error of the velocity, in float32: the published objective.
 
     image, noise: (B, 3, H, W), images in [-1, 1]. prompt_embeds: B tensors (L, cap_feat_dim).
-    sigma: (B,)."""
+    sigma: (B,). weight: (B, 1, H, W) of the squared error; unweighted as published."""
     x = interpolate(image, noise, sigma[:, None, None, None])
     velocity = -model(x, 1 - sigma, prompt_embeds)
-    return torch.nn.functional.mse_loss(velocity.float(), noise - image)
+    if weight is None:
+        return torch.nn.functional.mse_loss(velocity.float(), noise - image)
+    return (weight * (velocity.float() - (noise - image)).square()).mean()
 
 
 def training_sigmas(

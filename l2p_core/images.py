@@ -90,8 +90,13 @@ def check_image(file: str | Path) -> tuple[int, int]:
         _decode(image)
         if image.mode == "F" or image.mode.startswith("I"):
             eight_bits(image)
-        lies = _orientation(image) in (5, 6, 7, 8)
-        return (image.width, image.height) if lies else (image.height, image.width)
+        return upright_size(image)
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Return the height and width of an opened image as it is shown, by its EXIF orientation."""
+    lies = _orientation(image) in (5, 6, 7, 8)
+    return (image.width, image.height) if lies else (image.height, image.width)
 
 
 def decoded_bytes(image: Image.Image) -> int:

@@ -1,5 +1,4 @@
-"""Prompt files and metadata: rows from .txt, .csv, .json and .jsonl, as people's programs save
-them."""
+"""Prompt files and metadata: rows from .txt, .csv, .tsv, .json and .jsonl, as people save them."""
 
 import csv
 import io
@@ -13,9 +12,9 @@ from .settings import FIELDS
 
 # What a row of a prompt file may set; text is another name for prompt.
 COLUMNS = ("file_name", "text", *FIELDS)
-SUFFIXES = (".txt", ".csv", ".json", ".jsonl")
+SUFFIXES = (".txt", ".csv", ".tsv", ".json", ".jsonl")
 # A table's first line names one of these, or its separator is not known.
-USUAL_COLUMNS = {*COLUMNS, "image"}
+USUAL_COLUMNS = {*COLUMNS, "image", "caption"}
 
 BYTE_ORDER_MARKS = (
     (b"\xef\xbb\xbf", "utf-8-sig"),
@@ -61,17 +60,19 @@ def read_text(file: Path) -> str:
 
 
 def read_rows(file: Path, any_column: bool = False) -> list[dict]:
-    """One dict per prompt from .txt, .csv, .json or .jsonl. any_column: take columns of every name,
-    and none for granted. Raises ValueError with the row that can't be read."""
+    """Return one dict per prompt from .txt, .csv, .tsv, .json or .jsonl.
+
+    any_column: take columns of every name, and none for granted. Raises ValueError with the row
+    that can't be read."""
     suffix = file.suffix.lower()
     if suffix not in SUFFIXES:
         raise ValueError(
-            f"{file.name} ends in {suffix or 'nothing'}; expected .txt, .csv, .json or .jsonl"
+            f"{file.name} ends in {suffix or 'nothing'}; expected .txt, .csv, .tsv, .json or .jsonl"
         )
     text = read_text(file)
     if suffix == ".txt":
         rows = [{"prompt": line.strip()} for line in LINE_END.split(text) if line.strip()]
-    elif suffix == ".csv":
+    elif suffix in (".csv", ".tsv"):
         rows = _rows_of_csv(file, text)
     else:
         rows = _rows_of_json(file, text, by_line=suffix == ".jsonl")

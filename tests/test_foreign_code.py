@@ -251,7 +251,7 @@ def test_modules_of_the_current_folder_are_not_imported(tmp_path, data, module):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (
         "foreign code ran" not in done.stderr
-        and "nowhere has no metadata.csv" in done.stderr
+        and "nowhere is no folder" in done.stderr
         and done.returncode == 1
     )
 

@@ -21,7 +21,8 @@ from comfyui_l2p.l2p_core.images import (
     to_mask,
     to_pixels,
 )
-from comfyui_l2p.l2p_core.train.data import Batches, find_named, read_examples
+from comfyui_l2p.l2p_core.train.data import Batches, read_examples
+from comfyui_l2p.l2p_core.train.dataset import find_named
 from PIL import Image, ImageDraw
 from small_runs import config
 
@@ -297,7 +298,7 @@ def test_images_are_checked_one_at_a_time_where_they_are_large(tmp_path):
     code = (
         "import resource, sys; from pathlib import Path\n"
         "from comfyui_l2p.l2p_core import images\n"
-        "from comfyui_l2p.l2p_core.train import data\n"
+        "from comfyui_l2p.l2p_core.train import dataset as data\n"
         "data.MAX_DECODED_BYTES = images.MAX_DECODED_BYTES = 250_000_000\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
         "before = peak(); data.read_examples(Path(sys.argv[1]), None, 9216, 16)\n"

@@ -202,7 +202,7 @@ class LayoutRun(Run):
                 f"found {processes} processes; the small model's recipe runs in one. "
                 "Start it without accelerate launch"
             )
-        checkpoint, data = Path(config.checkpoint), Path(config.data)
+        checkpoint, data = Path(config.checkpoint), Path(config.data[0])
         if not checkpoint.exists() and not data.exists() and not config.text_encoder:
             make_files(self.world, checkpoint, data, config.seed)
         elif not checkpoint.exists() or not data.exists():

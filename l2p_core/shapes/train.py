@@ -390,7 +390,7 @@ class ShapesRun(ScoredRun):
     """From nothing to a model that draws, with all that such a run begins with."""
 
     def __init__(self, config: TrainConfig, progress: bool):
-        checkpoint, data = Path(config.checkpoint), Path(config.data)
+        checkpoint, data = Path(config.checkpoint), Path(config.data[0])
         if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
             raise ValueError(
                 f"the recipe of the shapes is for one process, and here are {processes}"

@@ -41,10 +41,34 @@ class TrainConfig:
     checkpoint: str = knob(
         "", "the pixel initialisation (l2p convert), or any whole L2P model, to train from"
     )
-    data: str = knob("", "folder with metadata.csv or metadata.jsonl and the pictures it names")
+    data: tuple[str, ...] = knob(
+        (),
+        "folders of images: each with metadata.csv or metadata.jsonl, or with a caption in a .txt"
+        " beside each image. FOLDER:10 takes its images 10 times an epoch",
+    )
     output: str = knob(
         "", "the run's folder: configuration, log, samples, step-N.safetensors, resume.pt"
     )
+    caption_column: str = knob(
+        "", "the metadata's column of captions (default: text, prompt or caption)"
+    )
+    trigger: str = knob(
+        "",
+        "a word that every caption gets: in place of [trigger], or before a caption that lacks it;"
+        " alone for an image without a caption",
+    )
+    masked_loss: bool = knob(
+        False,
+        "train on what an image's mask leaves white: NAME-masklabel.png beside the image, the file"
+        " of its name in masks/, or the one in the metadata's column mask",
+    )
+    unmasked_weight: float = knob(0.0, "with masked_loss: what black weighs where white is 1")
+    regularization: tuple[str, ...] = knob(
+        (),
+        "folders of images of the class without what is taught, without the trigger word; repeated"
+        " until there are as many as the others",
+    )
+    regularization_weight: float = knob(1.0, "of the loss of regularization images")
     text_encoder: str = knob(
         "",
         "as for l2p generate; encodes captions that are not in the cache yet, and is out of memory"
@@ -70,12 +94,19 @@ class TrainConfig:
     )
     size_step: int = knob(
         0,
-        "sides of pictures that keep their shape are multiples of this; 64 makes few sizes of many,"
-        " so that batches fill (default: the patch, as published)",
+        "sides of images that keep their shape are multiples of this (default: the patch, as"
+        " published)",
         high=MAX_SIDE,
     )
+    buckets: str = knob(
+        "auto",
+        "sizes of images: own, each image's own shape, as published; fixed, 13 shapes near the"
+        " trained area, so that batches hold one size; auto: fixed where a step takes several"
+        " images and neither size_step nor height is given",
+        choices=("auto", "own", "fixed"),
+    )
     background: str = knob(
-        "white", "colour behind the transparent parts of pictures: a name, or #rrggbb"
+        "white", "colour behind the transparent parts of images: a name, or #rrggbb"
     )
     seed: int = knob(
         0,
@@ -198,6 +229,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError, naming the knob, for values that make no sense together or alone."""
+        if isinstance(self.data, str):  # one folder
+            object.__setattr__(self, "data", (self.data,) if self.data else ())
         for name in ("checkpoint", "data", "output"):
             if not getattr(self, name):
                 raise ValueError(
@@ -235,7 +268,11 @@ class TrainConfig:
                 f"quantize_frozen is {self.quantize_frozen}, and freeze '' leaves nothing frozen;"
                 " leave it off"
             )
-        for name in ("caption_dropout", "ema"):
+        if self.buckets == "fixed" and (self.height or self.size_step):
+            raise ValueError(
+                "buckets is fixed, which sets the sizes; leave out height, width and size_step"
+            )
+        for name in ("caption_dropout", "ema", "unmasked_weight"):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a share from 0 to 1")
         if self.step_in_backward and (self.accumulate > 1 or self.max_grad_norm):
@@ -370,6 +407,8 @@ def read_config(
 
 def cast(setting: Field, value: object) -> Any:
     """A value from TOML as the setting's type. Raises ValueError where it is of another."""
+    if setting.name == "data" and isinstance(value, str):
+        return (checked_text(setting.name, value),) if value else ()
     if setting.type is str and isinstance(value, str):
         return checked_text(setting.name, value)
     if setting.type is int and isinstance(value, float) and value.is_integer():

@@ -16,8 +16,8 @@ from ..flow import flow_matching_loss
 from ..meter import Meter, bytes_of, shapes_only
 from ..model import L2PTransformer
 from ..text import MAX_TOKENS
+from .buckets import target_size
 from .config import TrainConfig
-from .data import target_size
 from .run import compute_dtype, make_optimizer, prepare, refuse_quantized, trained_of
 
 HOST = "meta"  # stands for the memory beside the device's

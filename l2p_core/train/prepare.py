@@ -134,4 +134,5 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
         captions=[caption.to(device) for caption in batch.captions],
         noise=batch.noise.to(device),
         sigma=batch.sigma.to(device),
+        weight=None if batch.weight is None else batch.weight.to(device),
     )

@@ -24,6 +24,7 @@ FREE = (
     "learning_rate",
     "max_grad_norm",
     "batch",
+    "buckets",
     "save_every",
     "keep",
     "sample_every",
@@ -34,13 +35,16 @@ FREE = (
     "checkpointing",
     "offload_activations",
     "shard",
-)  # of `batch`, `load_state` looks at what all processes take
+)  # of `batch` and `buckets`, `load_state` looks at what all processes take
 PATHS = (
     "checkpoint",
     "data",
     "text_encoder",
     "tokenizer",
     "output",
+    "caption_column",
+    "trigger",
+    "regularization",
 )  # compared by content, see `Run.identity`
 
 
@@ -111,12 +115,13 @@ def load_state(
     optimizer: torch.optim.Optimizer,
     size: int,
     inputs: dict[str, object] | None = None,
+    batching: tuple[str, bool] | None = None,
 ) -> int:
     """Put a saved state back and return its step.
 
     size: images that all processes together take at once. inputs: what the run learns from now, see
-    `Run.identity`; not compared where there is none. Raises CheckpointError where the file can't be
-    read, ValueError where it is of another run."""
+    `Run.identity`; batching: see `Run.batching`; neither is compared where there is none. Raises
+    CheckpointError where the file can't be read, ValueError where it is of another run."""
     elsewhere = any(is_split(tensor) or tensor.device.type != "cpu" for tensor in tensors.values())
     state = read_state(file, elsewhere)
     if state.get("size", size) != size:
@@ -126,6 +131,8 @@ def load_state(
         )
     if inputs:
         compare_inputs(file, state.get("inputs"), inputs)
+    if batching:
+        compare_batching(file, state.get("batching"), *batching)
     if missing := [name for name in tensors if name not in state["tensors"]]:
         raise ValueError(
             f"{file} lacks {len(missing)} of {len(tensors)} trained tensors (first: {missing[0]}):"
@@ -186,6 +193,21 @@ def damaged(file: Path, why: str) -> CheckpointError:
         f"{file} can't be read ({why}), so this run can't be resumed. Restore the file; or move it"
         " and the step files away to start anew"
     )
+
+
+def compare_batching(file: Path, before: object, now: str, as_first_version: bool) -> None:
+    """Raise ValueError where a run would resume with other batches than it began with."""
+    if before is None and not as_first_version:
+        raise ValueError(
+            f"{file.parent} holds a run of an earlier version, which chose the validation set and"
+            " the batches of images of several sizes in another way, so it can't be resumed"
+            " exactly. Finish it with that version, or give another output"
+        )
+    if before is not None and before != now:
+        raise ValueError(
+            f"{file.parent} holds a run with other batches: buckets, the repeats of data or"
+            " regularization have changed. Give what it began with, or another output"
+        )
 
 
 def compare_inputs(file: Path, before: object, now: dict[str, Any]) -> None:

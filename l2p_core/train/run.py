@@ -9,6 +9,7 @@ resume.pt              the state from which a run resumes, bit for bit on a CPU
 """
 
 import math
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -33,8 +34,11 @@ from ..flow import flow_matching_loss
 from ..interrupt import Noted, noted
 from ..pipeline import L2PPipeline
 from ..prefetch import ahead
+from ..text import encoder_files, find_tokenizer
+from .buckets import planned_as_before, report, target_size
 from .config import OWN_RECIPES, TrainConfig, to_toml
-from .data import Batch, Batches, Encodings, Example, hold_out, read_examples
+from .data import Batch, Batches, Encodings, Example, hold_out
+from .dataset import Data, cache_folder, read_data
 from .prepare import (
     compute_dtype,
     make_optimizer,
@@ -150,6 +154,7 @@ class Run:
             True,
         )  # consistent: no optimizer step is half done
         check_run(self.output, config)
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         self.pipe = L2PPipeline.from_pretrained(
             config.checkpoint,
             config.text_encoder or None,
@@ -170,21 +175,21 @@ class Run:
                 f"size_step is {config.size_step}; this checkpoint draws multiples of {multiple}"
                 " pixels, so give one"
             )
-        examples = read_examples(
-            Path(config.data),
-            config.height and (config.height, config.width) or None,
-            config.max_pixels or math.prod(layout.trained_size),
-            config.size_step or multiple,
-            self.progress,
-        )
-        learned, held_out = hold_out(examples, config.held_out, config.seed)
+        encoder_files(
+            self.pipe.text_encoder_path
+        )  # a missing file is reported before images are read
+        find_tokenizer(self.pipe.text_encoder_path, self.pipe.tokenizer_path)
+        max_pixels = config.max_pixels or math.prod(layout.trained_size)
+        data = read_data(config, max_pixels, multiple, processes * config.batch, self.progress)
+        examples = data.examples
+        trained_on, held_out = hold_out(data.main, config.held_out, config.seed)
+        learned = data.epoch(trained_on)
         self.sample_size = Counter(example.size for example in examples).most_common(1)[0][0]
         self.prompts = (
             config.sample_prompts
             or tuple(dict.fromkeys(example.captions[0] for example in examples))[:4]
         )
-        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        self.encodings = Encodings(Path(config.cache or Path(config.data) / "encodings"), self.pipe)
+        self.encodings = Encodings(cache_folder(config), self.pipe)
         captions = list(
             dict.fromkeys(
                 [
@@ -204,6 +209,8 @@ class Run:
         self.batches = Batches(
             learned, self.encodings, config, layout.config.patch_size, processes, rank
         )
+        if self.progress:
+            print(report(learned, self.batches.size), file=sys.stderr)
         self.held_out: Batches | None = None
         if held_out:
             one_by_one = replace(config, caption_dropout=0.0, batch=1)
@@ -229,7 +236,14 @@ class Run:
         resume = self.output / "resume.pt"
         self.inputs = self.identity(examples) if self.main else {}
         self.step = self.saved = (
-            load_state(resume, self.saved_tensors, optimizer, self.batches.size, self.inputs)
+            load_state(
+                resume,
+                self.saved_tensors,
+                optimizer,
+                self.batches.size,
+                self.inputs,
+                self.batching(data, max_pixels, config.size_step or multiple),
+            )
             if resume.exists()
             else 0
         )
@@ -265,6 +279,19 @@ class Run:
             "images": [[example.name, example.digest] for example in examples],
         }
 
+    def batching(self, data: Data, max_pixels: int, multiple: int) -> tuple[str, bool]:
+        """Return the hash of the batches, and whether the first version made the same ones."""
+        fixed = (self.config.height, self.config.width)
+        own_sizes = all(
+            each.size == (fixed if fixed[0] else target_size(*each.pixels, max_pixels, multiple))
+            for each in data.examples
+            if each.pixels
+        )
+        same_rows = planned_as_before(
+            self.batches.examples, self.config.batch, self.accelerator.num_processes
+        )
+        return self.batches.fingerprint(), own_sizes and same_rows and not self.config.held_out
+
     def make_optimizer(self) -> torch.optim.Optimizer:
         """For `trained`, and for what else the loss trains: that goes into `saved_tensors`, by
         name, to be there when a run goes on."""
@@ -275,10 +302,18 @@ class Run:
         the number alone."""
         return self.batches[number]
 
+    def passes(self, number: int) -> list[Batch]:
+        """Return what this process takes through the model for a batch: one `Batch` for each size.
+
+        A recipe that replaces `batch` gets one."""
+        if type(self).batch is Run.batch and self.batches.is_mixed(number):
+            return self.batches.passes(number)
+        return [self.batch(number)]
+
     def loss(self, batch: Batch) -> Tensor:
         """What the gradient is taken of."""
         return flow_matching_loss(
-            self.model, batch.pictures, batch.captions, batch.noise, batch.sigma
+            self.model, batch.pictures, batch.captions, batch.noise, batch.sigma, batch.weight
         )
 
     def train(self) -> Path:
@@ -287,7 +322,7 @@ class Run:
         due = False
         with ExitStack() as stack:
             batches = stack.enter_context(
-                closing(ahead(map(self.batch, count(first * config.accumulate))))
+                closing(ahead(map(self.passes, count(first * config.accumulate))))
             )
             stack.enter_context(self.log)
             self.interrupted = stack.enter_context(noted())
@@ -404,7 +439,7 @@ class Run:
         if asked:
             raise Stopped
 
-    def learn(self, batches: Iterator[Batch]) -> bool:
+    def learn(self, batches: Iterator[list[Batch]]) -> bool:
         """One step of the optimizer. Returns whether any process was interrupted by now: a single
         process then leaves out a step of which batches are still missing.
 
@@ -420,23 +455,12 @@ class Run:
             if part and self.interrupted.is_set() and self.accelerator.num_processes == 1:
                 self.optimizer.zero_grad()
                 return True
-            batch = on_device(next(batches), self.device)
-            with (
-                nullcontext()
-                if part == config.accumulate - 1
-                else self.accelerator.no_sync(self.model)
-            ):
-                with (
-                    self.autocast(),
-                    (
-                        save_on_cpu(self.device.type == "cuda")
-                        if config.offload_activations
-                        else nullcontext()
-                    ),
-                ):
-                    part_loss = self.loss(batch)
-                self.accelerator.backward(part_loss / config.accumulate)
-            loss += part_loss.detach() / config.accumulate
+            passes = next(batches)
+            images = sum(len(batch.sigma) for batch in passes)
+            for place, batch in enumerate(passes, 1):
+                last = part == config.accumulate - 1 and place == len(passes)
+                share = len(batch.sigma) / images / config.accumulate
+                loss += self.backward(on_device(batch, self.device), share, last)
         if config.step_in_backward:
             norm = self.optimizer.optimizer.norm()
         else:
@@ -464,6 +488,21 @@ class Run:
             )
         self.consistent = True
         return asked > 0
+
+    def backward(self, batch: Batch, share: float, last: bool) -> Tensor:
+        """Add a batch's share of the step to the gradients, and return its share of the loss.
+
+        last: of the step, where processes exchange gradients."""
+        keeping = (
+            save_on_cpu(self.device.type == "cuda")
+            if self.config.offload_activations
+            else nullcontext()
+        )
+        with nullcontext() if last else self.accelerator.no_sync(self.model):
+            with self.autocast(), keeping:
+                loss = self.loss(batch)
+            self.accelerator.backward(loss * share)
+        return loss.detach() * share
 
     def rescue(self, error: Exception) -> None:
         """Save the state after an error in a step, where the weights are those of the last whole
@@ -504,6 +543,7 @@ class Run:
             "step": self.step,
             "size": self.batches.size,
             "inputs": self.inputs,
+            "batching": self.batches.fingerprint(),
             "tensors": gather(self.saved_tensors, self.main),
             "optimizer": gather(self.optimizer.state_dict(), self.main),
         }
