@@ -72,6 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_generate(commands)
+    add_serve(commands)
     add_queue(commands)
     add_inspect(commands)
     add_convert(commands)
@@ -112,22 +113,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
         metavar="PATH",
         help="a .png for one picture, a folder for several (default out.png)",
     )
-    parser.add_argument(
-        "--checkpoint",
-        metavar="PATH",
-        help="file, index or folder of shards (default: the bundled small model)",
-    )
-    parser.add_argument(
-        "--text-encoder",
-        metavar="PATH",
-        help=(
-            "Qwen3-4B: a folder such as Z-Image-Turbo, or qwen_3_4b.safetensors (default:"
-            " text_encoder/ beside the checkpoint)"
-        ),
-    )
-    parser.add_argument(
-        "--tokenizer", metavar="FOLDER", help="default: tokenizer/ in or beside the text encoder"
-    )
+    add_checkpoint(parser)
     image = parser.add_argument_group("image")
     add_settings(image, FIELDS)
     image.add_argument(
@@ -141,44 +127,11 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
         "--batch", type=int, default=1, help="pictures drawn at a time (default 1)"
     )
     machine.add_argument("--device", help="default: the GPU where there is one")
-    machine.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    machine.add_argument(
-        "--convrot",
-        type=int,
-        metavar="GROUP",
-        help="group size of rotated INT8 weights in a file that does not say so",
-    )
-    machine.add_argument(
-        "--decoder-tile",
-        type=int,
-        metavar="PIXELS",
-        help=(
-            "compute the local decoder in squares of this side, for the same picture in less"
-            " memory; 0 for the whole at once (default: large pictures are cut)"
-        ),
-    )
+    add_pipeline(machine)
     machine.add_argument(
         "--free-text-encoder",
         action="store_true",
         help="encode all prompts first, then free the encoder's memory",
-    )
-    machine.add_argument(
-        "--offload",
-        action=argparse.BooleanOptionalAction,
-        help=(
-            "keep the model in the CPU's memory, and on the GPU only the block that computes and"
-            " the next (default: where it would fill the GPU)"
-        ),
-    )
-    machine.add_argument(
-        "--batch-guidance",
-        action="store_true",
-        help="both passes of a guided step as one of twice the batch",
-    )
-    machine.add_argument(
-        "--compile-blocks",
-        action="store_true",
-        help="compile the model's blocks, which takes a while at the first pictures",
     )
     machine.add_argument(
         "--overwrite", action="store_true", help="draw again what was drawn with other settings"
@@ -193,8 +146,6 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     )
 
     def run(args: argparse.Namespace) -> None:
-        import torch
-
         from .batch import draw, plan, read_rows
         from .pipeline import BUNDLED_MODEL, L2PPipeline
 
@@ -202,17 +153,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
             raise ValueError("give a prompt, or a file of them with --prompts")
         rank, processes, device = share(args.device)
         pipe = L2PPipeline.from_pretrained(
-            args.checkpoint,
-            args.text_encoder,
-            args.tokenizer,
-            device,
-            getattr(torch, args.dtype),
-            args.convrot,
-            progress=args.checkpoint is not None,
-            decoder_tile=args.decoder_tile,
-            offload=args.offload,
-            batch_guidance=args.batch_guidance,
-            compile_blocks=args.compile_blocks,
+            **pipeline_arguments(args), device=device, progress=args.checkpoint is not None
         )
         if args.checkpoint is None and rank == 0:
             print(
@@ -263,6 +204,82 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run, when_stopped="The same command goes on where this one ended")
 
 
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which model to use."""
+    parser.add_argument(
+        "--checkpoint",
+        metavar="PATH",
+        help="file, index or folder of shards (default: the bundled small model)",
+    )
+    parser.add_argument(
+        "--text-encoder",
+        metavar="PATH",
+        help=(
+            "Qwen3-4B: a folder such as Z-Image-Turbo, or qwen_3_4b.safetensors (default:"
+            " text_encoder/ beside the checkpoint)"
+        ),
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="FOLDER", help="default: tokenizer/ in or beside the text encoder"
+    )
+
+
+def add_pipeline(machine: argparse._ArgumentGroup) -> None:
+    """Add the flags that say how the model is loaded and run."""
+    machine.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    machine.add_argument(
+        "--convrot",
+        type=int,
+        metavar="GROUP",
+        help="group size of rotated INT8 weights in a file that does not say so",
+    )
+    machine.add_argument(
+        "--decoder-tile",
+        type=int,
+        metavar="PIXELS",
+        help=(
+            "compute the local decoder in squares of this side, for the same picture in less"
+            " memory; 0 for the whole at once (default: large pictures are cut)"
+        ),
+    )
+    machine.add_argument(
+        "--offload",
+        action=argparse.BooleanOptionalAction,
+        help=(
+            "keep the model in the CPU's memory, and on the GPU only the block that computes and"
+            " the next (default: where it would fill the GPU)"
+        ),
+    )
+    machine.add_argument(
+        "--batch-guidance",
+        action="store_true",
+        help="both passes of a guided step as one of twice the batch",
+    )
+    machine.add_argument(
+        "--compile-blocks",
+        action="store_true",
+        help="compile the model's blocks, which takes a while at the first pictures",
+    )
+
+
+def pipeline_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags of `add_checkpoint` and `add_pipeline` are called by
+    `L2PPipeline.from_pretrained`."""
+    import torch
+
+    return {
+        "checkpoint": args.checkpoint,
+        "text_encoder": args.text_encoder,
+        "tokenizer": args.tokenizer,
+        "torch_dtype": getattr(torch, args.dtype),
+        "convrot_groupsize": args.convrot,
+        "decoder_tile": args.decoder_tile,
+        "offload": args.offload,
+        "batch_guidance": args.batch_guidance,
+        "compile_blocks": args.compile_blocks,
+    }
+
+
 def add_settings(
     group: argparse._ArgumentGroup, names: Iterable[str], defaults: bool = True
 ) -> None:
@@ -288,6 +305,134 @@ def share(device: str | None) -> tuple[int, int, str | None]:
     if device == "cuda" or device is None and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), device
+
+
+def add_serve(commands: argparse._SubParsersAction) -> None:
+    """Add the command `l2p serve`."""
+    parser = commands.add_parser(
+        "serve",
+        help="a web page and an API that generate images",
+        description=(
+            "Serve a web page and an HTTP API in the form of OpenAI's images API. The model is"
+            " loaded once for each GPU, or once on the CPU. Needs pip install"
+            " 'comfyui-l2p[serve]'."
+        ),
+    )
+    add_checkpoint(parser)
+    network = parser.add_argument_group("network")
+    network.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address to listen at; 0.0.0.0 for all, which needs an API key (default 127.0.0.1)",
+    )
+    network.add_argument(
+        "--port", type=int, default=23231, metavar="N", help="0 for any free one (default 23231)"
+    )
+    network.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help=(
+            "guards page and API; every user of this machine can read it in the list of processes,"
+            " so prefer one of the other two (default: L2P_API_KEY of the environment)"
+        ),
+    )
+    network.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="a file that holds the API key"
+    )
+    network.add_argument(
+        "--no-auth",
+        action="store_true",
+        help="let everyone who reaches the address use the server without a key",
+    )
+    machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "--gpus", metavar="N,N", help="GPUs to use, such as 0,2 (default: all visible ones)"
+    )
+    machine.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes for each GPU, or on the CPU (default 1)",
+    )
+    machine.add_argument(
+        "--batch",
+        type=int,
+        default=1,
+        metavar="N",
+        help="waiting images of equal settings to generate at a time (default 1)",
+    )
+    add_pipeline(machine)
+    limits = parser.add_argument_group("limits")
+    limits.add_argument(
+        "--max-side",
+        type=int,
+        metavar="PIXELS",
+        help="largest height and width (default: twice the trained resolution)",
+    )
+    for name, default, help in (
+        ("steps", 100, "most steps of an image"),
+        ("images", 10, "most images of a request"),
+        ("queue", 200, "most images that wait"),
+    ):
+        limits.add_argument(
+            f"--max-{name}",
+            type=int,
+            default=default,
+            metavar="N",
+            help=f"{help} (default {default})",
+        )
+    limits.add_argument(
+        "--max-upload-mb",
+        type=float,
+        default=20,
+        metavar="MB",
+        help="largest request, uploaded images included (default 20)",
+    )
+    page = parser.add_argument_group("page")
+    page.add_argument(
+        "--language",
+        choices=("en", "zh"),
+        help="language of the page (default: as the browser asks)",
+    )
+    page.add_argument("--no-page", action="store_true", help="serve the API only")
+
+    def run(args: argparse.Namespace) -> None:
+        require("serve", ("fastapi", "fastapi_offline", "uvicorn", "gradio", "prometheus_client"))
+        from .serve.run import ServeOptions, read_gpus, read_key, serve
+        from .serve.worker import PipelineOptions
+
+        options = ServeOptions(
+            host=args.host,
+            port=args.port,
+            gpus=read_gpus(args.gpus),
+            workers=args.workers,
+            batch=args.batch,
+            key=read_key(args.api_key, args.api_key_file),
+            no_auth=args.no_auth,
+            language=args.language,
+            page=not args.no_page,
+            max_side=args.max_side,
+            max_steps=args.max_steps,
+            max_images=args.max_images,
+            max_queue=args.max_queue,
+            max_upload_mb=args.max_upload_mb,
+        )
+        serve(options, PipelineOptions(pipeline_arguments(args)))
+
+    parser.set_defaults(run=run, when_stopped="Images that were not finished are lost")
+
+
+def require(extra: str, modules: tuple[str, ...]) -> None:
+    """Raise ImportError, saying what to install, where one of these modules is missing."""
+    from importlib.util import find_spec
+
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"{missing[0]} is not installed; it comes with: pip install 'comfyui-l2p[{extra}]'"
+        )
 
 
 def add_queue(commands: argparse._SubParsersAction) -> None:

@@ -3,6 +3,7 @@
 import errno
 import json
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -18,12 +19,12 @@ PNG_KEY = "l2p"  # the text chunk that carries an image's settings as JSON
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM")
 
 
-def open_image(file: str | Path, formats: tuple[str, ...] = FORMATS) -> Image.Image:
-    """Open an image file of one of these formats; nothing but its header is read yet.
+def open_image(file: str | Path | BinaryIO, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """Open an image file, or a stream, of one of these formats; nothing but its header is read yet.
 
     Raises OSError where it is of another format, damaged or missing, and ValueError where it has
     far too many pixels."""
-    if not Path(file).is_file():  # a FIFO would wait for ever
+    if isinstance(file, (str, Path)) and not Path(file).is_file():  # a FIFO would wait for ever
         raise FileNotFoundError(errno.ENOENT, "No such file", str(file))
     Image.init()
     known = [name for name in formats if name in Image.OPEN]
@@ -41,11 +42,16 @@ def open_image(file: str | Path, formats: tuple[str, ...] = FORMATS) -> Image.Im
 
 def save_image(image: Image.Image, output: Path, settings: dict) -> None:
     """Write a PNG with its settings, atomically."""
-    info = PngImagePlugin.PngInfo()
-    info.add_itxt(PNG_KEY, json.dumps(settings, ensure_ascii=False))
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(output) as stream:
-        image.save(stream, "PNG", pnginfo=info)
+        write_png(image, stream, settings)
+
+
+def write_png(image: Image.Image, stream: BinaryIO, settings: dict) -> None:
+    """Write a PNG with its settings to a stream."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(PNG_KEY, json.dumps(settings, ensure_ascii=False))
+    image.save(stream, "PNG", pnginfo=info)
 
 
 def read_image(file: str | Path) -> Image.Image:
@@ -54,13 +60,19 @@ def read_image(file: str | Path) -> Image.Image:
     Raises ValueError, with the reason, where it is missing or no readable image."""
     try:
         with open_image(file) as image:
-            image = ImageOps.exif_transpose(image)
+            return decode(image)
     except FileNotFoundError:
         raise ValueError(f"there is no {file}") from None
     except MemoryError:
         raise
     except Exception as error:  # whatever Pillow makes of a damaged file
         raise ValueError(f"{file} is not a readable image: {error}") from None
+
+
+def decode(image: Image.Image) -> Image.Image:
+    """Decode an opened image: upright, with 8 bits a channel. Raises what Pillow raises where it is
+    damaged."""
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits a pixel
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     return image
