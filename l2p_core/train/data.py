@@ -5,7 +5,7 @@ resumes anywhere."""
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
@@ -48,7 +48,7 @@ class Batch:
     captions: list[Tensor]  # B of (L, cap_feat_dim)
     noise: Tensor  # (B, 3, H, W)
     sigma: Tensor  # (B,)
-    weight: Tensor | None = None  # (B, 1, H, W) of the squared error; None: 1
+    weight: Tensor | None = field(default=None, kw_only=True)  # (B, 1, H, W) of the error
 
 
 class Encodings:
@@ -235,7 +235,7 @@ class Batches:
             [self.encodings[caption] for caption in captions],
             draw_noise((len(examples), 3, height, width), seeds),
             sigma[places],
-            self._weight(examples),
+            weight=self._weight(examples),
         )
 
     def _weight(self, examples: list[Example]) -> Tensor | None:
