@@ -155,6 +155,8 @@ def rows_of(folder: Path, reading: Reading) -> tuple[Path, list[dict]]:
             columns = ", ".join(dict.fromkeys(str(name) for row in rows for name in row))
             raise ValueError(f"{metadata} has no column {column}; its columns are {columns}")
         return metadata, rows
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; give one that holds images and captions")
     for place in (folder, folder / "images"):
         if rows := sidecar_rows(place):
             return place, rows
