@@ -172,7 +172,7 @@ class Run:
             layout.metadata["modelspec.resolution"] = f"{config.width}x{config.height}"
         if config.size_step % (multiple := layout.config.size_multiple):
             raise ValueError(
-                f"size_step is {config.size_step}; this checkpoint draws multiples of {multiple}"
+                f"size_step is {config.size_step}; this checkpoint needs multiples of {multiple}"
                 " pixels, so give one"
             )
         encoder_files(
