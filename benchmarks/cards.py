@@ -7,9 +7,6 @@ The files are sparse: the names, shapes and dtypes of the published ones, no wei
 counts as N GiB, of which 0.7 GB are taken by its driver and a desktop."""
 
 import argparse
-import json
-import math
-import struct
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,7 +15,7 @@ from comfyui_l2p.l2p_core import L2PConfig, L2PPipeline
 from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS
 from comfyui_l2p.l2p_core.estimate import estimate
 from comfyui_l2p.l2p_core.files.load import expected_shapes
-from load import BYTES, int8_tensors, published_tensors
+from load import encoded_header, int8_tensors, published_tensors
 
 CARDS = (8, 12, 16, 24)
 TAKEN = 0.7e9  # bytes, by driver and desktop
@@ -57,16 +54,10 @@ def larger_tensors(patch: int) -> Tensors:
 
 def write_sparse(path: Path, tensors: Tensors) -> None:
     """Write a safetensors file of the real size that takes no room."""
-    header, offset = {}, 0
-    for name, dtype, shape in tensors:
-        size = math.prod(shape) * BYTES[dtype]
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
-        offset += size
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    head, size = encoded_header(tensors)
     with path.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(encoded)) + encoded)
-        stream.truncate(8 + len(encoded) + offset)
+        stream.write(head)
+        stream.truncate(len(head) + size)
 
 
 def row(name: str, model: Path, encoder: Path, side: int, card: int) -> str:

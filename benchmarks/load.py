@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +57,18 @@ def int8_tensors() -> Iterator[tuple[str, str, tuple[int, ...]]]:
             yield f"model.diffusion_model.{name}_scale", "F32", (shape[0], 1)
 
 
+def encoded_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, int]:
+    """Return the beginning of a safetensors file of these tensors, and the bytes that follow it."""
+    header, offset = {}, 0
+    for name, dtype, shape in tensors:
+        size = math.prod(shape) * BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return struct.pack("<Q", len(encoded)) + encoded, offset
+
+
 def make(path: Path, tensors: list[tuple[str, str, tuple[int, ...]]]) -> None:
     """Write a safetensors file of random weights, a block of rows at a time: normal, standard
     deviation about 0.02, with outliers as trained models have them: one value in 1000 up to 30
@@ -66,15 +78,9 @@ def make(path: Path, tensors: list[tuple[str, str, tuple[int, ...]]]) -> None:
     pool = rng.standard_normal(POOL, dtype=np.float32) * 0.02
     pool[rng.random(POOL) < 0.001] *= 10
     pool, codes = torch.from_numpy(pool), rng.integers(-127, 128, POOL, dtype=np.int8)
-    header, offset = {}, 0
-    for name, dtype, shape in tensors:
-        size = math.prod(shape) * BYTES[dtype]
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
-        offset += size
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    head, _ = encoded_header(tensors)
     with path.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(encoded)) + encoded)
+        stream.write(head)
         for _, dtype, shape in tensors:
             rows, channels = (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
             scales = np.exp(rng.normal(0, 0.33, channels)) * np.where(

@@ -100,11 +100,10 @@ def draw(
 ) -> None:
     """Generate and write the images that do not exist yet, `batch` at a time, each file atomically.
 
-    free_text_encoder: encode all prompts first, then free the encoder's memory; None to do so where
-    the device's memory needs it. overwrite: generate
-    all. progress: show a bar. Raises ValueError, before anything is generated, where an image
-    exists with other settings, and AlreadyRunning where another run still writes there after `WAIT`
-    seconds."""
+    free_text_encoder: encode all prompts first, then free the encoder's memory; None to do so only
+    if the device's memory needs it. overwrite: generate all. progress: show a bar. Raises
+    ValueError, before anything is generated, where an image exists with other settings, and
+    AlreadyRunning where another run still writes there after `WAIT` seconds."""
     check_batch(batch)
     if not jobs:
         return
