@@ -1,15 +1,21 @@
 """The claim of L2P at toy scale: a latent model's middle layers, frozen, against the same pixel
-model from nothing.
+model from nothing, and against frozen layers that learned nothing.
 
-    python benchmarks/transfer.py --folder /tmp/transfer (an hour and a half on two CPU cores)
+    python benchmarks/transfer.py --folder /tmp/transfer (two hours on two CPU cores)
+    python benchmarks/transfer.py --folder /tmp/transfer --runs control
 
 A small latent Z-Image learns the shapes in latents that are fixed: the 16 principal components of 8
 x 8 pixels. `l2p convert` makes a pixel initialisation of it, and of the same latent model before it
-learned anything. Both get the same new ends, those of the small model's recipe (the published
-decoder is too wide to learn anything in so few steps), and are trained by that recipe, the first
-with its middle layers frozen, the second with all of it. Scores are of prompts that were never
-trained on, transfer.png shows the samples of both side by side, transfer-loss.png their losses, the
-second in red. Every part that is in the folder already is not made again."""
+learned anything. All get the same new ends, those of the small model's recipe (the published
+decoder is too wide to learn anything in so few steps), and are trained by that recipe:
+
+- transferred: the latent model's middle layers, frozen;
+- from-nothing: the untrained model, with all of its layers;
+- control: the untrained model, its middle layers frozen as they are.
+
+Scores are of prompts that were never trained on. transfer.png shows the samples side by side,
+transfer-loss.png the losses in black, red and blue. Every part that is in the folder already is not
+made again."""
 
 import argparse
 import json
@@ -54,6 +60,11 @@ CONFIG = L2PConfig(
     decoder=(Level("1", 8, 8, 8),),
 )
 FREEZE = "1:-1"  # four of six layers; of the full model's thirty, twenty
+RUNS = {  # name: (latent model, frozen layers)
+    "transferred": ("latent", FREEZE),
+    "from-nothing": ("untrained", ""),
+    "control": ("untrained", FREEZE),
+}
 BATCH = 16
 ASPECTS = ("right", "shape", "colour", "background", "place", "size", "clean")
 SETTINGS = Path(recipe.__file__).with_name("shapes.toml")
@@ -115,16 +126,20 @@ class LatentTransformer(L2PTransformer):
         )
 
 
-def learn_latents(folder: Path, encodings: dict[str, Tensor], steps: int) -> None:
-    """Write untrained.safetensors and latent.safetensors, and what the latter draws as
-    latent.json."""
+def untrained_model() -> LatentTransformer:
+    """Return the latent model before it learns."""
     torch.manual_seed(0)
+    model = LatentTransformer(CONFIG)
+    recipe.open_gates(model)
+    return model
+
+
+def learn_latents(folder: Path, encodings: dict[str, Tensor], steps: int) -> None:
+    """Write latent.safetensors, and what it generates as latent.json."""
     scenes = training_scenes()
     pictures = torch.cat([to_pixels(draw(scene)) for scene in scenes])
     latents = Latents(pictures)
-    model = LatentTransformer(CONFIG)
-    recipe.open_gates(model)
-    save(model, folder / "untrained.safetensors")
+    model = untrained_model()
     matrices = [
         weight
         for name, weight in model.named_parameters()
@@ -221,17 +236,14 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, default=1500, help="of each pixel model (default 1500)"
     )
-    parser.add_argument(
-        "--runs",
-        nargs="+",
-        default=["transferred", "from-nothing"],
-        choices=["transferred", "from-nothing"],
-    )
+    parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
     args = parser.parse_args()
     folder, data = args.folder, args.folder / "pictures"
     if not (data / "metadata.jsonl").exists():
         recipe.make_files(folder / "encoder" / "transformer.safetensors", data, 0)
-    if not (folder / "latent.json").exists():
+    if not (folder / "untrained.safetensors").exists():
+        save(untrained_model(), folder / "untrained.safetensors")
+    if "transferred" in args.runs and not (folder / "latent.json").exists():
         encoder = TextEncoder.load(
             folder / "encoder" / "text_encoder",
             folder / "encoder" / "tokenizer",
@@ -246,13 +258,10 @@ def main() -> None:
                 }
             }
         learn_latents(folder, encodings, args.latent_steps)
-    print((folder / "latent.json").read_text(), flush=True)
-    for name, source, freeze in (
-        ("transferred", "latent", FREEZE),
-        ("from-nothing", "untrained", ""),
-    ):
-        if name not in args.runs:
-            continue
+    if "transferred" in args.runs:
+        print((folder / "latent.json").read_text(), flush=True)
+    for name in args.runs:
+        source, freeze = RUNS[name]
         start = folder / f"{name}.safetensors"
         if not start.exists():
             convert_to_pixels(folder / f"{source}.safetensors", start)

@@ -23,7 +23,7 @@ from comfy.ldm.modules import attention
 from server import PromptServer
 from torch import Tensor
 
-from ..l2p_core.files.naming import split_packed_lora
+from ..l2p_core.files.lora import split_packed_lora
 from ..l2p_core.model import NORM_EPS, PUBLISHED, Attention
 
 INSTALLED = "_l2p_installed"  # set on ComfyUI's own module: a pack may be imported twice

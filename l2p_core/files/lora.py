@@ -19,7 +19,7 @@ from torch.nn import functional
 from ..model import L2PTransformer
 from .header import CheckpointError
 from .layout import Layout
-from .naming import lora_targets, split_packed_lora
+from .naming import lora_targets
 from .quantization import Int8Linear
 
 # How files call the two factors of a LoRA, behind the layer's name.
@@ -28,6 +28,13 @@ FACTOR = re.compile(
     r"|lora(?:_linear_layer)?\.(?:(down)|up)\.weight)"
 )
 PARTS = re.compile(r"(.+)\.(alpha|diff|hada_w[12]_[ab]|lokr_w[12](?:_[ab])?)")
+# A LoRA file's layer that changes q, k and v at once, in names with dots or underscores.
+PACKED_LORA = re.compile(r"(.*attention[._])qkv\.(.+)")
+# Parts of a change whose rows are the layer's.
+LORA_ROWS = re.compile(
+    r"lora_(?:B|up)(?:\.default)?(?:\.weight)?|lora(?:_linear_layer)?\.up\.weight"
+    r"|hada_w[12]_a|diff|set_weight"
+)
 
 
 class Change(NamedTuple):
@@ -80,6 +87,64 @@ class Recorded(NamedTuple):
             if f".{layer}".endswith(f".{pattern}"):
                 return float(alpha)
         return self.alpha
+
+
+def split_packed_lora(lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Split the changes of packed q, k and v into one change for each, named in the file's own
+    dialect.
+
+    Takes LoRA, LoHa, LoKr (with DoRA scales) and full differences; what acts on all rows at once,
+    such as OFT, stays as it is."""
+    out: dict[str, Tensor] = {}
+    packed: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in lora.items():
+        if found := PACKED_LORA.fullmatch(key):
+            packed.setdefault(found[1], {})[found[2]] = tensor
+        else:
+            out[key] = tensor
+    for attention, parts in packed.items():
+        thirds = _thirds(parts)
+        if thirds is None:
+            out |= {f"{attention}qkv.{part}": tensor for part, tensor in parts.items()}
+            continue
+        for name, third in zip(("to_q", "to_k", "to_v"), thirds):
+            out |= {f"{attention}{name}.{part}": tensor for part, tensor in third.items()}
+    return out
+
+
+def _thirds(parts: Mapping[str, Tensor]) -> list[dict[str, Tensor]] | None:
+    """The parts of a change of three times N rows, for each N rows. None where it can't be
+    split."""
+    if any(part.startswith("lokr_") for part in parts):
+        rows = next((parts[part].shape[0] for part in ("lokr_w1", "lokr_w1_a") if part in parts), 0)
+        if not rows:
+            return None
+        if rows % 3:
+            if "dora_scale" in parts:
+                return None
+            factors = {part: tensor for part, tensor in parts.items() if part != "alpha"}
+            alpha = float(parts["alpha"]) if "alpha" in parts else None
+            try:
+                change = Change(factors, alpha).rows(1.0)
+            except (KeyError, RuntimeError):  # a damaged file, which `changes` names
+                return None
+            return [{"diff": third} for third in change.chunk(3)]
+    elif not any(LORA_ROWS.fullmatch(part) for part in parts):
+        return None
+    thirds: list[dict[str, Tensor]] = [{}, {}, {}]
+    for part, tensor in parts.items():
+        of_rows = (
+            LORA_ROWS.fullmatch(part)
+            or part in ("lokr_w1", "lokr_w1_a")
+            or part == "dora_scale"
+            and tensor.shape[0] > 1
+        )
+        pieces = tensor.chunk(3) if of_rows else [tensor] * 3
+        if len(pieces) != 3 or pieces[0].shape != pieces[2].shape:
+            return None
+        for third, piece in zip(thirds, pieces):
+            third[part] = piece
+    return thirds
 
 
 def changes(lora: Layout, base: Layout) -> dict[str, Change]:

@@ -128,6 +128,11 @@ class TrainConfig:
         "train a LoRA of this rank on the main layers' attention, feed-forward and adaLN; all"
         " weights stay frozen. 0: train the weights",
     )
+    resume_lora: str = knob(
+        "",
+        "a LoRA file to start from, in any dialect that l2p generate takes; its rank is lora_rank."
+        " Layers that it lacks start anew",
+    )
     noise: str = knob(
         "auto",
         "paired: each picture meets the noise of its own seed each time, as published at 1K;"
@@ -267,6 +272,11 @@ class TrainConfig:
             raise ValueError(
                 f"quantize_frozen is {self.quantize_frozen}, and freeze '' leaves nothing frozen;"
                 " leave it off"
+            )
+        if self.resume_lora and not self.lora_rank:
+            raise ValueError(
+                f"resume_lora is {self.resume_lora}, and lora_rank 0 trains no LoRA; give the rank"
+                " of that file as lora_rank"
             )
         if self.buckets == "fixed" and (self.height or self.size_step):
             raise ValueError(

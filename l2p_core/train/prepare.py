@@ -1,6 +1,7 @@
 """What a run trains, in which dtype, and with which optimizer and learning rate."""
 
 import math
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -9,7 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..files.header import CheckpointError
-from ..files.layout import Layout
+from ..files.layout import Layout, read_layout
+from ..files.lora import Change, read_lora
 from ..model import L2PTransformer
 from .config import TrainConfig, layers_of
 from .data import Batch
@@ -91,6 +93,43 @@ def add_lora(model: L2PTransformer, config: TrainConfig) -> None:
             ),
             model,
         )
+
+
+def read_first_lora(config: TrainConfig, base: Layout) -> tuple[Layout, dict[str, Change]]:
+    """Return the LoRA that a run starts from, and what it changes, by the published names of
+    weights.
+
+    Raises CheckpointError where the run can't train it."""
+    lora = read_layout(config.resume_lora)
+    changes = read_lora(lora, base, 1.0)
+    for weight, change in changes.items():
+        if not change.low_rank:
+            kind = ", ".join(change.parts)
+            raise CheckpointError(
+                f"{lora.path.name} holds {kind} for {weight}, which is no LoRA; only a LoRA can be"
+                " trained further. Merge it into the checkpoint: l2p merge"
+            )
+        if not re.fullmatch(LORA_TARGETS, weight.removesuffix(".weight")):
+            raise CheckpointError(
+                f"{lora.path.name} changes {weight}, which a LoRA run does not train. Merge it into"
+                " the checkpoint: l2p merge"
+            )
+        if (rank := len(change.parts["down"])) != config.lora_rank:
+            raise CheckpointError(
+                f"{lora.path.name} has rank {rank} for {weight}, and lora_rank is"
+                f" {config.lora_rank}; give lora_rank {rank}"
+            )
+    return lora, changes
+
+
+@torch.no_grad()
+def start_from_lora(trained: dict[str, nn.Parameter], changes: dict[str, Change]) -> None:
+    """Give the LoRA of `add_lora` the factors of another; alpha goes into the second factor."""
+    for weight, change in changes.items():
+        layer = weight.removesuffix(".weight")
+        up = change.factor(1.0) * change.parts["up"].float()
+        trained[f"{layer}.lora_A.default.weight"].copy_(change.parts["down"])
+        trained[f"{layer}.lora_B.default.weight"].copy_(up)
 
 
 def make_optimizer(

@@ -149,8 +149,9 @@ def write_table(file: Path, rows: list[tuple | list], more: bool = False) -> Non
 
 
 def draw_curves(curves: list[list[tuple[int, float]]], file: Path) -> None:
-    """Write a PNG of curves of (step, loss), the second in red, each point the mean of those that
-    share a column of pixels."""
+    """Write a PNG of curves of (step, loss), the second in red, the third in blue.
+
+    Each point is the mean of those that share a column of pixels."""
     points = [point for curve in curves for point in curve]
     first, last = min(points)[0], max(points)[0]
     means = []
@@ -168,7 +169,7 @@ def draw_curves(curves: list[list[tuple[int, float]]], file: Path) -> None:
         [(MARGIN, MARGIN), (MARGIN, HEIGHT - MARGIN), (WIDTH - MARGIN, HEIGHT - MARGIN)],
         fill="grey",
     )
-    for by_column, colour in zip(means, ("black", "red")):
+    for by_column, colour in zip(means, ("black", "red", "blue")):
         if line := [
             (x, HEIGHT - MARGIN - mean / high * (HEIGHT - 2 * MARGIN))
             for x, mean in by_column.items()

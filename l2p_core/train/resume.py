@@ -45,6 +45,7 @@ PATHS = (
     "caption_column",
     "trigger",
     "regularization",
+    "resume_lora",
 )  # compared by content, see `Run.identity`
 
 
@@ -221,8 +222,8 @@ def compare_inputs(file: Path, before: object, now: dict[str, Any]) -> None:
         )
         return
     run = file.parent
-    for name in ("checkpoint", "text encoder", "tokenizer"):
-        if before.get(name) != now[name]:
+    for name in ("checkpoint", "text encoder", "tokenizer", "LoRA"):
+        if before.get(name) != now.get(name):
             raise ValueError(
                 f"{run} holds a run with another {name}: its contents have changed. Give the one it"
                 " began with, or another output"

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from ..files.atomic import WAIT, WriteError, atomic_write, locked, process_rank
 from ..files.header import hash_files
+from ..files.layout import Layout
 from ..files.load import load_model
 from ..flow import flow_matching_loss
 from ..interrupt import Noted, noted
@@ -45,7 +46,9 @@ from .prepare import (
     on_device,
     prepare,
     rate_at,
+    read_first_lora,
     refuse_quantized,
+    start_from_lora,
     trained_of,
 )
 from .record import Log, Row, draw_curves, samples_file, show_samples
@@ -166,6 +169,9 @@ class Run:
         )
         layout = self.pipe.layout
         refuse_quantized(layout)
+        first_lora, lora_changes = (
+            read_first_lora(config, layout) if config.resume_lora else (None, {})
+        )
         if config.height:
             self.pipe.check_size(config.height, config.width)
             # what it draws best from now on
@@ -224,6 +230,7 @@ class Run:
         if config.shard:
             shard(self.pipe.transformer, self.device, weights=config.shard == "all")
             self.trained = trained_of(self.pipe.transformer)
+        start_from_lora(self.trained, lora_changes)
         self.ema = (
             {name: parameter.detach().float().clone() for name, parameter in self.trained.items()}
             if config.ema
@@ -234,7 +241,7 @@ class Run:
         }
         optimizer = self.make_optimizer()
         resume = self.output / "resume.pt"
-        self.inputs = self.identity(examples) if self.main else {}
+        self.inputs = self.identity(examples, first_lora) if self.main else {}
         self.step = self.saved = (
             load_state(
                 resume,
@@ -268,7 +275,7 @@ class Run:
             with atomic_write(self.output / "config.toml") as stream:
                 stream.write(to_toml(config).encode())
 
-    def identity(self, examples: list[Example]) -> dict[str, object]:
+    def identity(self, examples: list[Example], first_lora: Layout | None) -> dict[str, object]:
         """Hashes of what the run learns from, which stay the same where files are moved. Images in
         the order of the metadata, as the validation set and the batches follow from it."""
         maker = self.encodings.maker
@@ -276,6 +283,7 @@ class Run:
             "checkpoint": hash_files(self.pipe.layout.files),
             "text encoder": maker["text_encoder_sha256"],
             "tokenizer": maker["tokenizer_and_config_sha256"],
+            "LoRA": hash_files(first_lora.files) if first_lora else None,
             "images": [[example.name, example.digest] for example in examples],
         }
 
