@@ -1,0 +1,52 @@
+"""The counts of the benchmarks against operations written out by hand, and bounds that a change of
+the network must not exceed."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+pytestmark = pytest.mark.slow
+LAYERS = 2  # of 30: counting is linear in them, and takes seconds a layer on a busy machine
+
+
+@pytest.fixture(scope="module")
+def counted():
+    """A guided step of the 1K model at 1024 pixels, its main layers but two left out."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import count
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    config = replace(count.published_config(16), n_layers=LAYERS)
+    return count.ours(config, 1024, (100, 12))
+
+
+def test_a_guided_step_is_counted_as_by_hand(counted):
+    """Two passes of 4096 image tokens with 128 and 32 of the prompt, 3840 wide, 10240 inside."""
+    tokens, width, inner = (4096 + 128, 4096 + 32), 3840, 10240
+    products = sum(2 * each * (4 * width**2 + 3 * width * inner) for each in tokens)
+    modulation = 2 * 2 * 256 * 4 * width
+    found = counted.total("main layers", "matmul")
+    assert found.flops == LAYERS * (products + modulation)
+    assert found.launches == LAYERS * 2 * 8
+    attention = counted.total("main layers", "attention")
+    assert attention.flops == LAYERS * sum(4 * each**2 * width for each in tokens)
+    assert attention.bytes == LAYERS * sum(4 * 2 * each * width for each in tokens)
+
+
+def test_a_guided_step_stays_within_bounds(counted):
+    """Of the whole model: what is beside the main layers, and 15 times the two."""
+    layers, whole = counted.total("main layers"), counted.total()
+    launches, flops, size = (
+        getattr(whole, what) + (30 // LAYERS - 1) * getattr(layers, what)
+        for what in ("launches", "flops", "bytes")
+    )
+    assert 108e12 < flops < 113.5e12
+    assert launches < 2400 and size < 206e9
+    assert 15 * counted.total("main layers", "element-wise").bytes < 115e9
+    assert counted.total("decoder").bytes < 10e9
