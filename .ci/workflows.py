@@ -26,13 +26,13 @@ import comfyui_browser  # noqa: E402
 import real_comfyui  # noqa: E402
 from workflow_variants import (
     BUNDLED,
+    INPUT_IMAGE,
     NAMES,
-    PICTURE,
     WORKFLOWS,
     add_downloads,
     api,
     canvas,
-    input_picture,
+    input_image,
     notes,
     small,
     write_models,
@@ -133,39 +133,39 @@ def without_nulls(value):
 def make_thumbnails(server: real_comfyui.Server, names: list[str]) -> None:
     """Generate and write the thumbnails of these workflows."""
 
-    def draw(name: str, steps: int = 30, **options) -> list[Image.Image]:
+    def generate(name: str, steps: int = 30, **options) -> list[Image.Image]:
         prompt = options.pop("prompt", PROMPTS.get(name, SHAPES[0]))
         files = server.run(small(name, steps, prompt, model_4k=BUNDLED, **options))
         return [Image.open(io.BytesIO(file)).convert("RGB") for file in files]
 
     write_models(server.models, patch_64=False)
-    first = draw("core_nodes", prompt=SHAPES[0])[0]
-    server.upload(PICTURE, input_picture(first))
+    first = generate("core_nodes", prompt=SHAPES[0])[0]
+    server.upload(INPUT_IMAGE, input_image(first))
     for name in names:
         match name:
             case "image_to_image":
-                picture = halves(first, draw(name, denoise=0.8)[0])
+                image = halves(first, generate(name, denoise=0.8)[0])
             case "inpaint":
                 masked = first.copy()
                 ImageDraw.Draw(masked).rectangle(
                     (masked.width // 2, 0, *masked.size), fill=(127, 127, 127)
                 )
-                picture = halves(masked, draw(name)[0])
+                image = halves(masked, generate(name)[0])
             case "lora":
-                picture = halves(draw("text_to_image")[0], draw(name)[0])
+                image = halves(generate("text_to_image")[0], generate(name)[0])
             case "upscale_to_4k":
-                picture = halves(draw("text_to_image")[0], draw(name)[0])
+                image = halves(generate("text_to_image")[0], generate(name)[0])
             case "batch_of_prompts":
-                picture = grid(
+                image = grid(
                     [
                         each.resize((SIDE // 2,) * 2, Image.Resampling.LANCZOS)
-                        for each in draw(name, prompt="\n".join(SHAPES))
+                        for each in generate(name, prompt="\n".join(SHAPES))
                     ]
                 )
             case _:
-                picture = draw(name)[-1].resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+                image = generate(name)[-1].resize((SIDE, SIDE), Image.Resampling.LANCZOS)
         path = WORKFLOWS / f"{name}.jpg"
-        picture.save(path, quality=85, optimize=True)
+        image.save(path, quality=85, optimize=True)
         print("thumbnail", name, path.stat().st_size, flush=True)
 
 
@@ -180,11 +180,11 @@ def halves(before: Image.Image, after: Image.Image) -> Image.Image:
     return out
 
 
-def grid(pictures: list[Image.Image]) -> Image.Image:
+def grid(images: list[Image.Image]) -> Image.Image:
     """Four images as one."""
     out = Image.new("RGB", (SIDE, SIDE))
-    for index, picture in enumerate(pictures):
-        out.paste(picture, (index % 2 * SIDE // 2, index // 2 * SIDE // 2))
+    for index, image in enumerate(images):
+        out.paste(image, (index % 2 * SIDE // 2, index // 2 * SIDE // 2))
     return out
 
 

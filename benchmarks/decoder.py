@@ -47,7 +47,7 @@ def main() -> None:
     dtype = getattr(torch, args.dtype)
     columns = (
         "patch",
-        "picture",
+        "image",
         "tile",
         "peak, GiB",
         "estimate",

@@ -17,8 +17,8 @@ from unittest.mock import patch
 import torch
 from comfyui_l2p.l2p_core import L2PPipeline, flow, model
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
-from comfyui_l2p.l2p_core.shapes.pictures import test_scenes
-from comfyui_l2p.l2p_core.shapes.score import draw, score
+from comfyui_l2p.l2p_core.shapes.scenes import test_scenes
+from comfyui_l2p.l2p_core.shapes.score import generate, score
 from comfyui_l2p.l2p_core.step_cache import StepCache
 from comfyui_l2p.quant.quantize import Options, quantize
 from quantization import psnr
@@ -98,11 +98,11 @@ def main() -> None:
                 "StepCache",
                 lambda *args, **kw: caches.append(StepCache(*args, **kw)) or caches[-1],
             ):
-                pictures = draw(pipe, captions, **settle(drawn))
+                images = generate(pipe, captions, **settle(drawn))
             left_out = sum(cache.skipped for cache in caches) / max(
                 1, sum(cache.skipped + cache.ran for cache in caches)
             )
-            wanted = wanted or pictures
+            wanted = wanted or images
             times = [
                 (seconds(pipe, captions[0], drawn), seconds(plain, captions[0], {}))
                 for _ in range(args.rounds + 1)
@@ -110,8 +110,8 @@ def main() -> None:
             ratio = median(one / other for one, other in times)
             print(
                 f"| {name} | {ratio:.2f} |"
-                f" {'' if name == 'plain' else f'{psnr(pictures, wanted):.1f} dB'} |"
-                f" {score(pictures, scenes)['right']} | {f'{left_out:.0%}' if caches else ''} |",
+                f" {'' if name == 'plain' else f'{psnr(images, wanted):.1f} dB'} |"
+                f" {score(images, scenes)['right']} | {f'{left_out:.0%}' if caches else ''} |",
                 flush=True,
             )
 

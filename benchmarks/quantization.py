@@ -15,8 +15,8 @@ import numpy as np
 from comfyui_l2p.l2p_core import L2PPipeline
 from comfyui_l2p.l2p_core.files.quantization import FORMATS
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
-from comfyui_l2p.l2p_core.shapes.pictures import test_scenes
-from comfyui_l2p.l2p_core.shapes.score import draw, score
+from comfyui_l2p.l2p_core.shapes.scenes import test_scenes
+from comfyui_l2p.l2p_core.shapes.score import generate, score
 from comfyui_l2p.quant.quantize import Options, quantize
 from PIL import Image
 
@@ -24,10 +24,10 @@ CHECKPOINT = BUNDLED_MODEL / "transformer.safetensors"
 KINDS = [(name, kind) for name, about in FORMATS.items() for kind in about.granularities]
 
 
-def psnr(pictures: list[Image.Image], wanted: list[Image.Image]) -> float:
+def psnr(images: list[Image.Image], wanted: list[Image.Image]) -> float:
     squares = [
         np.square(np.asarray(one, float) - np.asarray(other, float)).mean()
-        for one, other in zip(pictures, wanted, strict=True)
+        for one, other in zip(images, wanted, strict=True)
     ]
     return 10 * math.log10(255**2 / np.mean(squares))
 
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=60, help="images (default 60)")
     scenes = test_scenes(parser.parse_args().count)
     captions = [scene.caption() for scene in scenes]
-    wanted = draw(L2PPipeline.from_pretrained(), captions)
+    wanted = generate(L2PPipeline.from_pretrained(), captions)
     print(
         "| format | granularity | PSNR | right |\n|---|---|---|---|\n| bfloat16 | | |"
         f" {score(wanted, scenes)['right']} |",
@@ -51,12 +51,12 @@ def main() -> None:
             quantize(
                 CHECKPOINT, file, Options(format=kind, granularity=granularity, preset="small")
             )
-            pictures = draw(
+            images = generate(
                 L2PPipeline.from_pretrained(file, BUNDLED_MODEL / "text_encoder"), captions
             )
             print(
-                f"| {kind} | {granularity} | {psnr(pictures, wanted):.1f} dB |"
-                f" {score(pictures, scenes)['right']} |",
+                f"| {kind} | {granularity} | {psnr(images, wanted):.1f} dB |"
+                f" {score(images, scenes)['right']} |",
                 flush=True,
             )
 

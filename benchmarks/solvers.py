@@ -12,10 +12,10 @@ import torch
 from comfyui_l2p.l2p_core import L2PPipeline
 from comfyui_l2p.l2p_core.flow import SOLVERS, guided_velocity, schedule
 from comfyui_l2p.l2p_core.pipeline import draw_noise
-from comfyui_l2p.l2p_core.shapes.pictures import test_scenes
+from comfyui_l2p.l2p_core.shapes.scenes import test_scenes
 from tqdm import tqdm
 
-PICTURES = 8
+IMAGES = 8
 REFERENCE_STEPS = 400
 STEPS = (6, 8, 10, 12, 14, 16, 18, 20, 24, 30, 50)
 SHIFTS = (3.0, 2.0)  # the published one first
@@ -23,12 +23,12 @@ SHIFTS = (3.0, 2.0)  # the published one first
 
 def main() -> None:
     pipe = L2PPipeline.from_pretrained(torch_dtype=torch.float32)
-    scenes = random.Random(1).sample(test_scenes(), PICTURES)
+    scenes = random.Random(1).sample(test_scenes(), IMAGES)
     captions = [pipe.encode_prompt(scene.caption()) for scene in scenes]
     velocity = guided_velocity(
-        pipe.transformer, captions, [pipe.encode_prompt("")] * PICTURES, pipe.defaults.cfg_scale
+        pipe.transformer, captions, [pipe.encode_prompt("")] * IMAGES, pipe.defaults.cfg_scale
     )
-    noise = draw_noise((PICTURES, 3, pipe.defaults.height, pipe.defaults.width), 0).to(pipe.device)
+    noise = draw_noise((IMAGES, 3, pipe.defaults.height, pipe.defaults.width), 0).to(pipe.device)
 
     def solution(name: str, shift: float, steps: int) -> torch.Tensor:
         return SOLVERS[name](velocity, noise, schedule(steps, shift=shift))

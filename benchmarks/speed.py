@@ -119,7 +119,7 @@ def ours(
     seconds, first = watch(pipe.transformer, args)
     pipe.text_encoder
     begun = now(args)
-    picture = pipe(
+    image = pipe(
         PROMPT,
         seed=0,
         height=args.size,
@@ -132,7 +132,7 @@ def ours(
         ),
     )
     took = now(args) - begun
-    picture.save(args.checkpoint.with_name("picture.png"))
+    image.save(args.checkpoint.with_name("image.png"))
     return seconds, took, first[0]
 
 
@@ -187,7 +187,7 @@ def published(args: argparse.Namespace) -> tuple[list[float], float, Tensor]:
         )
     seconds, first = watch(pipe.dit, args)
     begun = now(args)
-    picture = pipe(
+    image = pipe(
         PROMPT,
         seed=0,
         height=args.size,
@@ -196,7 +196,7 @@ def published(args: argparse.Namespace) -> tuple[list[float], float, Tensor]:
         cfg_scale=2.0,
     )
     took = now(args) - begun
-    picture.save(args.checkpoint.with_name("picture.png"))
+    image.save(args.checkpoint.with_name("image.png"))
     return seconds, took, first[0][0][0].transpose(0, 1)
 
 
@@ -278,14 +278,14 @@ def measure(args: argparse.Namespace) -> None:
     """Run one program in this process and print what it took, as JSON."""
     if args.processor_time:
         torch.set_num_threads(1)
-    seconds, picture, first = RUNS[args.side](args)
+    seconds, image, first = RUNS[args.side](args)
     saved = time.process_time() if args.processor_time else time.time() - args.begun
     torch.save(first.float().cpu().clone(), args.checkpoint.with_name(f"{args.side}.pt"))
     print(
         json.dumps(
             {
                 "evaluation": median(seconds),
-                "picture": picture,
+                "image": image,
                 "saved": saved,
                 "memory": torch.cuda.max_memory_allocated() if args.device == "cuda" else 0,
             }
@@ -324,8 +324,8 @@ def run(side: str, dtype: str, args: argparse.Namespace) -> dict[str, float]:
     result = json.loads(process.stdout.read().splitlines()[-1])
     return {
         "evaluation": result["evaluation"],
-        "picture": result["picture"],
-        "start to file": result["picture"] and result["saved"],
+        "image": result["image"],
+        "start to file": result["image"] and result["saved"],
         "memory": (result["memory"] or peak) / 1e9,
     }
 
@@ -383,7 +383,7 @@ def main() -> None:
         from comfyui_l2p.quant.quantize import quantize
 
         quantize(args.checkpoint, int8_of(args.checkpoint))
-    columns = ("evaluation", "picture", "start to file", "memory")
+    columns = ("evaluation", "image", "start to file", "memory")
     threads = (
         "processor time of 1 thread"
         if args.processor_time

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from comfyui_l2p.l2p_core import L2PPipeline
 from comfyui_l2p.l2p_core.images import to_pixels
-from comfyui_l2p.l2p_core.shapes.pictures import test_scenes
+from comfyui_l2p.l2p_core.shapes.scenes import test_scenes
 from comfyui_l2p.l2p_core.shapes.score import score
 from comfyui_l2p.l2p_core.stages import REDRAWS, enlarge, windows
 from PIL import Image
@@ -39,7 +39,7 @@ def seam(pixels: Tensor, start: Tensor, borders: list[int], reach: int) -> float
 
     Blurred pixels of one 8-bit level count too: half a level is added to both."""
     at, elsewhere = [], []
-    for picture, before in ((pixels, start), (pixels.mT, start.mT)):
+    for image, before in ((pixels, start), (pixels.mT, start.mT)):
         low, high = (
             -F.max_pool2d(-before, 2 * reach + 1, 1, reach),
             F.max_pool2d(before, 2 * reach + 1, 1, reach),
@@ -47,7 +47,7 @@ def seam(pixels: Tensor, start: Tensor, borders: list[int], reach: int) -> float
         plain = ((high - low).amax(1) * 127.5 < EVEN)[..., 1:]
         border = torch.zeros(plain.shape[-1], dtype=torch.bool)
         border[[place - 1 for place in borders]] = True
-        across = steps_across(picture)
+        across = steps_across(image)
         at.append(across[plain & border])
         elsewhere.append(across[plain & ~border])
     return float((torch.cat(at).mean() + 0.5) / (torch.cat(elsewhere).mean() + 0.5))
@@ -88,13 +88,13 @@ def main() -> None:
                 seed=list(range(first, first + len(batch))),
                 **{**FAST, **settings},
             )
-        return torch.cat([to_pixels(picture) for picture in drawn])
+        return torch.cat([to_pixels(image) for image in drawn])
 
     def right(pixels: Tensor) -> float:
         shrunk = F.interpolate((pixels + 1) * 127.5, (trained, trained), mode="area").round().byte()
-        return score(
-            [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in shrunk], scenes
-        )["right"]
+        return score([Image.fromarray(image.permute(1, 2, 0).numpy()) for image in shrunk], scenes)[
+            "right"
+        ]
 
     first = draw()
     start = enlarge(first, side, side)

@@ -139,7 +139,7 @@ def main() -> None:
     if not checkpoint.exists():
         make(drawn, args.scale)
         export(drawn, checkpoint, "published", dtype="fp32")
-    data = make_data(args.folder / f"pictures-{args.size}", args.size)
+    data = make_data(args.folder / f"images-{args.size}", args.size)
     print("| | estimated | measured | estimated / measured |\n|---|---|---|---|", flush=True)
     for name in args.only:
         output = args.folder / f"run-{time.time_ns()}"

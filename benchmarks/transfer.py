@@ -28,9 +28,9 @@ from comfyui_l2p.l2p_core import L2PTransformer
 from comfyui_l2p.l2p_core.config import L2PConfig, Level
 from comfyui_l2p.l2p_core.files.layout import read_layout
 from comfyui_l2p.l2p_core.flow import euler, flow_matching_loss, guided_velocity, schedule
-from comfyui_l2p.l2p_core.images import to_pictures, to_pixels
+from comfyui_l2p.l2p_core.images import to_images, to_pixels
 from comfyui_l2p.l2p_core.shapes import train as recipe
-from comfyui_l2p.l2p_core.shapes.pictures import SIZE, draw, test_scenes, training_scenes
+from comfyui_l2p.l2p_core.shapes.scenes import SIZE, render, test_scenes, training_scenes
 from comfyui_l2p.l2p_core.shapes.score import score
 from comfyui_l2p.l2p_core.text import TextEncoder
 from comfyui_l2p.l2p_core.train.config import read_config
@@ -74,16 +74,16 @@ class Latents:
     """Images (B, 3, H, W) to (B, 16, H / 8, W / 8) and back, by the principal components of the
     training images' blocks."""
 
-    def __init__(self, pictures: Tensor):
-        blocks = F.pixel_unshuffle(pictures, BLOCK).movedim(1, -1).flatten(0, 2)
+    def __init__(self, images: Tensor):
+        blocks = F.pixel_unshuffle(images, BLOCK).movedim(1, -1).flatten(0, 2)
         self.mean = blocks.mean(0)
         _, _, components = torch.linalg.svd((blocks - self.mean)[::7], full_matrices=False)
         self.components = components[:CHANNELS]
         self.scale = ((blocks - self.mean) @ self.components.T).std(0)
 
-    def encode(self, pictures: Tensor) -> Tensor:
+    def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) → latents (B, C, H / 4, W / 4)."""
-        blocks = F.pixel_unshuffle(pictures, BLOCK).movedim(1, -1)
+        blocks = F.pixel_unshuffle(images, BLOCK).movedim(1, -1)
         return ((blocks - self.mean) @ self.components.T / self.scale).movedim(-1, 1)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -137,8 +137,8 @@ def untrained_model() -> LatentTransformer:
 def learn_latents(folder: Path, encodings: dict[str, Tensor], steps: int) -> None:
     """Write latent.safetensors, and what it generates as latent.json."""
     scenes = training_scenes()
-    pictures = torch.cat([to_pixels(draw(scene)) for scene in scenes])
-    latents = Latents(pictures)
+    images = torch.cat([to_pixels(render(scene)) for scene in scenes])
+    latents = Latents(images)
     model = untrained_model()
     matrices = [
         weight
@@ -151,7 +151,7 @@ def learn_latents(folder: Path, encodings: dict[str, Tensor], steps: int) -> Non
     optimizer = recipe.CombinedOptimizer(
         recipe.Muon(matrices, 1.5, 0.01), torch.optim.AdamW([{"params": rest}], betas=(0.9, 0.99))
     )
-    encoded, generator = latents.encode(pictures), torch.Generator().manual_seed(0)
+    encoded, generator = latents.encode(images), torch.Generator().manual_seed(0)
     for step in trange(steps):
         chosen = torch.randint(len(scenes), (BATCH,), generator=generator).tolist()
         captions = [
@@ -186,17 +186,17 @@ def learn_latents(folder: Path, encodings: dict[str, Tensor], steps: int) -> Non
     drawn = latents.decode(
         euler(velocity, torch.randn(100, CHANNELS, side, side, generator=generator), schedule(30))
     )
-    known = latents.decode(latents.encode(torch.cat([to_pixels(draw(scene)) for scene in tests])))
+    known = latents.decode(latents.encode(torch.cat([to_pixels(render(scene)) for scene in tests])))
     (folder / "latent.json").write_text(
         json.dumps(
             {
                 "loss": loss.item(),
-                "score": score(to_pictures(drawn), tests),
-                "score of the latents themselves": score(to_pictures(known), tests),
+                "score": score(to_images(drawn), tests),
+                "score of the latents themselves": score(to_images(known), tests),
             }
         )
     )
-    grid([to_pictures(drawn)[:8]]).save(folder / "latent.png")
+    grid([to_images(drawn)[:8]]).save(folder / "latent.png")
 
 
 def convert_to_pixels(latent: Path, file: Path) -> None:
@@ -238,7 +238,7 @@ def main() -> None:
     )
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
     args = parser.parse_args()
-    folder, data = args.folder, args.folder / "pictures"
+    folder, data = args.folder, args.folder / "images"
     if not (data / "metadata.jsonl").exists():
         recipe.make_files(folder / "encoder" / "transformer.safetensors", data, 0)
     if not (folder / "untrained.safetensors").exists():

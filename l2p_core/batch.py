@@ -90,7 +90,7 @@ def plan(
     return jobs
 
 
-def draw(
+def generate(
     jobs: list[Job],
     pipe: L2PPipeline,
     batch: int = 1,
@@ -147,7 +147,7 @@ def draw(
         missing = [
             job
             for job in jobs
-            if overwrite or not job.output.exists() or not is_drawn(job.output, record(job))
+            if overwrite or not job.output.exists() or not is_generated(job.output, record(job))
         ]
         if len(missing) < len(jobs):
             print(f"{len(jobs) - len(missing)} of {len(jobs)} images exist already")
@@ -243,7 +243,7 @@ def batches(jobs: list[Job], size: int) -> Iterator[list[Job]]:
             yield group
 
 
-def is_drawn(output: Path, wanted: dict) -> bool:
+def is_generated(output: Path, wanted: dict) -> bool:
     """Return True where the file has the settings wanted, and False where it has them and is torn.
     Raises ValueError where it has others, or none.
 

@@ -256,7 +256,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     def run(args: argparse.Namespace) -> None:
         import torch
 
-        from .batch import draw, plan
+        from .batch import generate, plan
         from .pipeline import BUNDLED_MODEL, L2PPipeline
         from .tables import read_rows
 
@@ -290,7 +290,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
         if args.estimate:
             print_estimate(pipe, jobs, args.batch, args.free_text_encoder, args.memory)
             return
-        draw(
+        generate(
             jobs[rank::processes],
             pipe,
             args.batch,
@@ -774,7 +774,7 @@ def add_export(commands: argparse._SubParsersAction) -> None:
 
 def add_synthesize(commands: argparse._SubParsersAction) -> None:
     """Add the command `l2p synthesize`."""
-    from .train.config import Draws
+    from .train.config import SynthesizeConfig
 
     parser = commands.add_parser(
         "synthesize",
@@ -795,7 +795,7 @@ def add_synthesize(commands: argparse._SubParsersAction) -> None:
         "--model", required=True, metavar="FOLDER", help="the latent model, such as Z-Image-Turbo"
     )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
-    for each in fields(Draws):
+    for each in fields(SynthesizeConfig):
         parser.add_argument(
             f"--{each.name}",
             type=each.type,
@@ -825,7 +825,9 @@ def add_synthesize(commands: argparse._SubParsersAction) -> None:
             prompts,
             args.model,
             args.output,
-            Draws(**{each.name: getattr(args, each.name) for each in fields(Draws)}),
+            SynthesizeConfig(
+                **{each.name: getattr(args, each.name) for each in fields(SynthesizeConfig)}
+            ),
             args.batch,
             device,
             rank=rank,

@@ -27,7 +27,7 @@ from .images import open_image, to_pixels
 from .meter import Meter
 from .pipeline import BUNDLED_MODEL, L2PPipeline
 from .proof import AFTER_SCALE, SCENE_PROMPT, Finding, Probe, draw_scene, prove, untested
-from .shapes import pictures
+from .shapes import scenes
 from .text import find_tokenizer
 
 PACKAGES = ("torch", "transformers", "safetensors", "Pillow", "numpy")
@@ -289,7 +289,7 @@ def proof_size(pipe: L2PPipeline) -> tuple[int, int]:
     """Return height and width of the proof: the trained resolution, on a CPU at most 16 tokens a
     side."""
     if knows_shapes_only(pipe.layout):
-        return pictures.SIZE, pictures.SIZE
+        return scenes.SIZE, scenes.SIZE
     height, width = pipe.layout.trained_size
     if pipe.device.type != "cpu":
         return height, width
@@ -311,8 +311,8 @@ def proof_scene(
         with open_image(image) as opened:
             return opened.convert("RGB").resize((width, height)), prompt or ""
     if knows_shapes_only(pipe.layout):
-        scene = pictures.test_scenes(1)[0]
-        return pictures.draw(scene), scene.caption() if prompt is None else prompt
+        scene = scenes.test_scenes(1)[0]
+        return scenes.render(scene), scene.caption() if prompt is None else prompt
     return draw_scene(height, width), SCENE_PROMPT if prompt is None else prompt
 
 

@@ -29,7 +29,7 @@ BLOCKS = ("layers.", "noise_refiner.", "context_refiner.")  # what `offload` str
 
 def estimate(
     pipe: L2PPipeline,
-    picture: CompleteSettings,
+    settings: CompleteSettings,
     batch: int,
     free_text_encoder: bool,
     encode_on_cpu: bool = False,
@@ -41,23 +41,23 @@ def estimate(
     A text encoder that is not there, or works on the CPU, counts as nothing.
     Prompts count as 512 tokens. Two steps of the last stage are run on tensors that have only a
     shape."""
-    needed = needs(pipe, picture, batch)
+    needed = needs(pipe, settings, batch)
     streamed = pipe.streamed
-    drawing = {
+    generating = {
         "model": needed.streamed if streamed else needed.model,
         "images and what passes": needed.passing(pipe.decoder_tile),
     }
     encoder = 0 if encode_on_cpu else needed.text_encoder
-    parts = drawing if free_text_encoder else {"text encoder": encoder, **drawing}
-    in_all = max(sum(drawing.values()), encoder) if free_text_encoder else sum(parts.values())
+    parts = generating if free_text_encoder else {"text encoder": encoder, **generating}
+    in_all = max(sum(generating.values()), encoder) if free_text_encoder else sum(parts.values())
     beside = {"in the CPU's memory": needed.model} if streamed else {}
     multiple = pipe.layout.config.size_multiple
     passes = []
-    for stage in pipe.plan_stages(picture):
+    for stage in pipe.plan_stages(settings):
         tiles = windows(stage.height, stage.width, stage.window, multiple)
         passes.append(
             (
-                passes_of(picture, stage) * len(tiles),
+                passes_of(settings, stage) * len(tiles),
                 min(stage.height, stage.window or stage.height),
                 min(stage.width, stage.window or stage.width),
             )
@@ -65,7 +65,7 @@ def estimate(
     return {**parts, "in all": in_all, **beside}, passes
 
 
-def needs(pipe: L2PPipeline, picture: CompleteSettings, batch: int) -> Needs:
+def needs(pipe: L2PPipeline, settings: CompleteSettings, batch: int) -> Needs:
     """Return what generating takes, for `fit.place`."""
     by_block: Counter[str] = Counter()  # bytes, by the part of the name that tells a block
     for name, size in bytes_in_memory(pipe.layout, pipe.dtype).items():
@@ -74,7 +74,7 @@ def needs(pipe: L2PPipeline, picture: CompleteSettings, batch: int) -> Needs:
     outside = by_block.pop("")
     streamed = outside + sum(size for _, size in by_block.most_common(2))
     encoder = encoder_bytes(pipe.text_encoder_path, pipe.dtype)
-    return Needs(encoder, model, streamed, cache(partial(passing, pipe, picture, batch)))
+    return Needs(encoder, model, streamed, cache(partial(passing, pipe, settings, batch)))
 
 
 def encoder_bytes(text_encoder: Path, dtype: torch.dtype) -> int:
@@ -86,13 +86,13 @@ def encoder_bytes(text_encoder: Path, dtype: torch.dtype) -> int:
 
 
 def passing(
-    pipe: L2PPipeline, picture: CompleteSettings, batch: int, decoder_tile: int | None
+    pipe: L2PPipeline, settings: CompleteSettings, batch: int, decoder_tile: int | None
 ) -> int:
     """Return the bytes of images and of what passes through the model, at the peak."""
     layout, dtype = pipe.layout, pipe.dtype
     with torch.device("meta"):
         model = L2PTransformer(layout.config).to(dtype).requires_grad_(False)
-    last = pipe.plan_stages(picture)[-1]
+    last = pipe.plan_stages(settings)[-1]
     sigmas = schedule(2)  # numbers, so not made on shapes
     with shapes_only(model), Meter() as meter:
         captions = [
@@ -103,7 +103,7 @@ def passing(
             model,
             captions,
             captions,
-            picture.cfg_scale,
+            settings.cfg_scale,
             batch_guidance=pipe.batch_guidance,
             decoder_tile=decoder_tile,
         )
@@ -116,25 +116,26 @@ def passing(
             return torch.empty_like(x) if known else velocity(x, sigma)
 
         multiple = layout.config.size_multiple
-        SOLVERS[picture.sampler](
+        SOLVERS[settings.sampler](
             in_windows(once, last.window, multiple) if last.window else velocity, noise, sigmas
         )
     kept = 0
-    if picture.cache_threshold and not last.window:
+    if settings.cache_threshold and not last.window:
         patch = layout.config.patch_size
         tokens = padded(last.height // patch * (last.width // patch)) + padded(MAX_TOKENS)
-        passes_a_step = 1 if picture.cfg_scale == 1 else 2
+        passes_a_step = 1 if settings.cfg_scale == 1 else 2
         held = 2 * passes_a_step + 1  # by `StepCache`: two for each pass, and one while it runs
         kept = held * batch * tokens * layout.config.dim * dtype.itemsize
-    if picture.inpaint_mask:  # its image, its noise and itself are held all the way
+    if settings.inpaint_mask:  # its image, its noise and itself are held all the way
         kept += 4 * last.height * last.width * (3 + 3 * batch + 1)
     return meter.peak() + kept
 
 
-def passes_of(picture: CompleteSettings, stage: Stage) -> int:
+def passes_of(settings: CompleteSettings, stage: Stage) -> int:
     """Of the model in a stage: two for each step with guidance, be they batched or not, one for
     each without."""
-    sigmas = schedule(stage.steps, stage.strength, picture.shift)[:-1].tolist()
+    sigmas = schedule(stage.steps, stage.strength, settings.shift)[:-1].tolist()
     return sum(
-        2 if is_guided(sigma, picture.cfg_scale, picture.cfg_truncation) else 1 for sigma in sigmas
+        2 if is_guided(sigma, settings.cfg_scale, settings.cfg_truncation) else 1
+        for sigma in sigmas
     )

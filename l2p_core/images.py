@@ -240,10 +240,10 @@ def save_image(image: Image.Image, output: Path, settings: dict) -> None:
         image.save(stream, "PNG", pnginfo=info)
 
 
-def to_pixels(picture: Image.Image, dtype: torch.dtype = torch.float32) -> Tensor:
+def to_pixels(image: Image.Image, dtype: torch.dtype = torch.float32) -> Tensor:
     """(1, 3, H, W) in [-1, 1]: level * (2 / 255) - 1. In bfloat16 it rounds twice, as the published
     pipeline does. Transparent parts are white."""
-    levels = torch.from_numpy(np.array(flatten(eight_bits(picture)).convert("RGB")))
+    levels = torch.from_numpy(np.array(flatten(eight_bits(image)).convert("RGB")))
     return levels.permute(2, 0, 1)[None].to(dtype) * (2 / 255) - 1
 
 
@@ -253,7 +253,7 @@ def to_levels(pixels: Tensor) -> Tensor:
     return levels.round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def to_pictures(pixels: Tensor) -> list[Image.Image]:
+def to_images(pixels: Tensor) -> list[Image.Image]:
     """(B, 3, H, W) → B RGB images."""
     return [Image.fromarray(levels) for levels in to_levels(pixels).cpu().numpy()]
 

@@ -25,8 +25,8 @@ from .images import (
     flatten,
     mask_levels,
     size_for,
+    to_images,
     to_mask,
-    to_pictures,
     to_pixels,
 )
 from .model import L2PTransformer
@@ -420,7 +420,7 @@ class L2PPipeline:
         if inpaint_mask is not None:
             mask = mask_at(plan[-1])
             x = mask * x.clamp(-1, 1) + (1 - mask) * image_at(plan[-1])
-        images = to_pictures(x)
+        images = to_images(x)
         return images[0] if single else images
 
     def complete(
@@ -447,13 +447,11 @@ class L2PPipeline:
         return plan_stages(settings, self.layout.trained_size, self.layout.config.size_multiple)
 
     def size_for(
-        self, picture: Image.Image, height: int | None = None, width: int | None = None
+        self, image: Image.Image, height: int | None = None, width: int | None = None
     ) -> tuple[int, int]:
         """Return the supported height and width nearest to the image's; where one is given, the
         other in proportion."""
-        return size_for(
-            picture.height, picture.width, self.layout.config.size_multiple, height, width
-        )
+        return size_for(image.height, image.width, self.layout.config.size_multiple, height, width)
 
     def check_size(self, height: int, width: int) -> None:
         """Raise ValueError, naming the nearest sizes, unless the checkpoint supports this one."""
@@ -479,9 +477,9 @@ def reading_seeds(seed: int | Sequence[int] | None, images: int) -> list[int]:
     return [first + number for number in range(images)]
 
 
-def check_mask(mask: object, picture: object) -> None:
+def check_mask(mask: object, image: object) -> None:
     """Raise ValueError for a mask, or a file of one, without the image it keeps pixels of."""
-    if mask and not picture:
+    if mask and not image:
         raise ValueError(
             "an inpaint_mask came without an input_image; give the image whose pixels are to be"
             " kept"
@@ -528,14 +526,14 @@ def draw_noise(
     return torch.randn(shape, generator=generator, device=device)
 
 
-def fit(picture: Image.Image, height: int, width: int, name: str) -> Image.Image:
+def fit(image: Image.Image, height: int, width: int, name: str) -> Image.Image:
     """The image at that size, resized with a warning where it has another."""
-    if picture.size == (width, height):
-        return picture
+    if image.size == (width, height):
+        return image
     warnings.warn(
-        f"{name} is {picture.width} x {picture.height} and was resized to {width} x {height}",
+        f"{name} is {image.width} x {image.height} and was resized to {width} x {height}",
         stacklevel=3,
     )
-    return picture.convert("L" if name == "inpaint_mask" else "RGB").resize(
+    return image.convert("L" if name == "inpaint_mask" else "RGB").resize(
         (width, height), Image.Resampling.LANCZOS
     )

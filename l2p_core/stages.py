@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from .flow import Velocity
-from .images import to_pictures, to_pixels
+from .images import to_images, to_pixels
 from .settings import SQUEEZED, WINDOWS, CompleteSettings
 
 OVERLAP = 4  # neighbouring windows share a quarter of their side
@@ -195,7 +195,7 @@ def enlarge(pixels: Tensor, height: int, width: int) -> Tensor:
     """(B, 3, H, W) → (B, 3, height, width) by Lanczos, in levels of 255."""
     return torch.cat(
         [
-            to_pixels(picture.resize((width, height), Image.Resampling.LANCZOS))
-            for picture in to_pictures(pixels)
+            to_pixels(image.resize((width, height), Image.Resampling.LANCZOS))
+            for image in to_images(pixels)
         ]
     ).to(pixels.device)

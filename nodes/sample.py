@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..l2p_core.flow import ab2, schedule
-from ..l2p_core.images import check_size, size_for, to_pictures
+from ..l2p_core.images import check_size, size_for, to_images
 from ..l2p_core.model import L2PTransformer
 from ..l2p_core.settings import FIELDS, SQUEEZED, Settings, expected, kind
 from ..l2p_core.stages import LARGEST, Stage, by_windows, misfit, plan_stages, run_stages
@@ -715,7 +715,7 @@ def preview(x0: Tensor) -> Image.Image:
     small = min(1.0, PREVIEW_SIZE / max(x0.shape[-2:]))
     if small < 1:
         x0 = torch.nn.functional.interpolate(x0[:1].float(), scale_factor=small, mode="area")
-    return to_pictures(x0[:1])[0]
+    return to_images(x0[:1])[0]
 
 
 NODES = [L2PKSampler, L2PScheduler, EmptyL2PLatentImage, L2PImageToLatent, L2PLatentToImage]

@@ -298,8 +298,8 @@ def with_reference_image(path: str) -> None:
 def vae_round_trip(path: str) -> float:
     """The largest change of an image that went through Load Checkpoint's VAE and back."""
     vae = load(path, "checkpoint")[2]
-    picture = torch.rand(1, 32, 48, 3, generator=torch.Generator().manual_seed(0))
-    return float((vae.decode(vae.encode(picture)) - picture).abs().max())
+    image = torch.rand(1, 32, 48, 3, generator=torch.Generator().manual_seed(0))
+    return float((vae.decode(vae.encode(image)) - image).abs().max())
 
 
 def save_and_reload(path: str, inputs: str, output: str) -> dict:

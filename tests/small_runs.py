@@ -1,11 +1,11 @@
-"""What the tests of training share: a folder of pictures, and settings of a run of six steps over
+"""What the tests of training share: a folder of images, and settings of a run of six steps over
 it."""
 
 import csv
 from pathlib import Path
 
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
-from comfyui_l2p.l2p_core.shapes.pictures import draw, scenes
+from comfyui_l2p.l2p_core.shapes.scenes import render, scenes
 from comfyui_l2p.l2p_core.train.config import TrainConfig
 
 CHECKPOINT = BUNDLED_MODEL / "transformer.safetensors"
@@ -16,14 +16,14 @@ class Killed(BaseException):
 
 
 def make_data(folder: Path, seeds: bool = True) -> Path:
-    """Six pictures, four of them squares, with captions and seeds."""
+    """Six images, four of them squares, with captions and seeds."""
     (folder / "images").mkdir(parents=True)
     with (folder / "metadata.csv").open("w", newline="") as stream:
         rows = csv.writer(stream)
         rows.writerow(["file_name", "text", *(["seed"] if seeds else [])])
         for number, scene in enumerate(scenes()[:600:100]):
-            picture = draw(scene) if number < 4 else draw(scene).resize((128, 64))
-            picture.save(folder / "images" / f"{number}.png")
+            image = render(scene) if number < 4 else render(scene).resize((128, 64))
+            image.save(folder / "images" / f"{number}.png")
             rows.writerow([f"{number}.png", scene.caption(), *([1000 + number] if seeds else [])])
     return folder
 

@@ -301,7 +301,7 @@ NAMINGS = {  # who writes it: (a layer's name in the file, the names of its two 
 
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("naming", NAMINGS)
-def test_loras_change_the_picture_as_merged_weights_do(
+def test_loras_change_the_image_as_merged_weights_do(
     compare, write, tiny_model, tiny_weights, naming, quantized
 ):
     name_of, (down, up) = NAMINGS[naming]

@@ -57,7 +57,7 @@ def test_features_of_another_size_are_resized_by_nearest(golden, decoder):
     torch.testing.assert_close(output, recorded["96x64.mismatch_3x2.output"], atol=5e-5, rtol=0)
 
 
-def test_a_larger_picture_is_the_published(golden, decoder):
+def test_a_larger_image_is_the_published(golden, decoder):
     recorded = golden("local_decoder_fp32")
     image = torch.from_numpy(recipe.tensor("input.local_decoder.image.256x256", (1, 3, 256, 256)))
     assert torch.equal(image[..., ::4, ::4], recorded["256x256.image_stride4"])
@@ -199,7 +199,7 @@ def test_less_around_a_tile_would_show(patch, monkeypatch):
         assert (decoder(image, features, 4 * step) - decoder(image, features, 0)).abs().max() > 5e-4
 
 
-def test_large_pictures_are_cut_unless_gradients_are_kept(monkeypatch):
+def test_large_images_are_cut_unless_gradients_are_kept(monkeypatch):
     decoder = narrow(16, torch.float64)
     image, features, step = inputs(decoder, torch.float64)
     monkeypatch.setattr(decoder_module, "tile_side", lambda *_: step)
@@ -267,7 +267,7 @@ def test_the_estimate_sees_features_wider_than_all_maps():
 
 
 @pytest.mark.parametrize("patch", PUBLISHED_DECODERS)
-def test_large_pictures_need_little_memory(patch):
+def test_large_images_need_little_memory(patch):
     config = L2PConfig(patch, decoder=PUBLISHED_DECODERS[patch])
     for size, limit in ((3840, 1.2), (10240, 2.0)):  # GiB
         counted = counted_bytes(config, size, torch.bfloat16, None)

@@ -18,7 +18,7 @@ from helpers import apart
 from PIL import Image
 
 
-def picture(side: int, cfg_scale: float) -> Settings:
+def image(side: int, cfg_scale: float) -> Settings:
     return Settings(
         height=side, width=side, num_inference_steps=30, cfg_scale=cfg_scale, stage_strength=0.3
     )
@@ -27,7 +27,7 @@ def picture(side: int, cfg_scale: float) -> Settings:
 @pytest.mark.parametrize("batch, side, cfg_scale", [(1, 96, 1.0), (2, 192, 2.0)])
 def test_the_estimate_is_what_drawing_holds(batch, side, cfg_scale):
     pipe = L2PPipeline.from_pretrained()
-    parts, passes = estimate(pipe, picture(side, cfg_scale), batch, free_text_encoder=False)
+    parts, passes = estimate(pipe, image(side, cfg_scale), batch, free_text_encoder=False)
     model = pipe.transformer
     assert parts["model"] == bytes_of(model.state_dict().values())
     assert parts["text encoder"] == pytest.approx(
@@ -48,7 +48,7 @@ def test_the_estimate_is_what_drawing_holds(batch, side, cfg_scale):
 def test_windows_hold_little_and_ask_often():
     pipe = L2PPipeline.from_pretrained()
     whole, windows = (
-        replace(picture(384, 2.0), stages=3, redraw=redraw) for redraw in ("squeezed", "windows")
+        replace(image(384, 2.0), stages=3, redraw=redraw) for redraw in ("squeezed", "windows")
     )
     (whole, whole_passes), (windows, windows_passes) = (
         estimate(pipe, each, 1, free_text_encoder=False) for each in (whole, windows)
@@ -62,7 +62,7 @@ def test_streamed_blocks_wait_in_the_cpus_memory():
     (whole, _), (streamed, _) = (
         estimate(
             L2PPipeline.from_pretrained(offload=offload),
-            picture(96, 2.0),
+            image(96, 2.0),
             1,
             free_text_encoder=True,
         )
@@ -151,7 +151,7 @@ def test_int8_counts_as_it_is_kept(tmp_path):
     pipe = L2PPipeline.from_pretrained(
         tmp_path / "int8.safetensors", text_encoder=BUNDLED_MODEL / "text_encoder"
     )
-    parts, _ = estimate(pipe, picture(96, 2.0), 1, free_text_encoder=True)
+    parts, _ = estimate(pipe, image(96, 2.0), 1, free_text_encoder=True)
     assert parts["model"] == pytest.approx(
         bytes_of(pipe.transformer.state_dict().values()), rel=0.01
     )

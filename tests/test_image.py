@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from comfyui_l2p.l2p_core.images import check_size, to_levels, to_mask, to_pictures, to_pixels
+from comfyui_l2p.l2p_core.images import check_size, to_images, to_levels, to_mask, to_pixels
 from PIL import Image
 
 RAMP = Image.fromarray(np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, 2))
@@ -25,8 +25,8 @@ def test_pixels_become_the_published_levels(golden):
     assert torch.equal(levels[0, 0, :, 1], recorded["postprocess.u8"])
 
 
-def test_a_picture_comes_back_exactly():
-    assert to_pictures(to_pixels(RAMP))[0].tobytes() == RAMP.tobytes()
+def test_a_image_comes_back_exactly():
+    assert to_images(to_pixels(RAMP))[0].tobytes() == RAMP.tobytes()
 
 
 def test_mask_is_white_for_anew():

@@ -149,9 +149,9 @@ def test_the_first_is_noted_and_says_which_it_was(number, error):
 def test_sigterm_while_sampling_ends_within_a_pass_and_keeps_every_step(
     data, monkeypatch, sample_every, save_every, saved
 ):
-    passes, real, model = [], training.Run.draw, L2PTransformer.forward
+    passes, real, model = [], training.Run.sample, L2PTransformer.forward
 
-    def draw(self):
+    def sample(self):
         if self.step:
             assert torch.load(self.output / "resume.pt")["step"] == self.step, (
                 "saved before samples are generated"
@@ -164,7 +164,7 @@ def test_sigterm_while_sampling_ends_within_a_pass_and_keeps_every_step(
         passes.append(1)
         return model(self, *args, **kwargs)
 
-    monkeypatch.setattr(training.Run, "draw", draw)
+    monkeypatch.setattr(training.Run, "sample", sample)
     monkeypatch.setattr(L2PTransformer, "forward", counted)
     with pytest.raises(Terminated):
         training.train(

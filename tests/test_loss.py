@@ -23,7 +23,7 @@ RUNS = json.loads((GOLDEN / "training.json").read_text())["runs"]
 def test_loss_and_gradients_are_the_published(golden, run):
     recorded, rounded = golden("training_fp32"), run["timestep_precision"] == "t_bf16"
     size = f"{run['height']}x{run['width']}"
-    picture = to_pixels(
+    image = to_pixels(
         Image.fromarray(recorded[f"input.image_u8.{size}"].numpy()),
         torch.bfloat16 if rounded else torch.float32,
     )
@@ -41,7 +41,7 @@ def test_loss_and_gradients_are_the_published(golden, run):
 
     loss = flow_matching_loss(
         at_its_time,
-        picture.double(),
+        image.double(),
         [recorded["input.caption.7"].double()],
         recorded[f"input.noise.{size}.seed77"].double(),
         sigma.double(),

@@ -10,7 +10,7 @@ import torch
 from comfyui_l2p.l2p_core import CheckpointError, L2PConfig, L2PPipeline, L2PTransformer, load_model
 from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS
 from comfyui_l2p.l2p_core.flow import euler, guided_velocity, schedule
-from comfyui_l2p.l2p_core.images import to_pictures, to_pixels
+from comfyui_l2p.l2p_core.images import to_images, to_pixels
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
 from comfyui_l2p.l2p_core.settings import FIELDS
 from comfyui_l2p.l2p_core.text import TextEncoder
@@ -26,8 +26,8 @@ def pipe():
     return L2PPipeline.from_pretrained(device="cpu", torch_dtype=torch.float32)
 
 
-def levels(picture):
-    return np.asarray(picture).astype(int)
+def levels(image):
+    return np.asarray(image).astype(int)
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +36,13 @@ def photo():
     return Image.fromarray(rng.integers(0, 256, (64, 48, 3), dtype=np.uint8))
 
 
-def test_a_picture_is_what_the_parts_give_by_hand(pipe):
+def test_a_image_is_what_the_parts_give_by_hand(pipe):
     drawn = pipe(prompt=PROMPT, negative_prompt="", cfg_scale=2.0, seed=7, rand_device="cpu", **FEW)
     encoder = TextEncoder.load(BUNDLED_MODEL, dtype=torch.float32)
     model = load_model(BUNDLED_MODEL / "transformer.safetensors", dtype=torch.float32)
     velocity = guided_velocity(model, [encoder.encode(PROMPT)], [encoder.encode("")], 2.0)
     noise = torch.randn((1, 3, 64, 48), generator=torch.Generator().manual_seed(7))
-    by_hand = to_pictures(euler(velocity, noise, schedule(3)))[0]
+    by_hand = to_images(euler(velocity, noise, schedule(3)))[0]
     assert isinstance(drawn, Image.Image) and drawn.size == (48, 64)
     assert apart(drawn, by_hand) <= 1
 
@@ -52,8 +52,8 @@ def test_defaults_are_the_checkpoints(pipe):
     seen = []
     with pytest.raises(InterruptedError):
 
-        def stop(done, steps, picture):
-            seen.append((steps, tuple(picture.shape)))
+        def stop(done, steps, image):
+            seen.append((steps, tuple(image.shape)))
             raise InterruptedError
 
         pipe(PROMPT, callback=stop)
@@ -78,26 +78,26 @@ def test_defaults_of_large_patches_are_the_published(patch, write):
 def test_several_prompts_are_drawn_as_each_alone(pipe):
     prompts, seeds = [PROMPT, "a star", ""], [1, 2, 3]
     together = pipe(prompts, seed=seeds, **FEW)
-    for picture, prompt, seed in zip(together, prompts, seeds, strict=True):
-        assert abs(levels(picture) - levels(pipe(prompt, seed=seed, **FEW))).max() <= 1
+    for image, prompt, seed in zip(together, prompts, seeds, strict=True):
+        assert abs(levels(image) - levels(pipe(prompt, seed=seed, **FEW))).max() <= 1
 
 
 def test_num_images_draws_one_batch_from_one_seed(pipe):
-    pictures = pipe(PROMPT, num_images=2, seed=5, **FEW)
+    images = pipe(PROMPT, num_images=2, seed=5, **FEW)
     noise = torch.randn((2, 3, 64, 48), generator=torch.Generator().manual_seed(5))
     velocity = guided_velocity(
         pipe.transformer, [pipe.encode_prompt(PROMPT)] * 2, [pipe.encode_prompt("")] * 2, 2.0
     )
-    by_hand = to_pictures(euler(velocity, noise, schedule(3)))
-    assert max(apart(*pair) for pair in zip(pictures, by_hand, strict=True)) <= 1
+    by_hand = to_images(euler(velocity, noise, schedule(3)))
+    assert max(apart(*pair) for pair in zip(images, by_hand, strict=True)) <= 1
     assert isinstance(pipe(PROMPT, num_images=1, seed=5, **FEW), list)
 
 
-def test_no_seed_is_another_picture_each_time(pipe):
+def test_no_seed_is_another_image_each_time(pipe):
     assert pipe(PROMPT, **FEW).tobytes() != pipe(PROMPT, **FEW).tobytes()
 
 
-def test_encodings_serve_many_pictures_without_the_encoder(pipe):
+def test_encodings_serve_many_images_without_the_encoder(pipe):
     expected = pipe(PROMPT, seed=3, **FEW)
     features, negative = pipe.encode_prompt(PROMPT), pipe.encode_prompt("")
     pipe.unload_text_encoder()
@@ -116,7 +116,7 @@ def test_the_empty_negative_prompt_is_encoded_not_zeroed(pipe):
     assert abs(levels(encoded) - levels(zeroed)).max() > 1
 
 
-def test_a_start_picture_shows_more_the_less_it_is_noised(pipe, photo):
+def test_a_start_image_shows_more_the_less_it_is_noised(pipe, photo):
     distances = [
         abs(
             levels(
@@ -157,7 +157,7 @@ def test_masked_pixels_are_kept_exactly(pipe, photo, sampler, strength):
     assert (levels(drawn)[~kept] != levels(photo)[~kept]).mean() > 0.5
 
 
-def test_misfitting_pictures_are_resized_and_it_is_said(pipe, photo):
+def test_misfitting_images_are_resized_and_it_is_said(pipe, photo):
     with pytest.warns(UserWarning, match="input_image is 48 x 64 and was resized to 96 x 32"):
         assert pipe(PROMPT, input_image=photo, height=32, width=96, num_inference_steps=1).size == (
             96,
@@ -194,7 +194,7 @@ def test_options_that_do_not_fit_are_refused(pipe, arguments, said):
 
 
 @pytest.mark.parametrize("stages", [1, 2])
-def test_a_picture_of_nan_is_refused(write, stages):
+def test_a_image_of_nan_is_refused(write, stages):
     weights = {
         name: tensor.clone()
         for name, tensor in (
@@ -210,7 +210,7 @@ def test_a_picture_of_nan_is_refused(write, stages):
 
 
 @pytest.mark.parametrize("rounding, dtype", [(False, torch.float32), (True, torch.bfloat16)])
-def test_published_rounding_reaches_the_start_picture(pipe, photo, rounding, dtype):
+def test_published_rounding_reaches_the_start_image(pipe, photo, rounding, dtype):
     """At strength 1e-6 the image itself comes back, in float32 or as bfloat16 makes it (up to
     0.002 off)."""
     seen = []
@@ -221,7 +221,7 @@ def test_published_rounding_reaches_the_start_picture(pipe, photo, rounding, dty
         denoising_strength=1e-6,
         num_inference_steps=1,
         bf16_rounding=rounding,
-        callback=lambda done, steps, picture: seen.append(picture),
+        callback=lambda done, steps, image: seen.append(image),
     )
     torch.testing.assert_close(seen[0], to_pixels(photo, dtype).float(), atol=1e-4, rtol=0)
 

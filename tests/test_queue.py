@@ -112,7 +112,7 @@ class FakeComfyUI:
                     self.reply({key: fake.history[key]} if key in fake.history else {})
                 elif url.path == "/view":
                     key, number = parse_qs(url.query)["filename"][0].split()
-                    self.reply(picture(int(number), fake.history[key]["prompt"]))
+                    self.reply(image(int(number), fake.history[key]["prompt"]))
                 else:
                     self.reply({}, 404)
 
@@ -172,7 +172,7 @@ class FakeComfyUI:
         self.server.server_close()
 
 
-def picture(number, graph):
+def image(number, graph):
     info = PngImagePlugin.PngInfo()
     info.add_text("prompt", json.dumps(graph))
     out = io.BytesIO()
@@ -406,7 +406,7 @@ def test_mistakes_get_one_line(tmp_path, monkeypatch, workflow, capsys, argument
     assert said in error and error.count("\n") == 1
 
 
-def test_pictures_tell_their_settings_and_are_not_drawn_again(tmp_path, fakes, workflow, capsys):
+def test_images_tell_their_settings_and_are_not_drawn_again(tmp_path, fakes, workflow, capsys):
     fake = fakes()
     (tmp_path / "p.txt").write_text("a\nb\n")
     command = [
@@ -447,7 +447,7 @@ def test_a_job_the_server_still_knows_is_fetched_and_not_sent_again(tmp_path, fa
     assert main(command) == 0 and (tmp_path / "out.png").exists() and len(fake.graphs()) == 1
 
 
-def test_several_pictures_of_one_job_get_numbers_and_previews_are_left(tmp_path, fakes, workflow):
+def test_several_images_of_one_job_get_numbers_and_previews_are_left(tmp_path, fakes, workflow):
     fake = fakes()
     fake.images = 3
     assert main(["queue", workflow, "--server", fake.url, "-o", str(tmp_path / "out")]) == 0
@@ -456,7 +456,7 @@ def test_several_pictures_of_one_job_get_numbers_and_previews_are_left(tmp_path,
     assert [Image.open(tmp_path / "out" / name).getpixel((0, 0))[0] for name in names] == [0, 1, 2]
 
 
-def test_an_input_picture_is_uploaded_under_a_name_of_its_content(tmp_path, fakes):
+def test_an_input_image_is_uploaded_under_a_name_of_its_content(tmp_path, fakes):
     fake = fakes()
     (tmp_path / "stock.json").write_text(json.dumps(STOCK))
     Image.new("RGB", (8, 8), "red").save(tmp_path / "my photo.PNG")
@@ -885,7 +885,7 @@ def test_a_failing_write_leaves_nothing(tmp_path, fakes, workflow, monkeypatch, 
     )
 
 
-def test_the_first_of_several_pictures_is_written_last(tmp_path, fakes, workflow):
+def test_the_first_of_several_images_is_written_last(tmp_path, fakes, workflow):
     fake = fakes()
     fake.images = 2
     (tmp_path / "out" / "00000_2.png").mkdir(parents=True)  # can't be replaced by a file

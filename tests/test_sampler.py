@@ -92,8 +92,8 @@ def test_image_to_image_is_the_published(golden, tiny_model, size, rounding, dty
     recorded = golden("sampling_fp32")
     key = f"i2i.{size}.steps4.cfg2.0.strength0.6.{rounding}."
     sigmas = schedule(4, 0.6)
-    picture = to_pixels(Image.fromarray(recorded[f"input.i2i.image.{size}"].numpy()), dtype).float()
-    start = (1 - sigmas[0]) * picture + sigmas[0] * recorded[f"input.noise.{size}.seed42"]
+    image = to_pixels(Image.fromarray(recorded[f"input.i2i.image.{size}"].numpy()), dtype).float()
+    start = (1 - sigmas[0]) * image + sigmas[0] * recorded[f"input.noise.{size}.seed42"]
     torch.testing.assert_close(start, recorded[key + "initial_latents"], atol=1e-6, rtol=0)
     velocity = guided_velocity(
         tiny_model,
@@ -182,23 +182,21 @@ def test_solver_converges_at_its_order(name, order):
 @pytest.mark.parametrize("solver", [euler, ab2])
 def test_kept_pixels_come_back(solver):
     torch.manual_seed(0)
-    picture, noise = torch.rand(1, 3, 16, 16) * 2 - 1, torch.randn(1, 3, 16, 16)
+    image, noise = torch.rand(1, 3, 16, 16) * 2 - 1, torch.randn(1, 3, 16, 16)
     mask = (torch.rand(1, 1, 16, 16) > 0.5).float()
     sigmas = schedule(7, 0.8)
-    start = (1 - sigmas[0]) * picture + sigmas[0] * noise
-    end = solver(
-        inpaint_velocity(lambda x, sigma: torch.sin(x), mask, picture, noise), start, sigmas
-    )
-    kept = (mask == 0).expand_as(picture)
-    torch.testing.assert_close(end[kept], picture[kept], atol=1e-5, rtol=0)
-    assert (end[~kept] - picture[~kept]).abs().mean() > 0.1
+    start = (1 - sigmas[0]) * image + sigmas[0] * noise
+    end = solver(inpaint_velocity(lambda x, sigma: torch.sin(x), mask, image, noise), start, sigmas)
+    kept = (mask == 0).expand_as(image)
+    torch.testing.assert_close(end[kept], image[kept], atol=1e-5, rtol=0)
+    assert (end[~kept] - image[~kept]).abs().mean() > 0.1
 
 
 def test_callback_sees_every_step_and_can_stop():
     seen = []
 
-    def stop_at_two(done, steps, picture):
-        seen.append((done, steps, picture.shape))
+    def stop_at_two(done, steps, image):
+        seen.append((done, steps, image.shape))
         if done == 2:
             raise KeyboardInterrupt
 

@@ -10,18 +10,18 @@ import pytest
 import torch
 from comfyui_l2p.l2p_core.cli import main
 from comfyui_l2p.l2p_core.shapes import train as recipe
-from comfyui_l2p.l2p_core.shapes.pictures import (
+from comfyui_l2p.l2p_core.shapes.scenes import (
     COLOURS,
     PLACES,
     SHAPES,
     SIZE,
     SIZES,
     Scene,
-    draw,
+    render,
     scenes,
     training_scenes,
 )
-from comfyui_l2p.l2p_core.shapes.pictures import (
+from comfyui_l2p.l2p_core.shapes.scenes import (
     test_scenes as held_out_scenes,
 )
 from comfyui_l2p.l2p_core.shapes.score import contact_sheet, score
@@ -39,12 +39,12 @@ CHOICES = {
 }
 
 
-def pictures(wanted):
-    return [draw(scene) for scene in wanted]
+def images(wanted):
+    return [render(scene) for scene in wanted]
 
 
-def test_the_generators_own_pictures_score_100():
-    assert set(score(pictures(scenes()[::7]), scenes()[::7]).values()) == {100.0}
+def test_the_generators_own_images_score_100():
+    assert set(score(images(scenes()[::7]), scenes()[::7]).values()) == {100.0}
 
 
 @pytest.mark.parametrize("attribute", CHOICES)
@@ -58,40 +58,40 @@ def test_one_wrong_attribute_scores_0(attribute):
             if value not in (scene.colour, scene.background, getattr(scene, attribute))
         ]
         wrong.append(replace(scene, **{attribute: rng.choice(others)}))
-    result = score(pictures(wrong), SCENES)
+    result = score(images(wrong), SCENES)
     assert result["right"] == 0 and result[attribute] == 0
     assert all(value == 100 for name, value in result.items() if name not in ("right", attribute))
 
 
-def faded(picture, towards, share):
-    return Image.blend(picture, Image.new("RGB", picture.size, towards), share)
+def faded(image, towards, share):
+    return Image.blend(image, Image.new("RGB", image.size, towards), share)
 
 
 @pytest.mark.parametrize(
     "spoil, attribute",
     [
-        (lambda picture: faded(picture, (125, 125, 125), 0.4), "right"),
-        (lambda picture: faded(picture, picture.getpixel((0, 0)), 0.5), "right"),
+        (lambda image: faded(image, (125, 125, 125), 0.4), "right"),
+        (lambda image: faded(image, image.getpixel((0, 0)), 0.5), "right"),
         (
-            lambda picture: Image.fromarray(
+            lambda image: Image.fromarray(
                 np.clip(
-                    np.asarray(picture) + np.random.default_rng(0).normal(0, 5, (SIZE, SIZE, 3)),
+                    np.asarray(image) + np.random.default_rng(0).normal(0, 5, (SIZE, SIZE, 3)),
                     0,
                     255,
                 ).astype(np.uint8)
             ),
             "clean",
         ),
-        (lambda picture: picture.filter(ImageFilter.GaussianBlur(9)), "right"),
-        (lambda picture: Image.effect_noise((SIZE, SIZE), 80).convert("RGB"), "clean"),
+        (lambda image: image.filter(ImageFilter.GaussianBlur(9)), "right"),
+        (lambda image: Image.effect_noise((SIZE, SIZE), 80).convert("RGB"), "clean"),
     ],
 )
-def test_spoilt_pictures_score_0(spoil, attribute):
-    result = score([spoil(picture) for picture in pictures(SCENES)], SCENES)
+def test_spoilt_images_score_0(spoil, attribute):
+    result = score([spoil(image) for image in images(SCENES)], SCENES)
     assert result["right"] == 0 and result[attribute] == 0
 
 
-def test_a_blank_picture_is_judged_not_crashed_on():
+def test_a_blank_image_is_judged_not_crashed_on():
     assert (
         score([Image.new("RGB", (SIZE, SIZE), COLOURS["red"])] * len(SCENES), SCENES)["right"] == 0
     )
@@ -117,7 +117,7 @@ def test_captions_and_contact_sheet():
         replace(scene, colour="orange").caption(False, False)
         == "an orange circle on a blue background"
     )
-    assert contact_sheet(pictures([scene] * 7), [scene.caption()] * 7).size == (
+    assert contact_sheet(images([scene] * 7), [scene.caption()] * 7).size == (
         6 * (SIZE + 8),
         2 * (SIZE + 58),
     )
@@ -177,7 +177,7 @@ def test_the_recipe_makes_a_model_and_goes_on_bit_for_bit(tmp_path, monkeypatch)
         .read_text()
         .startswith('{"right": 0')
     )
-    picture = tmp_path / "out.png"
+    image = tmp_path / "out.png"
     assert (
         main(
             [
@@ -190,12 +190,12 @@ def test_the_recipe_makes_a_model_and_goes_on_bit_for_bit(tmp_path, monkeypatch)
                 "--steps",
                 "1",
                 "-o",
-                str(picture),
+                str(image),
             ]
         )
         == 0
     )
-    assert Image.open(picture).size == (SIZE, SIZE), "step files say what size they draw"
+    assert Image.open(image).size == (SIZE, SIZE), "step files say what size they draw"
     monkeypatch.chdir(tmp_path / "whole")
     assert (
         main(
@@ -231,7 +231,7 @@ def test_the_recipe_overwrites_nothing_of_others(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.safetensors").write_bytes(b"precious")
     assert main(["train", str(SETTINGS), "--checkpoint", "mine.safetensors"]) == 1
-    assert "mine.safetensors is there and shapes/pictures is not" in capsys.readouterr().err
+    assert "mine.safetensors is there and shapes/images is not" in capsys.readouterr().err
     assert (tmp_path / "mine.safetensors").read_bytes() == b"precious" and len(
         list(tmp_path.iterdir())
     ) == 1

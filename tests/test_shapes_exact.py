@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from comfyui_l2p.l2p_core.flow import euler, schedule
-from comfyui_l2p.l2p_core.images import to_pictures, to_pixels
+from comfyui_l2p.l2p_core.images import to_images, to_pixels
 from comfyui_l2p.l2p_core.shapes.exact import ExactDenoiser, readable_share
 from comfyui_l2p.l2p_core.shapes.judge import score
 from comfyui_l2p.l2p_core.shapes.world import (
@@ -111,7 +111,7 @@ def test_sampling_with_it_gives_clear_scenes_of_the_prompt_that_vary():
     def velocity(x, sigma):
         return (x - exact(x, torch.full((len(x),), sigma), prompts).image()) / sigma
 
-    images = to_pictures(euler(velocity, noise, schedule(30)))
+    images = to_images(euler(velocity, noise, schedule(30)))
     assert score(images, prompts, PLACES_WORLD)["right"] == 100
     assert len({image.tobytes() for image in images}) > 12
 

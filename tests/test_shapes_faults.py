@@ -5,8 +5,8 @@ import pytest
 import torch
 from comfyui_l2p.l2p_core import L2PPipeline
 from comfyui_l2p.l2p_core.shapes.faults import FAULTS
-from comfyui_l2p.l2p_core.shapes.pictures import test_scenes as unseen_scenes
-from comfyui_l2p.l2p_core.shapes.score import draw, score
+from comfyui_l2p.l2p_core.shapes.scenes import test_scenes as unseen_scenes
+from comfyui_l2p.l2p_core.shapes.score import generate, score
 
 PROMPTS = [
     "a large red circle on a blue background, left",
@@ -57,7 +57,7 @@ def test_the_score_notices_faults_of_consequence(pipe):
 
     def right(name):
         with FAULTS[name](pipe) as settings:
-            images = draw(pipe, prompts, progress=False, num_inference_steps=15, **settings)
+            images = generate(pipe, prompts, progress=False, num_inference_steps=15, **settings)
         return score(images, scenes)["right"]
 
     assert right("none") == 100

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from comfyui_l2p.l2p_core.shapes import pictures
+from comfyui_l2p.l2p_core.shapes import scenes as bundled
 from comfyui_l2p.l2p_core.shapes import world as world_module
 from comfyui_l2p.l2p_core.shapes.judge import examine, holds, scene_of, score
 from comfyui_l2p.l2p_core.shapes.world import (
@@ -76,13 +76,13 @@ def test_the_judge_finds_the_very_scene(name):
 
 
 def test_the_places_world_has_the_bundled_models_images():
-    for old in pictures.scenes()[::37]:
-        column, row = (48 + pictures.OFFSET * way for way in pictures.PLACES[old.place])
+    for old in bundled.scenes()[::37]:
+        column, row = (48 + bundled.OFFSET * way for way in bundled.PLACES[old.place])
         scene = Scene(
             (Object(old.shape, old.colour, old.size, column, row),),
             Background("plain", (old.background,)),
         )
-        difference = np.subtract(PLACES_WORLD.image(scene), pictures.draw(old), dtype=float)
+        difference = np.subtract(PLACES_WORLD.image(scene), bundled.render(old), dtype=float)
         assert np.abs(difference).mean() < 0.5
         assert scene.held_out == old.held_out
 

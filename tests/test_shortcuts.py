@@ -38,7 +38,7 @@ def passes(pipe):
         hook.remove()
 
 
-def test_both_passes_at_once_give_the_same_picture(pipe, passes):
+def test_both_passes_at_once_give_the_same_image(pipe, passes):
     wanted = pipe(
         [PROMPT, "a square"],
         negative_prompt="green, and more words than the others have",

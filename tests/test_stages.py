@@ -79,7 +79,7 @@ def test_settings_of_stages_that_do_not_fit_are_rejected(pipe, name, value, mess
     "height, width, window, step",
     [(192, 192, 96, 16), (208, 96, 96, 16), (4096, 3072, 1024, 16), (640, 2560, 640, 320)],
 )
-def test_windows_cover_the_picture_and_share_a_quarter(height, width, window, step):
+def test_windows_cover_the_image_and_share_a_quarter(height, width, window, step):
     covered = np.zeros((height, width), int)
     for rows, columns in windows(height, width, window, step):
         assert (
@@ -166,7 +166,7 @@ def test_a_stage_redraws_the_one_before_it_enlarged(pipe, redraw):
     assert calls == [(done, 9) for done in range(9)]
 
 
-def test_each_way_draws_another_picture(pipe):
+def test_each_way_draws_another_image(pipe):
     start = Image.new("RGB", (192, 192), (40, 80, 225))
     drawn = {
         pipe(PROMPT, input_image=start, denoising_strength=0.5, redraw=redraw, **FEW).tobytes()
@@ -183,13 +183,13 @@ def test_a_redrawing_beyond_the_table_of_positions_is_told(redraw, told):
     assert ("Redraw in windows" in (misfit(stages, (96, 96)) or "")) == told
 
 
-def test_inpainting_in_stages_keeps_the_picture(pipe):
-    picture = Image.effect_noise((192, 192), 60).convert("RGB")
+def test_inpainting_in_stages_keeps_the_image(pipe):
+    image = Image.effect_noise((192, 192), 60).convert("RGB")
     mask = Image.new("L", (192, 192), 0)
     mask.paste(255, (96, 0, 192, 192))
-    drawn = np.asarray(pipe(PROMPT, input_image=picture, inpaint_mask=mask, stages=2, **FEW))
-    assert (drawn[:, :96] == np.asarray(picture)[:, :96]).all() and (
-        drawn[:, 96:] != np.asarray(picture)[:, 96:]
+    drawn = np.asarray(pipe(PROMPT, input_image=image, inpaint_mask=mask, stages=2, **FEW))
+    assert (drawn[:, :96] == np.asarray(image)[:, :96]).all() and (
+        drawn[:, 96:] != np.asarray(image)[:, 96:]
     ).mean() > 0.9
 
 

@@ -136,7 +136,7 @@ def test_a_stopped_run_goes_on(latent, tmp_path):
     ]
 
 
-def test_processes_share_the_pictures_and_the_last_writes_the_table(latent, tmp_path, monkeypatch):
+def test_processes_share_the_images_and_the_last_writes_the_table(latent, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert synthesize(latent, tmp_path) == 0
@@ -173,7 +173,7 @@ def test_another_model_is_refused(tmp_path, capsys):
 def test_the_four_steps_to_a_model(latent, tmp_path):
     """Prepare, convert, train and merge, as the published program has them, then draw; by the
     commands of the README."""
-    initial, trained, model, picture = (
+    initial, trained, model, image = (
         tmp_path / name
         for name in (
             "initial.safetensors",
@@ -219,12 +219,12 @@ def test_the_four_steps_to_a_model(latent, tmp_path):
                 "--steps",
                 "2",
                 "-o",
-                str(picture),
+                str(image),
             ]
         )
         == 0
     )
-    with Image.open(picture) as drawn:
+    with Image.open(image) as drawn:
         assert drawn.size == (64, 64) and np.asarray(drawn).std() > 1
     before, after = load_file(initial), load_file(model)
     assert after.keys() == before.keys()

@@ -22,7 +22,7 @@ from comfyui_l2p.l2p_core.flow import flow_matching_loss, schedule, training_sig
 from comfyui_l2p.l2p_core.images import to_pixels
 from comfyui_l2p.l2p_core.interrupt import noted
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL, L2PPipeline, draw_noise
-from comfyui_l2p.l2p_core.shapes.pictures import scenes
+from comfyui_l2p.l2p_core.shapes.scenes import scenes
 from comfyui_l2p.l2p_core.text import TextEncoder
 from comfyui_l2p.l2p_core.train import prepare as preparing
 from comfyui_l2p.l2p_core.train import record
@@ -62,7 +62,7 @@ def test_seven_steps_are_the_published(golden, tiny_weights, tmp_path):
     model.double()  # some CPUs' float32 convolution gradients are off by 2e-4
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
     optimizer = preparing.make_optimizer(trained, settings)
-    picture = to_pixels(Image.fromarray(recorded["input.image_u8.64x128"].numpy())).double()
+    image = to_pixels(Image.fromarray(recorded["input.image_u8.64x128"].numpy())).double()
     caption, noise = (
         recorded["input.caption.7"].double(),
         recorded["input.noise.64x128.seed77"].double(),
@@ -72,7 +72,7 @@ def test_seven_steps_are_the_published(golden, tiny_weights, tmp_path):
             group["lr"] = settings.learning_rate * preparing.rate_at(step, settings)
         assert group["lr"] == pytest.approx(wanted["lr"])
         loss = flow_matching_loss(
-            model, picture, [caption], noise, schedule(500)[wanted["timestep_id"]][None].double()
+            model, image, [caption], noise, schedule(500)[wanted["timestep_id"]][None].double()
         )
         assert loss.item() == pytest.approx(wanted["loss"], rel=1e-5)
         optimizer.zero_grad()
@@ -128,10 +128,10 @@ def test_recomputing_gives_the_same_gradients(golden, tiny_weights, tmp_path):
         trained = preparing.prepare(
             model, config(tmp_path, freeze="1:-1", checkpointing=checkpointing)
         )
-        picture = to_pixels(Image.fromarray(recorded["input.image_u8.64x48"].numpy()))
+        image = to_pixels(Image.fromarray(recorded["input.image_u8.64x48"].numpy()))
         flow_matching_loss(
             model,
-            picture,
+            image,
             [recorded["input.caption.7"]],
             recorded["input.noise.64x48.seed77"],
             torch.tensor([0.5]),
@@ -216,9 +216,9 @@ def test_crops_are_the_published():
     outputs = [name for name in recorded if name.endswith("output")]
     assert len(outputs) == 4
     for name in outputs:
-        picture = Image.fromarray(recorded[name.split(".")[0] + ".input"].numpy())
+        image = Image.fromarray(recorded[name.split(".")[0] + ".input"].numpy())
         wanted = recorded[name].numpy()
-        assert np.array_equal(np.asarray(crop_and_resize(picture, *wanted.shape[:2])), wanted), name
+        assert np.array_equal(np.asarray(crop_and_resize(image, *wanted.shape[:2])), wanted), name
 
 
 SMALL = [case for case in CROPS if 0 not in case["output_hw"] and max(case["resized_hw"]) < 3000]
@@ -267,7 +267,7 @@ def test_metadata_of_either_naming_is_read(data, columns, name):
 
 def test_faults_are_named_before_training(data):
     (data / "images" / "broken.png").write_bytes((data / "images" / "0.png").read_bytes()[:200])
-    (data / "images" / "notes.png").write_text("not a picture")
+    (data / "images" / "notes.png").write_text("not an image")
     Image.new("RGB", (8, 200)).save(data / "images" / "thin.png")
     with (data / "metadata.csv").open("a") as stream:
         stream.write(
@@ -299,7 +299,7 @@ def test_batches_hold_one_size_and_every_example_once_an_epoch(data):
         examples, {example.captions[0]: torch.zeros(1, 1) for example in examples}, config(data), 16
     )
     assert batches.per_epoch == 3
-    shapes = [batches[number].pictures.shape[-2:] for number in range(6)]
+    shapes = [batches[number].images.shape[-2:] for number in range(6)]
     assert sorted(shapes) == sorted([(96, 96), (96, 96), (64, 128)] * 2)
     for epoch in range(4):
         assert sorted(index for batch in batches._epoch(epoch) for index in batch) == list(range(6))
@@ -307,7 +307,7 @@ def test_batches_hold_one_size_and_every_example_once_an_epoch(data):
 
 
 @pytest.mark.parametrize("batch, processes, rows", [(1, 1, 8), (1, 4, 2), (2, 2, 2), (4, 1, 2)])
-def test_pictures_of_rare_sizes_share_a_step(batch, processes, rows):
+def test_images_of_rare_sizes_share_a_step(batch, processes, rows):
     """Five of one size and three of another: none is taken twice to fill a row."""
     examples = [
         Example(Path(str(number)), ("",), None, (64, 64) if number < 5 else (64, 80))
@@ -360,7 +360,7 @@ def test_processes_share_a_batch(data):
     two = [Batches(examples, captions, settings, 16, processes=2, rank=rank) for rank in range(2)]
     dropped = 0
     for number in range(8):
-        for name in ("pictures", "noise", "sigma"):
+        for name in ("images", "noise", "sigma"):
             assert torch.equal(
                 torch.cat([getattr(each[number], name) for each in two]), getattr(one[number], name)
             ), name
@@ -369,7 +369,7 @@ def test_processes_share_a_batch(data):
     assert 2 < dropped < 14
 
 
-def test_one_of_a_pictures_captions_is_drawn_each_time(data):
+def test_one_of_an_images_captions_is_drawn_each_time(data):
     names = [["most", "most", "most", "some"], *(f"caption {number}" for number in range(1, 4))]
     (data / "metadata.csv").unlink()
     (data / "metadata.json").write_text(
@@ -446,7 +446,7 @@ def test_a_run_leaves_what_it_should_and_merges(data):
         assert torch.equal(tensor, part.get(name, before[name]).float()), name
 
 
-def test_training_learns_its_pictures(data):
+def test_training_learns_its_images(data):
     for number in range(6):  # nothing the model has seen
         levels = np.sin(np.arange(96) / (2 + number))[:, None, None] * [100, 60, 20] + 128
         Image.fromarray(np.broadcast_to(levels, (96, 96, 3)).astype(np.uint8)).save(
@@ -502,7 +502,7 @@ def test_what_is_held_out_is_never_trained_on_and_its_loss_is_that_of_the_step_f
     seen = []
 
     def watched(run, batch):
-        seen.append((torch.is_grad_enabled(), batch.pictures))
+        seen.append((torch.is_grad_enabled(), batch.images))
         return LOSS(run, batch)
 
     monkeypatch.setattr(training.Run, "loss", watched)
@@ -519,7 +519,7 @@ def test_what_is_held_out_is_never_trained_on_and_its_loss_is_that_of_the_step_f
     )
     training.train(replace(settings, steps=4, save_every=4), progress=False)
     learned, looked = (
-        {picture.numpy().tobytes() for grad, picture in seen if grad == which}
+        {image.numpy().tobytes() for grad, image in seen if grad == which}
         for which in (True, False)
     )
     assert len(learned) == 4 and len(looked) == 2 and not learned & looked
@@ -545,14 +545,14 @@ def test_what_is_held_out_is_never_trained_on_and_its_loss_is_that_of_the_step_f
                 each
                 for each in examples
                 if torch.equal(
-                    to_pixels(crop_and_resize(Image.open(each.file), 96, 96)), batch.pictures
+                    to_pixels(crop_and_resize(Image.open(each.file), 96, 96)), batch.images
                 )
             )
             noise = draw_noise((1, 3, 96, 96), [example.seed])
-            x = (1 - batch.sigma) * batch.pictures + batch.sigma * noise
+            x = (1 - batch.sigma) * batch.images + batch.sigma * noise
             with torch.no_grad():
                 velocity = model(x, 1 - batch.sigma, [pipe.encode_prompt(example.captions[0])])
-            losses_by_hand.append((velocity + noise - batch.pictures).square().mean())
+            losses_by_hand.append((velocity + noise - batch.images).square().mean())
         assert found[step] == pytest.approx(torch.stack(losses_by_hand).mean().item(), rel=1e-4)
     assert found[6] != found[0]
 
@@ -701,7 +701,7 @@ def test_a_run_with_other_settings_is_not_gone_on_with(data):
     training.train(config(data, steps=1), progress=False)
     with pytest.raises(ValueError, match="weight_decay 0.01, now 0.1"):
         training.train(config(data, weight_decay=0.1), progress=False)
-    with pytest.raises(ValueError, match="takes 2 pictures at once, now 4"):
+    with pytest.raises(ValueError, match="takes 2 images at once, now 4"):
         training.train(config(data, batch=4), progress=False)
     training.train(config(data, steps=2, learning_rate=1e-4), progress=False)
     with (data.parent / "run" / "log.csv").open() as stream:
@@ -926,7 +926,7 @@ def state_of(run):
         RuntimeError(),
     ],
 )
-@pytest.mark.parametrize("task", ["draw", "validate"])
+@pytest.mark.parametrize("task", ["sample", "validate"])
 def test_a_failed_sample_is_a_warning(data, monkeypatch, error, task):
     def fails(self):
         raise error
@@ -954,7 +954,7 @@ def test_the_state_is_saved_before_samples_are_generated(data, monkeypatch):
     """Also where only samples are due, and without a step file then."""
     seen = []
 
-    def draw(self):
+    def sample(self):
         if self.step:
             seen.append(
                 (
@@ -964,7 +964,7 @@ def test_the_state_is_saved_before_samples_are_generated(data, monkeypatch):
                 )
             )
 
-    monkeypatch.setattr(training.Run, "draw", draw)
+    monkeypatch.setattr(training.Run, "sample", sample)
     training.train(config(data, sample_every=2, save_every=3), progress=False)
     assert seen == [
         (2, 2, []),

@@ -133,10 +133,10 @@ def test_the_loss_is_that_of_what_the_mask_leaves_white(data):
     error = torch.randn(2, 3, 96, 96)
 
     def model(x, t, prompt_embeds):
-        return -(batch.noise - batch.pictures + error)
+        return -(batch.noise - batch.images + error)
 
     loss = flow.flow_matching_loss(
-        model, batch.pictures, batch.captions, batch.noise, batch.sigma, batch.weight
+        model, batch.images, batch.captions, batch.noise, batch.sigma, batch.weight
     )
     assert torch.allclose(loss, error[..., :48].square().mean(), rtol=1e-5)
     assert not torch.allclose(loss, error.square().mean(), rtol=1e-3)
@@ -210,7 +210,7 @@ def test_a_batch_of_two_sizes_has_the_gradient_of_its_images_one_by_one(data):
             run.loss(
                 replace(
                     each,
-                    pictures=each.pictures[[n]],
+                    images=each.images[[n]],
                     captions=[each.captions[n]],
                     noise=each.noise[[n]],
                     sigma=each.sigma[[n]],

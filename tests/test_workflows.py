@@ -10,12 +10,12 @@ from PIL import Image
 from workflow_variants import (
     BUNDLED,
     DOWNLOADS,
+    INPUT_IMAGE,
     NAMES,
-    PICTURE,
     WORKFLOWS,
     api,
     canvas,
-    input_picture,
+    input_image,
     notes,
     small,
     write_models,
@@ -142,9 +142,9 @@ def test_every_loader_says_where_its_files_are_downloaded(name):
 def test_thumbnails(name):
     path = WORKFLOWS / f"{name}.jpg"
     assert path.stat().st_size <= THUMBNAIL_BYTES
-    with Image.open(path) as picture:
-        assert picture.format == "JPEG" and picture.size == (512, 512)
-        assert any(low < high - 50 for low, high in picture.getextrema())
+    with Image.open(path) as image:
+        assert image.format == "JPEG" and image.size == (512, 512)
+        assert any(low < high - 50 for low, high in image.getextrema())
 
 
 @pytest.fixture(scope="session")
@@ -152,7 +152,7 @@ def server(comfyui_server):
     """With the files that `workflow_variants.small` names."""
     write_models(comfyui_server.models)
     comfyui_server.upload(
-        PICTURE, input_picture(Image.effect_mandelbrot((96, 96), (-2, -1, 1, 1), 50))
+        INPUT_IMAGE, input_image(Image.effect_mandelbrot((96, 96), (-2, -1, 1, 1), 50))
     )
     return comfyui_server
 
@@ -206,18 +206,18 @@ def test_every_workflow_runs_with_the_small_model(server, name):
         else "a red circle"
     )
     files = server.run(small(name, prompt=prompt))
-    pictures = [Image.open(io.BytesIO(file)) for file in files]
+    images = [Image.open(io.BytesIO(file)) for file in files]
     side = {"demo": 384, "upscale_to_4k": 384, "4k_checkpoint": 128}.get(name, 96)
-    assert len(pictures) == (2 if name == "batch_of_prompts" else 1)
-    assert pictures[-1].size == (side, side)
-    assert any(low < high for low, high in pictures[-1].convert("RGB").getextrema())
+    assert len(images) == (2 if name == "batch_of_prompts" else 1)
+    assert images[-1].size == (side, side)
+    assert any(low < high for low, high in images[-1].convert("RGB").getextrema())
 
 
 def test_inpainting_keeps_what_is_not_masked(server):
     (file,) = server.run(small("inpaint"))
-    before = Image.open(io.BytesIO(server.get("/view", filename=PICTURE, type="input"))).convert(
-        "RGB"
-    )
+    before = Image.open(
+        io.BytesIO(server.get("/view", filename=INPUT_IMAGE, type="input"))
+    ).convert("RGB")
     kept = (0, 0, 46, 96)  # the mask begins at 48; it is resized, and so may be soft at its edge
     assert (
         Image.open(io.BytesIO(file)).convert("RGB").crop(kept).tobytes()
@@ -225,11 +225,11 @@ def test_inpainting_keeps_what_is_not_masked(server):
     )
 
 
-def test_the_lora_changes_the_picture(server):
+def test_the_lora_changes_the_image(server):
     assert server.run(small("lora")) != server.run(small("text_to_image"))
 
 
-def test_templates_are_listed_with_pictures(server):
+def test_templates_are_listed_with_images(server):
     ((pack, names),) = server.get("/workflow_templates").items()
     assert sorted(names) == NAMES
     for name in names:

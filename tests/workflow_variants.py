@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 WORKFLOWS = Path(__file__).parents[1] / "workflows"
 NAMES = sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
 BUNDLED = "L2P shapes (bundled small model)"
-SMALL, TINY_4K, LORA, PICTURE = (
+SMALL, TINY_4K, LORA, INPUT_IMAGE = (
     "l2p_shapes.safetensors",
     "tiny_4k.safetensors",
     "shapes_lora.safetensors",
@@ -108,14 +108,14 @@ def write_models(models: Path, patch_64: bool = True) -> None:
         save_file(L2PTransformer(config).state_dict(), models / "checkpoints" / TINY_4K)
 
 
-def input_picture(picture: Image.Image) -> bytes:
+def input_image(image: Image.Image) -> bytes:
     """An image as PNG, its right half see-through: what Load Image gives as mask."""
-    alpha = Image.new("L", picture.size, 255)
-    alpha.paste(0, (picture.width // 2, 0, *picture.size))
-    picture = picture.convert("RGB")
-    picture.putalpha(alpha)
+    alpha = Image.new("L", image.size, 255)
+    alpha.paste(0, (image.width // 2, 0, *image.size))
+    image = image.convert("RGB")
+    image.putalpha(alpha)
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    image.save(file, "PNG")
     return file.getvalue()
 
 
@@ -138,7 +138,7 @@ def small(
                 case "LoraLoaderModelOnly", "lora_name":
                     values[key] = LORA
                 case "LoadImage", "image":
-                    values[key] = PICTURE
+                    values[key] = INPUT_IMAGE
                 case "EmptyL2PLatentImage", "size":
                     values[key] = "custom"
                 case "L2PPromptList", "prompts":

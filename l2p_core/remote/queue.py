@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from ..batch import is_drawn, lock_outputs
+from ..batch import is_generated, lock_outputs
 from ..files.atomic import atomic_write
 from ..files.content import printable
 from ..files.header import hash_files
@@ -25,7 +25,7 @@ from ..tables import read_rows
 from .server import Away, Job, Refused, Server
 from .workflow import fill, places, read_workflow
 
-PICTURES = ("input_image", "inpaint_mask")  # files of ours, uploaded
+IMAGE_SETTINGS = ("input_image", "inpaint_mask")  # files of ours, uploaded
 PATIENCE = 2  # jobs that a server may fail before it has generated one
 
 
@@ -75,12 +75,12 @@ def queue(
         missing = [
             job
             for job in jobs
-            if overwrite or not job.output.exists() or not is_drawn(job.output, job.record)
+            if overwrite or not job.output.exists() or not is_generated(job.output, job.record)
         ]
         if len(missing) < len(jobs):
             print(f"{len(jobs) - len(missing)} of {len(jobs)} images exist already")
         if missing:
-            draw(
+            generate(
                 missing,
                 [Server(url, len(servers) > 1) for url in dict.fromkeys(servers)],
                 timeout,
@@ -122,7 +122,7 @@ def plan(
         try:
             filled, uploads = deepcopy(graph), {}
             for name, value in [*values, *row.items()]:
-                if name in PICTURES:
+                if name in IMAGE_SETTINGS:
                     file = Path(str(value))
                     value = name_on_server(file)
                     uploads[value] = file
@@ -132,21 +132,21 @@ def plan(
                 f"prompt {number + 1}: {error}" if len(rows) > 1 else str(error)
             ) from None
         for copy, target in enumerate(files):
-            drawn = deepcopy(filled)
+            numbered = deepcopy(filled)
             for node, name in seeds:
                 if copy:
-                    seed = int(checked("seed", drawn[node]["inputs"][name]))
-                    drawn[node]["inputs"][name] = seed + copy
+                    seed = int(checked("seed", numbered[node]["inputs"][name]))
+                    numbered[node]["inputs"][name] = seed + copy
             key = (
                 uuid.uuid4()
                 if overwrite
-                else uuid.uuid5(uuid.NAMESPACE_URL, json.dumps([str(target.resolve()), drawn]))
+                else uuid.uuid5(uuid.NAMESPACE_URL, json.dumps([str(target.resolve()), numbered]))
             )
-            jobs.append(Job(target, drawn, uploads, str(key)))
+            jobs.append(Job(target, numbered, uploads, str(key)))
     return jobs
 
 
-def draw(jobs: list[Job], servers: list[Server], timeout: float, progress: bool = True) -> None:
+def generate(jobs: list[Job], servers: list[Server], timeout: float, progress: bool = True) -> None:
     """Give every server the next job whenever it is free, and write the images, each file
     whole or not at all.
 
@@ -188,8 +188,8 @@ def draw(jobs: list[Job], servers: list[Server], timeout: float, progress: bool 
                 stop.wait(Server.poll)  # another server may give its job back
                 continue
             try:
-                if pictures := server.draw(job, stop, timeout, say):
-                    write(pictures, job)
+                if images := server.generate(job, stop, timeout, say):
+                    write(images, job)
                     has_drawn = True
                     done.append(job)
                     bar.update()
@@ -208,7 +208,7 @@ def draw(jobs: list[Job], servers: list[Server], timeout: float, progress: bool 
         say("left")
 
     with (
-        tqdm(total=len(jobs), unit="picture", disable=not progress) as bar,
+        tqdm(total=len(jobs), unit="image", disable=not progress) as bar,
         ThreadPoolExecutor(len(servers)) as threads,
         ExitStack() as at_end,
     ):
@@ -225,7 +225,7 @@ def draw(jobs: list[Job], servers: list[Server], timeout: float, progress: bool 
         )
 
 
-def write(pictures: list[bytes], job: Job) -> None:
+def write(images: list[bytes], job: Job) -> None:
     """Write the job's images, the second as NAME_2.png, and the first last: where it is, all
     are."""
     job.output.parent.mkdir(parents=True, exist_ok=True)
@@ -235,9 +235,7 @@ def write(pictures: list[bytes], job: Job) -> None:
     chunk = (
         (len(settings) - 4).to_bytes(4, "big") + settings + zlib.crc32(settings).to_bytes(4, "big")
     )
-    for number, picture in reversed(list(enumerate(pictures, 1))):
+    for number, image in reversed(list(enumerate(images, 1))):
         output = job.output if number == 1 else job.output.with_stem(f"{job.output.stem}_{number}")
         with atomic_write(output) as stream:
-            stream.write(
-                picture[:33] + chunk + picture[33:]
-            )  # behind the header, which is 33 bytes
+            stream.write(image[:33] + chunk + image[33:])  # behind the header, which is 33 bytes

@@ -101,7 +101,7 @@ class Server:
         self.client = str(uuid.uuid4())
         self.socket: WebSocket | None = None
 
-    def draw(
+    def generate(
         self, job: Job, stop: Event, timeout: float, say: Callable[[str], None]
     ) -> list[bytes]:
         """The job's images as PNG files; none where stop was set. Stays with the job while the
@@ -254,24 +254,24 @@ class Server:
         name = str(image.get("filename"))
         wanted = {key: str(image.get(key, "")) for key in ("filename", "subfolder", "type")}
         try:
-            picture = self.ask("/view", query=wanted, most=MAX_IMAGE_BYTES)
+            content = self.ask("/view", query=wanted, most=MAX_IMAGE_BYTES)
         except Status:
             raise ValueError(
                 f"{self.url} made {name} and no longer has it. It would not make the same again:"
                 " restart it, or give another --seed"
             ) from None
-        if not picture.startswith(PNG_HEADER):
-            found = identify(picture[:HEAD_BYTES])
+        if not content.startswith(PNG_HEADER):
+            found = identify(content[:HEAD_BYTES])
             what = f"{found.name}, not PNG" if found else "not PNG"
             raise ValueError(
                 f"{self.url} made {name}, which is {what}; save with a Save Image node"
             )
-        with open_image(BytesIO(picture), ("PNG",), name) as opened:
+        with open_image(BytesIO(content), ("PNG",), name) as opened:
             if not is_whole_png(opened):
                 raise ValueError(
                     f"{self.url} sent only a part of {name}. The same command fetches it again"
                 )
-        return picture
+        return content
 
     def cancel(self, job: Job) -> None:
         """Take the job out of the queue, or end it where it runs, and nobody else's."""

@@ -239,7 +239,8 @@ def readable_table(
     time.
 
     predict: the x0 prediction of a model. levels: a / sigma, with a = 1 - sigma."""
-    world, table = exact.world, {}
+    world = exact.world
+    table: dict[str, list[float]] = {}
     for kind, left_open in kinds.items():
         rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
         named = frozenset(ATTRIBUTES) - left_open

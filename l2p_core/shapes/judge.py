@@ -106,7 +106,7 @@ class Found:
         return checks
 
     def _agrees(self, name: str, stated: Stated, found: FoundObject) -> bool:
-        if name == "place":
+        if name == "place" and stated.place:
             return self.world.is_at(stated.place, found.x, found.y, slack=self._slack)
         return getattr(stated, name) == getattr(found, name)
 
@@ -169,7 +169,7 @@ def _find_background(pixels: np.ndarray, world: World) -> tuple[Background | Non
     border = _border(world.side)
     seen = pixels[border]
     measured = np.median(seen, axis=0)
-    best, distance = None, COLOUR_RADIUS
+    best, distance = None, float(COLOUR_RADIUS)
     for background, ideal in _ideal_borders(world):
         now = float(np.median(np.linalg.norm(seen - ideal, axis=-1)))
         if now < distance:

@@ -238,8 +238,11 @@ class LayoutRun(Run):
         self.saved_tensors |= {
             f"guide.{name}": each for name, each in self.guide.named_parameters()
         }
-        matrices, convolutions, ends, rest = [], [], [], [*self.guide.parameters()]
-        embedder = []
+        matrices: list[torch.nn.Parameter] = []
+        convolutions: list[torch.nn.Parameter] = []
+        ends: list[torch.nn.Parameter] = []
+        embedder: list[torch.nn.Parameter] = []
+        rest = [*self.guide.parameters()]
         for name, parameter in self.trained.items():
             if name.startswith("all_x_embedder.") and name.endswith(".weight"):
                 embedder.append(parameter)
@@ -285,8 +288,9 @@ class LayoutRun(Run):
         """The noise to train with; here as it is."""
         return noise
 
-    def loss(self, batch: WorldBatch) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
         """The guide's loss: x0 and the probes."""
+        assert isinstance(batch, WorldBatch)
         question = self.question(batch)
         with sdpa_kernel(SDPBackend.MATH):  # its backward pass is faster on a CPU
             self.model.features(question.noisy, 1 - batch.sigma, question.embeds)
@@ -297,12 +301,12 @@ class LayoutRun(Run):
     def question(self, batch: WorldBatch) -> "Question":
         """What the model is given for a batch, and the exact denoiser's answer."""
         blend = batch.sigma[:, None, None, None]
-        noisy = (1 - blend) * batch.pictures + blend * batch.noise
+        noisy = (1 - blend) * batch.images + blend * batch.noise
         with torch.autocast(self.device.type, enabled=False), torch.no_grad():
             posterior = self.posterior(noisy.cpu(), batch.sigma.cpu(), batch)
             embeds = encode(self.encoder, [prompt.text for prompt in batch.prompts])
             local = self.local(noisy.cpu(), batch.sigma.cpu(), batch.prompts)
-        target = torch.where(blend < SETTLED, batch.pictures, posterior.image().to(self.device))
+        target = torch.where(blend < SETTLED, batch.images, posterior.image().to(self.device))
         marginals = {name: part.to(self.device) for name, part in posterior.marginals().items()}
         return Question(
             noisy, embeds, target, marginals, self.evidence(noisy, batch.sigma, marginals), local
@@ -337,12 +341,12 @@ class LayoutRun(Run):
             return self.exact(noisy, sigma, batch.prompts)
         return self.few(noisy, sigma, batch.prompts, batch.scenes, random.Random(batch.seed))
 
-    def draw(self) -> None:
+    def sample(self) -> None:
         """Write the table of R, where the exact denoiser is known, in place of samples: the decoder
         has learned nothing yet."""
         if self.step == 0 or not self.exact:
             return
-        with self.drawing():
+        with self.sampling():
             table = readable_table(self.predict, self.exact, GATE_LEVELS)
         write_json(samples_file(self.output, self.step).with_suffix(".json"), {"R": table})
 
@@ -358,7 +362,7 @@ class WholeRun(LayoutRun):
     """The whole model: a third of the levels in the window, the rest over all steps of sampling."""
 
     trains_decoder = True
-    SCORED = 50  # prompts, each time samples are drawn
+    SCORED = 50  # prompts, each time samples are generated
 
     def levels(self, count: int, generator: torch.Generator) -> Tensor:
         """35 % in the window, then half of the rest on the last steps of sampling."""
@@ -374,27 +378,28 @@ class WholeRun(LayoutRun):
         noise[low] = uneven(noise[low], generator)
         return noise
 
-    def loss(self, batch: WorldBatch) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
         """The published objective with the exact target, and the guide's gradient beside it."""
+        assert isinstance(batch, WorldBatch)
         question = self.question(batch)
         with sdpa_kernel(SDPBackend.MATH):
             velocity = -self.model(question.noisy, 1 - batch.sigma, question.embeds)
-        off = (batch.pictures - question.target) / batch.sigma[:, None, None, None]
-        loss = F.mse_loss(velocity.float(), batch.noise - batch.pictures + off)
+        off = (batch.images - question.target) / batch.sigma[:, None, None, None]
+        loss = F.mse_loss(velocity.float(), batch.noise - batch.images + off)
         guiding = self.guide.loss(
             question.target, question.marginals, question.evidence, question.local
         )
         return loss + guiding - guiding.detach()
 
-    def draw(self) -> None:
+    def sample(self) -> None:
         """Generate samples and score them."""
-        Run.draw(self)
+        Run.sample(self)
         if self.step == 0:
             return
         rng = random.Random(0)
         scenes = [self.world.scene(rng, held_out=True) for _ in range(self.SCORED)]
         prompts = [prompt_for(self.world, scene, rng) for scene in scenes]
-        with self.drawing():
+        with self.sampling():
             table = self.exact and readable_table(self.predict, self.exact, GATE_LEVELS)
             embeds = encode(self.encoder, [prompt.text for prompt in prompts])
             images = self.pipe(

@@ -1,8 +1,8 @@
 """Score a model on prompts it was never trained on: `python -m comfyui_l2p.l2p_core.shapes.score`
 
-Pictures drawn elsewhere, by ComfyUI for one, are judged in two steps: `--write-prompts prompts.csv`
-writes what to draw, with seeds and file names, and `--pictures FOLDER` judges the folder that holds
-them."""
+Images that another program generates, such as ComfyUI, are scored in two steps. `--write-prompts
+prompts.csv` writes prompts, seeds and file names; `--images FOLDER` scores the images in a folder.
+"""
 
 import argparse
 import csv
@@ -10,6 +10,7 @@ import io
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
@@ -18,17 +19,17 @@ from tqdm import tqdm
 from ..files.atomic import atomic_write
 from ..images import read_image
 from ..pipeline import L2PPipeline
-from .pictures import SIZE, Scene, judge, test_scenes
+from .scenes import SIZE, Scene, judge, test_scenes
 
 BATCH = 25
 
 
-def score(pictures: list[Image.Image], scenes: list[Scene]) -> dict[str, float]:
+def score(images: list[Image.Image], scenes: list[Scene]) -> dict[str, float]:
     """Percent of images in which each attribute is right, the background clean, and all of them
     at once ("right")."""
     counts: Counter[str] = Counter()
-    for picture, scene in zip(pictures, scenes, strict=True):
-        checks = judge(picture).compare(scene)
+    for image, scene in zip(images, scenes, strict=True):
+        checks = judge(image).compare(scene)
         counts.update(name for name, passed in checks.items() if passed)
         counts["right"] += all(checks.values())
     return {
@@ -37,18 +38,16 @@ def score(pictures: list[Image.Image], scenes: list[Scene]) -> dict[str, float]:
     }
 
 
-def contact_sheet(
-    pictures: list[Image.Image], captions: list[str], columns: int = 6
-) -> Image.Image:
+def contact_sheet(images: list[Image.Image], captions: list[str], columns: int = 6) -> Image.Image:
     """The images in a grid, each over its caption."""
     cell_width, cell_height = SIZE + 8, SIZE + 58
     sheet = Image.new(
-        "RGB", (columns * cell_width, -(-len(pictures) // columns) * cell_height), "white"
+        "RGB", (columns * cell_width, -(-len(images) // columns) * cell_height), "white"
     )
     pen = ImageDraw.Draw(sheet)
-    for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+    for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
         left, top = index % columns * cell_width + 4, index // columns * cell_height + 4
-        sheet.paste(picture, (left, top))
+        sheet.paste(image, (left, top))
         lines = [""]
         for word in caption.split():
             if pen.textlength(f"{lines[-1]} {word}") > SIZE:
@@ -58,16 +57,16 @@ def contact_sheet(
     return sheet
 
 
-def draw(
-    pipe: L2PPipeline, captions: list[str], progress: bool = True, **settings: object
+def generate(
+    pipe: L2PPipeline, captions: list[str], progress: bool = True, **settings: Any
 ) -> list[Image.Image]:
     """An image for each caption, with its number as the seed. settings: as the pipeline takes
     them."""
-    pictures = []
+    images: list[Image.Image] = []
     for start in tqdm(range(0, len(captions), BATCH), unit="batch", disable=not progress):
         batch = captions[start : start + BATCH]
-        pictures += pipe(batch, seed=list(range(start, start + len(batch))), **settings)
-    return pictures
+        images += pipe(batch, seed=list(range(start, start + len(batch))), **settings)
+    return images
 
 
 def main() -> None:
@@ -86,10 +85,14 @@ def main() -> None:
         "--write-prompts",
         type=Path,
         metavar="FILE",
-        help="write the prompts as CSV and draw nothing",
+        help="write the prompts as CSV and generate nothing",
     )
     parser.add_argument(
-        "--pictures", type=Path, metavar="FOLDER", help="judge these images instead of drawing"
+        "--images",
+        "--pictures",
+        type=Path,
+        metavar="FOLDER",
+        help="judge these images instead of generating",
     )
     parser.add_argument(
         "--sheet", type=Path, help="write the first 24 images with their captions here"
@@ -111,13 +114,13 @@ def main() -> None:
         with atomic_write(args.write_prompts) as stream:
             stream.write(text.getvalue().encode())
         return
-    if args.pictures:
-        pictures = [read_image(args.pictures / name).convert("RGB") for name in names]
+    if args.images:
+        images = [read_image(args.images / name).convert("RGB") for name in names]
     else:
         pipe = L2PPipeline.from_pretrained(
             args.checkpoint, args.text_encoder, torch_dtype=getattr(torch, args.dtype)
         )
-        pictures = draw(
+        images = generate(
             pipe,
             [scene.caption() for scene in scenes],
             num_inference_steps=args.steps,
@@ -126,9 +129,9 @@ def main() -> None:
         )
     if args.sheet:
         with atomic_write(args.sheet) as stream:
-            sheet = contact_sheet(pictures[:24], [scene.caption() for scene in scenes[:24]])
+            sheet = contact_sheet(images[:24], [scene.caption() for scene in scenes[:24]])
             sheet.save(stream, Image.registered_extensions().get(args.sheet.suffix.lower(), "PNG"))
-    print(json.dumps(score(pictures, scenes)))
+    print(json.dumps(score(images, scenes)))
 
 
 if __name__ == "__main__":

@@ -23,9 +23,8 @@ from ..text import TEMPLATE, TextEncoder
 from ..train.config import TrainConfig
 from ..train.data import Batch
 from ..train.run import WAIT, Run
-from .pictures import SIZE, Scene, draw, scenes, test_scenes, training_scenes
-from .score import draw as draw_all
-from .score import score
+from .scenes import SIZE, Scene, render, scenes, test_scenes, training_scenes
+from .score import generate, score
 
 CONFIG = L2PConfig(
     dim=192,
@@ -50,7 +49,7 @@ LAYOUT_SHIFT, SHIFT, FINISH_SHIFT = (
 )  # noise levels that lean to where captions decide, even, to the last steps
 UNEVEN, PATCHY = 0.4, 8  # share by which noise is uneven then, and over how many pixels
 SCRATCH = ".text-encoder."  # beginning of the folder's name in which the text encoder is made
-SCORED = 100  # prompts, each time samples are drawn
+SCORED = 100  # prompts, each time samples are generated
 GATED, QUIET = (
     8.0,
     0.5,
@@ -87,8 +86,8 @@ def make_text_encoder(folder: Path, captions: list[str]) -> TextEncoder:
         encoder.embed_tokens.weight.mul_(5)  # words stand out from what attention mixes in
     encoder.config.rope_theta = 1e6  # transformers 5 writes it elsewhere, 4 reads it here
     (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH, suffix=TEMPORARY) as scratch:
-        scratch = Path(scratch)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=SCRATCH, suffix=TEMPORARY) as name:
+        scratch = Path(name)
         tokenizer.backend_tokenizer.save(str(scratch / "tokenizer.json"))
         (scratch / "tokenizer_config.json").write_text(
             json.dumps(
@@ -210,7 +209,7 @@ def initialise_decoder(decoder: LocalDecoder) -> None:
 
 
 class Guide(torch.nn.Linear):
-    """Reads each patch of the clean picture off the transformer's features, and is thrown away
+    """Reads each patch of the clean image off the transformer's features, and is thrown away
     after training.
 
     Its error reaches the transformer straight, where the decoder's comes through nine convolutions
@@ -222,11 +221,11 @@ class Guide(torch.nn.Linear):
             lambda _, inputs: setattr(self, "features", inputs[1])
         )
 
-    def loss(self, picture: torch.Tensor) -> torch.Tensor:
-        """Mean square of the last forward pass's reading less `picture`, (B, 3, H, W)."""
+    def loss(self, image: torch.Tensor) -> torch.Tensor:
+        """Mean square of the last forward pass's reading less `image`, (B, 3, H, W)."""
         patch = round((self.out_features / 3) ** 0.5)
         reading = self(self.features.movedim(1, -1)).movedim(-1, 1)  # (B, 3 * p * p, h, w)
-        return F.mse_loss(reading.float(), F.pixel_unshuffle(picture, patch))
+        return F.mse_loss(reading.float(), F.pixel_unshuffle(image, patch))
 
 
 class Muon(torch.optim.Muon):
@@ -300,16 +299,18 @@ def uneven(noise: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def noise_levels(batch: int, finishing: bool, generator: torch.Generator) -> torch.Tensor:
-    """(batch,) levels. At first most are near pure noise, where the caption alone tells what to
-    draw; then as sampling has them. One in four, later every other one, is of the last steps, so
-    that a narrow decoder learns to leave backgrounds clean."""
+    """Draw sigmas, (batch,).
+
+    At first most are near 1, where the caption alone decides; then they follow the sampling
+    schedule. One in four, later one in two, is from the last steps, so that a narrow decoder learns
+    clean backgrounds."""
     shift = torch.full((batch,), SHIFT if finishing else LAYOUT_SHIFT)
     shift[:: 2 if finishing else 4] = FINISH_SHIFT
     return shifted(torch.rand(batch, generator=generator), shift)
 
 
 def make_files(checkpoint: Path, data: Path, seed: int) -> None:
-    """What a run begins with: tokenizer, text encoder and an untrained model, and a picture of
+    """What a run begins with: tokenizer, text encoder and an untrained model, and an image of
     every scene to train on."""
     data.parent.mkdir(parents=True, exist_ok=True)
     leftovers = [
@@ -334,8 +335,9 @@ def make_files(checkpoint: Path, data: Path, seed: int) -> None:
         (temporary / "images").mkdir()
         rows = []
         for number, scene in enumerate(known):
-            rows.append({"file_name": f"{number:04d}.png", "text": captions_of(scene)})
-            draw(scene).save(temporary / "images" / rows[-1]["file_name"])
+            name = f"{number:04d}.png"
+            rows.append({"file_name": name, "text": captions_of(scene)})
+            render(scene).save(temporary / "images" / name)
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (temporary / "metadata.jsonl").write_text(lines, encoding="utf-8")
         with atomic_write(checkpoint) as stream:
@@ -355,7 +357,7 @@ def make_files(checkpoint: Path, data: Path, seed: int) -> None:
 
 
 def captions_of(scene: Scene) -> list[str]:
-    """What a picture is called, as often as it should be: one time in ten without the size, and one
+    """What an image is called, as often as it should be: one time in ten without the size, and one
     without the place."""
     return [scene.caption()] * 8 + [scene.caption(with_size=False), scene.caption(with_place=False)]
 
@@ -363,14 +365,14 @@ def captions_of(scene: Scene) -> list[str]:
 class ScoredRun(Run):
     """A run whose samples come with a score, on prompts that were never trained on."""
 
-    def draw(self) -> None:
+    def sample(self) -> None:
         """Generate samples and score them."""
-        super().draw()
+        super().sample()
         if self.step == 0:
             return
         tests = test_scenes(SCORED)
-        with self.drawing():
-            pictures = draw_all(
+        with self.sampling():
+            images = generate(
                 self.pipe,
                 [scene.caption() for scene in tests],
                 progress=False,
@@ -383,11 +385,11 @@ class ScoredRun(Run):
         self.pipe.unload_text_encoder()
         if self.main:
             with atomic_write(self.output / "samples" / f"step-{self.step:07d}.json") as stream:
-                stream.write(json.dumps(score(pictures, tests)).encode())
+                stream.write(json.dumps(score(images, tests)).encode())
 
 
 class ShapesRun(ScoredRun):
-    """From nothing to a model that draws, with all that such a run begins with."""
+    """From nothing to a model that generates, with all that such a run begins with."""
 
     def __init__(self, config: TrainConfig, progress: bool):
         checkpoint, data = Path(config.checkpoint), Path(config.data[0])
@@ -425,16 +427,17 @@ class ShapesRun(ScoredRun):
         self.saved_tensors |= {
             f"guide.{name}": parameter for name, parameter in self.guide.named_parameters()
         }
-        matrices, convolutions, outside, rest = [], [], [], [*self.guide.parameters()]
+        matrices: list[torch.nn.Parameter] = []
+        convolutions: list[torch.nn.Parameter] = []
+        outside: list[torch.nn.Parameter] = []
+        rest = [*self.guide.parameters()]
         for name, parameter in self.trained.items():
             if name.startswith("local_decoder."):
-                (
-                    convolutions if parameter.dim() == 4 and "out_conv" not in name else outside
-                ).append(parameter)
+                inner = parameter.dim() == 4 and "out_conv" not in name
+                (convolutions if inner else outside).append(parameter)
             else:
-                (matrices if ".attention.to_" in name or ".feed_forward." in name else rest).append(
-                    parameter
-                )
+                matrix = ".attention.to_" in name or ".feed_forward." in name
+                (matrices if matrix else rest).append(parameter)
         decay = self.config.weight_decay
         return CombinedOptimizer(
             Muon(matrices, 1.5, decay),
@@ -460,5 +463,5 @@ class ShapesRun(ScoredRun):
             SDPBackend.MATH
         ):  # attention written out: its backward pass is faster than the fused one's on a CPU
             loss = super().loss(batch)
-        guiding = self.guide.loss(batch.pictures)
+        guiding = self.guide.loss(batch.images)
         return loss + guiding - guiding.detach()

@@ -8,7 +8,7 @@ and place comes, and, where positions are free, how they are distributed."""
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -48,7 +48,11 @@ class Fit:
             faults.append("repeats")
         if self.chi2 > self.chi2_limit:
             faults.append("chi2")
-        if self.uneven is not None and self.uneven > self.uneven_limit:
+        if (
+            self.uneven is not None
+            and self.uneven_limit is not None
+            and self.uneven > self.uneven_limit
+        ):
             faults.append("uneven")
         if self.distance is not None and not DISTANCE[0] <= self.distance <= DISTANCE[1]:
             faults.append("distance")
@@ -89,7 +93,7 @@ def fit(
     r0 = float(np.mean(expected_repeats)) if pairs else 0.0
     chi2 = sum((modes[mode] - count) ** 2 / count for mode, count in expected.items())
     count = sum(map(len, scenes))
-    result = Fit(
+    measured = Fit(
         sum(scene is not None for each in scenes for scene in each) / count,
         repeated / pairs if pairs else math.nan,
         r0,
@@ -98,14 +102,12 @@ def fit(
         chi2_quantile(len(expected) - 1),
     )
     if not free:
-        return result
-    uneven = max(_distance_to_even(each) for each in ranks)
-    one, other = zip(*distances)
-    return Fit(
-        *list(vars(result).values())[:6],
-        uneven,
-        1.95 / math.sqrt(len(ranks[0])),
-        sum(one) / sum(other),
+        return measured
+    return replace(
+        measured,
+        uneven=max(_distance_to_even(each) for each in ranks),
+        uneven_limit=1.95 / math.sqrt(len(ranks[0])),
+        distance=sum(found for found, _ in distances) / sum(wanted for _, wanted in distances),
     )
 
 

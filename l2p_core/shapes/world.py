@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .pictures import COLOURS as EIGHT_COLOURS
-from .pictures import OFFSET, OVERSAMPLING
+from .scenes import COLOURS as EIGHT_COLOURS
+from .scenes import OFFSET, OVERSAMPLING
 
 Point = tuple[float, float]
 Region = tuple[float, float, float, float]  # left, top, right, bottom, as shares of the side
@@ -449,10 +449,11 @@ def prompt_for(
     group = rng.randrange(len(world.places))
     objects = tuple(
         Stated(
-            **{
-                name: world.place(group, each.x, each.y) if name == "place" else getattr(each, name)
-                for name in names
-            }
+            shape=each.shape if "shape" in names else None,
+            colour=each.colour if "colour" in names else None,
+            size=each.size if "size" in names else None,
+            place=world.place(group, each.x, each.y) if "place" in names else None,
+            outlined=each.outlined if "outlined" in names else None,
         )
         for each, names in zip(scene.objects, choice.attributes, strict=True)
     )

@@ -20,7 +20,7 @@ ENLARGE = 1.1  # an image is resized up by a tenth at most
 
 
 def target_size(height: int, width: int, max_pixels: int, multiple: int) -> tuple[int, int]:
-    """Height and width a picture is trained at, as the published program has it: shrunk to
+    """Height and width an image is trained at, as the published program has it: shrunk to
     `max_pixels` where it has more, then down to multiples of `multiple`. Never enlarged; 0 where a
     side is too small."""
     if height * width > max_pixels:
@@ -73,16 +73,16 @@ def cropped_share(image: tuple[int, int], size: tuple[int, int]) -> float:
     return 1 - aspects[0] / aspects[1]
 
 
-def crop_and_resize(picture: Image.Image, height: int, width: int) -> Image.Image:
-    """The middle of the picture at that size: resized to cover it (bilinear, antialiased), the rest
+def crop_and_resize(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The middle of the image at that size: resized to cover it (bilinear, antialiased), the rest
     cut off."""
-    scale = max(width / picture.width, height / picture.height)
-    size = round(picture.width * scale), round(picture.height * scale)
-    if size != picture.size:
-        picture = picture.resize(size, Image.Resampling.BILINEAR)
+    scale = max(width / image.width, height / image.height)
+    size = round(image.width * scale), round(image.height * scale)
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.BILINEAR)
     left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
     # Not Image.crop, which warns of images as large as the 10K model's.
-    return Image.fromarray(np.asarray(picture)[top : top + height, left : left + width])
+    return Image.fromarray(np.asarray(image)[top : top + height, left : left + width])
 
 
 def plan_epoch(

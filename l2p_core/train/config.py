@@ -78,18 +78,17 @@ class TrainConfig:
     cache: str = knob("", "folder for encoded captions (default: encodings/ in the data folder)")
 
     steps: int = knob(10_000, "optimiser steps in all")
-    batch: int = knob(1, "pictures a process takes through the model at once", high=MAX_BATCH)
+    batch: int = knob(1, "images a process takes through the model at once", high=MAX_BATCH)
     accumulate: int = knob(1, "batches to a step: their gradients are averaged")
     height: int = knob(
         0,
-        "pixels; with width, pictures are resized and cropped to this size. 0: each keeps its"
-        " shape",
+        "pixels; with width, images are resized and cropped to this size. 0: each keeps its shape",
         high=MAX_SIDE,
     )
     width: int = knob(0, "pixels", high=MAX_SIDE)
     max_pixels: int = knob(
         0,
-        "pictures above are shrunk to this (default: the checkpoint's trained size)",
+        "images above are shrunk to this (default: the checkpoint's trained size)",
         high=MAX_SIDE**2,
     )
     size_step: int = knob(
@@ -135,7 +134,7 @@ class TrainConfig:
     )
     noise: str = knob(
         "auto",
-        "paired: each picture meets the noise of its own seed each time, as published at 1K;"
+        "paired: each image meets the noise of its own seed each time, as published at 1K;"
         " random; auto: paired at patch 16 where the data has seeds",
         choices=("auto", "paired", "random"),
     )
@@ -223,12 +222,12 @@ class TrainConfig:
     keep: int = knob(3, "newest step files to keep; 0 for all")
     sample_every: int = knob(500, "steps between two rows of samples; 0 for none")
     sample_prompts: tuple[str, ...] = knob(
-        (), "drawn each time with the same noise (default: the first four captions)"
+        (), "generated each time from the same noise (default: the first four captions)"
     )
     sample_steps: int = knob(0, "default: the checkpoint's", high=1000)
     held_out: int = knob(
         0,
-        "pictures, drawn by the seed, that are never trained on; every sample_every steps their"
+        "images, drawn by the seed, that are never trained on; every sample_every steps their"
         " loss, at the same noise and levels each time, goes to held_out.csv and loss.png",
     )
 
@@ -260,7 +259,7 @@ class TrainConfig:
             )
         if self.height and self.size_step:
             raise ValueError(
-                f"size_step is {self.size_step}, and all pictures become {self.width} x"
+                f"size_step is {self.size_step}, and all images become {self.width} x"
                 f" {self.height}; give one or the other"
             )
         if self.warmup and self.schedule == "published":
@@ -323,11 +322,11 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class Draws:
-    """How `synthesize` draws; Z-Image-Turbo's own settings."""
+class SynthesizeConfig:
+    """How `synthesize` generates; the defaults are Z-Image-Turbo's own settings."""
 
-    count: int = knob(2, "pictures for each prompt", high=MAX_COUNT)
-    seed: int = knob(0, "of the first picture, the next has the next", high=2**63)
+    count: int = knob(2, "images for each prompt", high=MAX_COUNT)
+    seed: int = knob(0, "of the first image, the next has the next", high=2**63)
     height: int = knob(1024, "pixels", high=MAX_SIDE)
     width: int = knob(1024, "pixels", high=MAX_SIDE)
     steps: int = knob(9, "of the latent model", high=1000)

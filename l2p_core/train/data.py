@@ -44,7 +44,7 @@ __all__ = [
 class Batch:
     """What one pass takes: B images of one size."""
 
-    pictures: Tensor  # (B, 3, H, W) in [-1, 1]
+    images: Tensor  # (B, 3, H, W) in [-1, 1]
     captions: list[Tensor]  # B of (L, cap_feat_dim)
     noise: Tensor  # (B, 3, H, W)
     sigma: Tensor  # (B,)
@@ -262,7 +262,7 @@ class Batches:
         assert example.seed is not None  # `paired` asks for one of each
         return example.seed
 
-    def generator(self, *number: int) -> torch.Generator:
+    def generator(self, *number: int | str) -> torch.Generator:
         """For the draws of one batch, or of one place in it."""
         digest = hashlib.sha256(repr((self.config.seed, *number)).encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

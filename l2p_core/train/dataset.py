@@ -44,7 +44,7 @@ class Example:
     """One image, its captions, and the height and width it is trained at."""
 
     file: Path
-    captions: tuple[str, ...]  # one of them is drawn each time
+    captions: tuple[str, ...]  # one of them is taken each time, at random
     seed: int | None  # of its paired noise
     size: tuple[int, int]
     name: str = ""  # in the metadata

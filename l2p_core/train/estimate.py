@@ -27,7 +27,7 @@ def estimate(config: TrainConfig) -> dict[str, int]:
     """Bytes that one process holds at the peak of a step, by what they are for, and their sum as
     "in all"; then what it keeps in the CPU's memory, where a GPU's is meant by the rest.
 
-    Reads the checkpoint's header alone, and neither the data nor the text encoder: pictures are of
+    Reads the checkpoint's header alone, and neither the data nor the text encoder: images are of
     `height` x `width`, or of the checkpoint's trained size shrunk to `max_pixels`; captions of 512
     tokens. Raises CheckpointError, and ValueError where `shard` is set."""
     if config.shard:
@@ -56,7 +56,7 @@ def estimate(config: TrainConfig) -> dict[str, int]:
         optimizer = make_optimizer(
             trained, replace(config, optimizer="adamw"), HOST
         )  # bitsandbytes' looks at numbers
-        picture = torch.empty(config.batch, 3, height, width)
+        image = torch.empty(config.batch, 3, height, width)
         captions = [
             torch.empty(MAX_TOKENS, layout.config.cap_feat_dim, dtype=dtype)
             for _ in range(config.batch)
@@ -71,7 +71,7 @@ def estimate(config: TrainConfig) -> dict[str, int]:
             )
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16), keeping:
                 loss = flow_matching_loss(
-                    model, picture, captions, torch.empty_like(picture), torch.empty(config.batch)
+                    model, image, captions, torch.empty_like(image), torch.empty(config.batch)
                 )
             loss.backward()
             gradients = bytes_of(parameter.grad for parameter in trained.values())

@@ -169,7 +169,7 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
     """The batch, moved."""
     return replace(
         batch,
-        pictures=batch.pictures.to(device),
+        images=batch.images.to(device),
         captions=[caption.to(device) for caption in batch.captions],
         noise=batch.noise.to(device),
         sigma=batch.sigma.to(device),

@@ -21,7 +21,7 @@ WINDOW, DIVERGED = (
     3,
 )  # a mean loss over so many steps that is so many times the lowest before it
 RECENT = 10  # steps that show where it is going
-# about the loss of a model that gives 0: the noise's 1, and the picture's mean square
+# about the loss of a model that gives 0: the noise's 1, and the image's mean square
 NOTHING = 2.0
 SHEET_ROWS, SHEET_SIDE = 12, 256  # of samples.png
 WIDTH, HEIGHT, MARGIN = 800, 400, 48  # of loss.png, pixels
@@ -163,8 +163,8 @@ def draw_curves(curves: list[list[tuple[int, float]]], file: Path) -> None:
             ).append(loss)
         means.append({x: sum(losses) / len(losses) for x, losses in columns.items()})
     high = max(mean for by_column in means for mean in by_column.values()) or 1.0
-    picture = Image.new("RGB", (WIDTH, HEIGHT), "white")
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    pen = ImageDraw.Draw(image)
     pen.line(
         [(MARGIN, MARGIN), (MARGIN, HEIGHT - MARGIN), (WIDTH - MARGIN, HEIGHT - MARGIN)],
         fill="grey",
@@ -180,7 +180,7 @@ def draw_curves(curves: list[list[tuple[int, float]]], file: Path) -> None:
     pen.text((MARGIN, HEIGHT - MARGIN + 4), f"step {first}", fill="black")
     pen.text((WIDTH - MARGIN - 40, HEIGHT - MARGIN + 4), f"{last}", fill="black")
     with atomic_write(file) as stream:
-        picture.save(stream, "PNG")
+        image.save(stream, "PNG")
 
 
 def samples_file(output: Path, step: int) -> Path:
@@ -188,33 +188,33 @@ def samples_file(output: Path, step: int) -> Path:
     return output / "samples" / f"step-{step:07d}.png"
 
 
-def show_samples(drawn: list[Image.Image], output: Path, step: int) -> None:
-    """Write pictures as one row, and all rows so far below one another."""
+def show_samples(images: list[Image.Image], output: Path, step: int) -> None:
+    """Write images as one row, and all rows so far below one another."""
     file = samples_file(output, step)
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(file) as stream:
-        grid([drawn]).save(stream, "PNG")
+        grid([images]).save(stream, "PNG")
     files = sorted(file.parent.glob("step-*.png"))
     rows = []
     for number in sorted(
         {round(place * (len(files) - 1) / (SHEET_ROWS - 1)) for place in range(SHEET_ROWS)}
     ):
         with open_image(files[number], ("PNG",)) as row:
-            row.thumbnail((len(drawn) * SHEET_SIDE, SHEET_SIDE))
+            row.thumbnail((len(images) * SHEET_SIDE, SHEET_SIDE))
             rows.append([row.copy()])
     with atomic_write(output / "samples.png") as stream:
         grid(rows).save(stream, "PNG")
 
 
 def grid(rows: list[list[Image.Image]]) -> Image.Image:
-    """Pictures side by side, and rows of them below one another."""
-    width = max(sum(picture.width for picture in row) for row in rows)
+    """Images side by side, and rows of them below one another."""
+    width = max(sum(image.width for image in row) for row in rows)
     sheet = Image.new("RGB", (width, sum(row[0].height for row in rows)))
     top = 0
     for row in rows:
         left = 0
-        for picture in row:
-            sheet.paste(picture, (left, top))
-            left += picture.width
+        for image in row:
+            sheet.paste(image, (left, top))
+            left += image.width
         top += row[0].height
     return sheet

@@ -127,7 +127,7 @@ def load_state(
     state = read_state(file, elsewhere)
     if state.get("size", size) != size:
         raise ValueError(
-            f"{file} is of a run that takes {state['size']} pictures at once, now {size}; give a"
+            f"{file} is of a run that takes {state['size']} images at once, now {size}; give a"
             f" batch that is, over all processes, {state['size']}"
         )
     if inputs:

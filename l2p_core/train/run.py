@@ -55,7 +55,7 @@ from .record import Log, Row, draw_curves, samples_file, show_samples
 from .resume import check_run, first_line, load_state, save_step, step_file
 from .shard import gather, is_split, reshard, shard
 
-PATIENCE = timedelta(hours=6)  # of processes with the one that draws samples or writes files
+PATIENCE = timedelta(hours=6)  # of processes with the one that generates samples or writes files
 
 
 def train(config: TrainConfig, progress: bool = True) -> Path:
@@ -112,8 +112,8 @@ class Run:
     """A run set up: model, data, optimizer and folder, at the step where it goes on.
 
     A recipe is a subclass. It may make its files before anything is read (`__init__`), and replace
-    what a step learns from (`batch`), by (`loss`) and with (`make_optimizer`), and what is drawn on
-    the way (`draw`); see shapes/train.py."""
+    the batch (`batch`), the loss (`loss`), the optimizer (`make_optimizer`) and the samples
+    (`sample`); see shapes/train.py."""
 
     def __init__(self, config: TrainConfig, progress: bool):
         try:
@@ -174,7 +174,7 @@ class Run:
         )
         if config.height:
             self.pipe.check_size(config.height, config.width)
-            # what it draws best from now on
+            # what it generates best from now on
             layout.metadata["modelspec.resolution"] = f"{config.width}x{config.height}"
         if config.size_step % (multiple := layout.config.size_multiple):
             raise ValueError(
@@ -321,7 +321,7 @@ class Run:
     def loss(self, batch: Batch) -> Tensor:
         """What the gradient is taken of."""
         return flow_matching_loss(
-            self.model, batch.pictures, batch.captions, batch.noise, batch.sigma, batch.weight
+            self.model, batch.images, batch.captions, batch.noise, batch.sigma, batch.weight
         )
 
     def train(self) -> Path:
@@ -396,7 +396,7 @@ class Run:
         alone = self.accelerator.num_processes == 1
         generates = self.main or self.config.shard  # a split model generates in all processes
         tasks = [(self.validate, "the validation loss", alone)] if self.held_out else []
-        tasks += [(self.draw, "samples", alone or not self.config.shard)] if generates else []
+        tasks += [(self.sample, "samples", alone or not self.config.shard)] if generates else []
         for task, name, independent in tasks:
             try:
                 with (
@@ -423,15 +423,15 @@ class Run:
     def validate(self) -> None:
         """Log the loss of the validation set."""
         assert self.held_out is not None  # else nothing asks for it
-        pictures, processes = self.held_out.per_epoch, self.accelerator.num_processes
+        images, processes = self.held_out.per_epoch, self.accelerator.num_processes
         total = torch.zeros((), device=self.device)
-        with torch.no_grad(), self.drawing():
-            for first in range(0, pictures, processes):  # all processes run the model as often
+        with torch.no_grad(), self.sampling():
+            for first in range(0, images, processes):  # all processes run the model as often
                 self.stop_together(processes > 1)
                 number = first + self.accelerator.process_index
-                loss = self.loss(on_device(self.held_out[number % pictures], self.device))
-                total += loss if number < pictures else 0
-        self.log.add_held_out(self.step, self.accelerator.reduce(total, "sum").item() / pictures)
+                loss = self.loss(on_device(self.held_out[number % images], self.device))
+                total += loss if number < images else 0
+        self.log.add_held_out(self.step, self.accelerator.reduce(total, "sum").item() / images)
 
     def stop_together(self, together: bool) -> None:
         """Raise Stopped after an interrupt; `together`, where all processes are at this place,
@@ -539,8 +539,8 @@ class Run:
         )
 
     @contextmanager
-    def drawing(self) -> Iterator[None]:
-        """Within it the pipeline draws as step files would."""
+    def sampling(self) -> Iterator[None]:
+        """Within it the pipeline generates as step files would."""
         with self.autocast(), swapped_weights(self.trained, self.ema):
             yield
             reshard(self.model)
@@ -589,12 +589,12 @@ class Run:
                 self.output / "loss.png",
             )
 
-    def draw(self) -> None:
+    def sample(self) -> None:
         """A row of samples: each prompt with its number as the seed."""
         height, width = self.sample_size
         together = bool(self.config.shard)
-        with self.drawing():
-            drawn = [
+        with self.sampling():
+            images = [
                 self.pipe(
                     prompt_embeds=self.encodings[prompt],
                     negative_prompt_embeds=self.encodings[""],
@@ -607,7 +607,7 @@ class Run:
                 for seed, prompt in enumerate(self.prompts)
             ]
         if self.main:
-            show_samples(drawn, self.output, self.step)
+            show_samples(images, self.output, self.step)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import pytest
 import torch
 from comfyui_l2p.l2p_core import L2PPipeline
 from comfyui_l2p.l2p_core.shapes.parse import complete
-from comfyui_l2p.l2p_core.shapes.pictures import test_scenes as held_out_scenes
+from comfyui_l2p.l2p_core.shapes.scenes import test_scenes as held_out_scenes
 from comfyui_l2p.l2p_core.shapes.world import PLACES_WORLD
 from PIL import Image
 from real_comfyui import Refused
@@ -24,7 +24,7 @@ def pipe():
 
 
 @pytest.fixture(scope="module")
-def picture(pipe):
+def image(pipe):
     """An image to start from."""
     return pipe("a small green square on a yellow background, top", seed=1, num_inference_steps=6)
 
@@ -36,9 +36,9 @@ def mask():
     return out
 
 
-def png(picture: Image.Image) -> bytes:
+def png(image: Image.Image) -> bytes:
     stream = io.BytesIO()
-    picture.save(stream, "PNG")
+    image.save(stream, "PNG")
     return stream.getvalue()
 
 
@@ -84,10 +84,10 @@ def graph(prompt: str | list = PROMPT, negative: str = "", **sampler) -> dict:
     }
 
 
-def levels(picture: Image.Image | bytes) -> np.ndarray:
-    return np.asarray(
-        Image.open(io.BytesIO(picture)) if isinstance(picture, bytes) else picture
-    ).astype(int)
+def levels(image: Image.Image | bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image).astype(
+        int
+    )
 
 
 def assert_same(found: list[bytes], expected: list[Image.Image]) -> None:
@@ -128,14 +128,14 @@ def test_our_own_solver(comfyui_server, pipe):
     assert_same(comfyui_server.run(graph(sampler_name="ab2", steps=8, shift=2.0)), [expected])
 
 
-def test_image_to_image(comfyui_server, pipe, picture):
+def test_image_to_image(comfyui_server, pipe, image):
     expected = pipe(
-        PROMPT, input_image=picture, denoising_strength=0.6, num_inference_steps=6, seed=7
+        PROMPT, input_image=image, denoising_strength=0.6, num_inference_steps=6, seed=7
     )
     request = graph(denoise=0.6, image=["image", 0])
     request["image"] = {
         "class_type": "LoadImage",
-        "inputs": {"image": comfyui_server.upload("start.png", png(picture))},
+        "inputs": {"image": comfyui_server.upload("start.png", png(image))},
     }
     assert_same(comfyui_server.run(request), [expected])
 
@@ -156,11 +156,11 @@ def test_no_size_is_that_of_the_image(comfyui_server, size, drawn):
     assert Image.open(io.BytesIO(found)).size == drawn
 
 
-def test_each_image_of_a_batch_is_redrawn(comfyui_server, pipe, picture):
+def test_each_image_of_a_batch_is_redrawn(comfyui_server, pipe, image):
     request = graph(denoise=0.1, image=["both", 0], cfg=1.0, steps=2)
     request["image"] = {
         "class_type": "LoadImage",
-        "inputs": {"image": comfyui_server.upload("start.png", png(picture))},
+        "inputs": {"image": comfyui_server.upload("start.png", png(image))},
     }
     request["white"] = {
         "class_type": "EmptyImage",
@@ -171,20 +171,20 @@ def test_each_image_of_a_batch_is_redrawn(comfyui_server, pipe, picture):
         "inputs": {"image1": ["image", 0], "image2": ["white", 0]},
     }
     first, second = comfyui_server.run(request)
-    from_picture, from_white = (
+    from_image, from_white = (
         [np.abs(levels(drawn) - start).mean() for drawn in (first, second)]
-        for start in (levels(picture), 255)
+        for start in (levels(image), 255)
     )
-    assert from_picture[0] < from_picture[1] / 3 and from_white[1] < from_white[0] / 3
+    assert from_image[0] < from_image[1] / 3 and from_white[1] < from_white[0] / 3
 
 
 @pytest.mark.parametrize("sampler", ["euler", "uni_pc"])
-def test_inpaint_keeps_what_is_not_masked(comfyui_server, pipe, picture, mask, sampler):
-    expected = pipe(PROMPT, input_image=picture, inpaint_mask=mask, num_inference_steps=6, seed=7)
+def test_inpaint_keeps_what_is_not_masked(comfyui_server, pipe, image, mask, sampler):
+    expected = pipe(PROMPT, input_image=image, inpaint_mask=mask, num_inference_steps=6, seed=7)
     request = graph(image=["image", 0], mask=["mask", 0], sampler_name=sampler)
     request["image"] = {
         "class_type": "LoadImage",
-        "inputs": {"image": comfyui_server.upload("start.png", png(picture))},
+        "inputs": {"image": comfyui_server.upload("start.png", png(image))},
     }
     request["mask"] = {
         "class_type": "LoadImageMask",
@@ -196,7 +196,7 @@ def test_inpaint_keeps_what_is_not_masked(comfyui_server, pipe, picture, mask, s
     found = comfyui_server.run(request)
     if sampler == "euler":
         assert_same(found, [expected])
-    assert (levels(found[0]) == levels(picture))[:48].all()
+    assert (levels(found[0]) == levels(image))[:48].all()
 
 
 @pytest.mark.parametrize("redraw", ["squeezed", "windows", "whole"])
@@ -219,15 +219,15 @@ def test_stages(comfyui_server, pipe, redraw):
     )
 
 
-def test_inpaint_in_stages(comfyui_server, pipe, picture, mask):
-    picture, mask = (
-        picture.resize((192, 192), Image.Resampling.NEAREST),
+def test_inpaint_in_stages(comfyui_server, pipe, image, mask):
+    image, mask = (
+        image.resize((192, 192), Image.Resampling.NEAREST),
         mask.resize((192, 192), Image.Resampling.NEAREST),
     )
     request = graph(image=["image", 0], mask=["mask", 0], width=192, height=192, stages=2)
     request["image"] = {
         "class_type": "LoadImage",
-        "inputs": {"image": comfyui_server.upload("large.png", png(picture))},
+        "inputs": {"image": comfyui_server.upload("large.png", png(image))},
     }
     request["mask"] = {
         "class_type": "LoadImageMask",
@@ -237,7 +237,7 @@ def test_inpaint_in_stages(comfyui_server, pipe, picture, mask):
         },
     }
     (found,) = comfyui_server.run(request)
-    assert (levels(found) == levels(picture))[:96].all()
+    assert (levels(found) == levels(image))[:96].all()
 
 
 def test_every_level_survives_the_way_through_a_pixel_latent(comfyui_server):
@@ -389,7 +389,7 @@ def watch(server, request: dict, **extra) -> tuple[list[bytes], list[tuple[int, 
     return shown, counted, server.wait(prompt_id)["outputs"]["save"]["images"][0]
 
 
-def test_the_preview_is_the_true_picture(comfyui_server):
+def test_the_preview_is_the_true_image(comfyui_server):
     """Without any preview setting: steps are counted, and what is shown before the last one is
     nearly what comes out."""
     steps = 8

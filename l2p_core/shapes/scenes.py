@@ -84,15 +84,15 @@ def test_scenes(count: int = 300, seed: int = 0) -> list[Scene]:
     return random.Random(seed).sample([scene for scene in scenes() if scene.held_out], count)
 
 
-def draw(scene: Scene) -> Image.Image:
+def render(scene: Scene) -> Image.Image:
     """The image: SIZE x SIZE RGB, flat colours, smooth edges."""
     column, row = (SIZE // 2 + OFFSET * direction for direction in PLACES[scene.place])
     half = SIZES[scene.size]
-    picture = Image.new("RGB", (SIZE, SIZE), COLOURS[scene.background])
-    picture.paste(
+    image = Image.new("RGB", (SIZE, SIZE), COLOURS[scene.background])
+    image.paste(
         COLOURS[scene.colour], (column - half, row - half), shape_mask(scene.shape, 2 * half)
     )
-    return picture
+    return image
 
 
 @cache
@@ -108,7 +108,7 @@ def shape_mask(shape: str, width: int) -> Image.Image:
     return mask.reduce(OVERSAMPLING)
 
 
-OUTLINES = {  # in a unit square, y down
+OUTLINES: dict[str, list[tuple[float, float]]] = {  # in a unit square, y down
     "square": [(0, 0), (1, 0), (1, 1), (0, 1)],
     "triangle": [(0.5, 0), (1, 1), (0, 1)],
     "diamond": [(0.5, 0), (1, 0.5), (0.5, 1), (0, 0.5)],
@@ -140,9 +140,9 @@ class Verdict:
         }
 
 
-def judge(picture: Image.Image) -> Verdict:
+def judge(image: Image.Image) -> Verdict:
     """Measure an image of one shape on a plain background."""
-    pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
     border = np.concatenate(
         [
             pixels[:2].reshape(-1, 3),
@@ -164,9 +164,9 @@ def judge(picture: Image.Image) -> Verdict:
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
     found = inside[top:bottom, left:right]
     overlaps = {shape: _overlap(found, shape) for shape in SHAPES}
-    shape = max(overlaps, key=overlaps.get)
-    middle = ((left + right) / 2 - picture.width / 2, (top + bottom) / 2 - picture.height / 2)
-    scale = picture.width / SIZE
+    shape = max(overlaps, key=lambda shape: overlaps[shape])
+    middle = ((left + right) / 2 - image.width / 2, (top + bottom) / 2 - image.height / 2)
+    scale = image.width / SIZE
     half = max(bottom - top, right - left) / 2 / scale
     clear = np.ones(inside.shape, dtype=bool)
     margin = round(2 * scale)
