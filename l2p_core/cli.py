@@ -23,7 +23,7 @@ from .files.content import printable
 from .files.header import CheckpointError
 from .interrupt import STATUS, Terminated, ending_at_once
 from .remote.workflow import PLACES
-from .settings import FIELDS, checked, describe, kind
+from .settings import FIELDS, MAX_COUNT, checked, describe, kind
 
 if TYPE_CHECKING:
     from .batch import Job
@@ -778,7 +778,7 @@ def add_synthesize(commands: argparse._SubParsersAction) -> None:
 
     parser = commands.add_parser(
         "synthesize",
-        help="generate training images with the latent model",
+        help="generate training images with the latent model, and write their prompts",
         description=(
             "Generate images with a latent Z-Image through diffusers, as a folder for l2p train:"
             " images/ and metadata.csv with the seeds. A run that was stopped goes on. Under"
@@ -787,12 +787,18 @@ def add_synthesize(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "prompts",
+        nargs="?",
         type=Path,
         metavar="PROMPTS",
-        help=".txt (a prompt a line), .csv, .json or .jsonl with a column prompt or text",
+        help=(
+            ".txt (a prompt a line), .csv, .json or .jsonl with a column prompt or text; with"
+            " --write-prompts the .txt to write (default: prompts.txt in the output folder)"
+        ),
     )
     parser.add_argument(
-        "--model", required=True, metavar="FOLDER", help="the latent model, such as Z-Image-Turbo"
+        "--model",
+        metavar="FOLDER",
+        help="the latent model, such as Z-Image-Turbo; without it only prompts are written",
     )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
     for each in fields(SynthesizeConfig):
@@ -806,6 +812,43 @@ def add_synthesize(commands: argparse._SubParsersAction) -> None:
         "--batch", type=int, default=1, help="images generated at a time (default 1)"
     )
     parser.add_argument("--device", help="default: the GPU where there is one")
+    writing = parser.add_argument_group("prompts")
+    writing.add_argument(
+        "--write-prompts",
+        type=int,
+        metavar="N",
+        help=(
+            "write N prompts first, of 200 to 350 characters, about categories of a taxonomy; the"
+            " text encoder writes them as the language model that it is"
+        ),
+    )
+    writing.add_argument(
+        "--text-encoder",
+        metavar="FOLDER",
+        help="the language model: a folder of Qwen3 (default: that of --model)",
+    )
+    writing.add_argument(
+        "--tokenizer", metavar="FOLDER", help="default: tokenizer/ in or beside the text encoder"
+    )
+    writing.add_argument(
+        "--templates", action="store_true", help="write prompts by templates, without a model"
+    )
+    writing.add_argument(
+        "--taxonomy",
+        type=Path,
+        metavar="FILE",
+        help="a text file of categories under '# class' and '## sub-class' (default: our own)",
+    )
+    writing.add_argument(
+        "--prompt-seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of the order of categories and of what is sampled (default 0)",
+    )
+    writing.add_argument(
+        "--prompt-batch", type=int, default=16, metavar="N", help="prompts at a time (default 16)"
+    )
 
     def run(args: argparse.Namespace) -> None:
         from .batch import check_batch
@@ -814,8 +857,23 @@ def add_synthesize(commands: argparse._SubParsersAction) -> None:
 
         check_batch(args.batch)
         rank, processes, device = share(args.device)
+        if args.prompts is None and not args.write_prompts:
+            raise ValueError("give PROMPTS, or let prompts be written: --write-prompts N")
+        file = args.prompts or args.output / "prompts.txt"
+        if args.write_prompts:
+            if processes > 1:
+                raise ValueError(
+                    "--write-prompts is for one process, and here are"
+                    f" {processes}; write the prompts first, then generate without that flag"
+                )
+            write_prompts(args, file, device)
+        if not args.model:
+            if not args.write_prompts:
+                raise ValueError("--model is not given: the latent model, such as Z-Image-Turbo")
+            print(file)
+            return
         prompts = []
-        for number, row in enumerate(read_rows(args.prompts), 1):
+        for number, row in enumerate(read_rows(file), 1):
             prompt = row["prompt"] if row.get("text") is None else row["text"]
             try:
                 prompts.append(str(checked("prompt", prompt)))
@@ -838,6 +896,34 @@ def add_synthesize(commands: argparse._SubParsersAction) -> None:
             print(args.output)
 
     parser.set_defaults(run=run, when_stopped="The same command goes on where this one ended")
+
+
+def write_prompts(args: argparse.Namespace, file: Path, device: str) -> None:
+    """Write the prompts that `l2p synthesize` asks for."""
+    from .train import prompts
+
+    for flag, value in (
+        ("write-prompts", args.write_prompts),
+        ("prompt-batch", args.prompt_batch),
+    ):
+        if not 1 <= value <= MAX_COUNT:
+            raise ValueError(f"--{flag} is {value}; expected a number from 1 to {MAX_COUNT}")
+    encoder = args.text_encoder or args.model
+    if not args.templates and not encoder:
+        raise ValueError(
+            "--write-prompts needs a language model: give --model or --text-encoder, or"
+            " --templates to do without"
+        )
+    replaced = prompts.write_prompts(
+        file,
+        args.write_prompts,
+        args.prompt_seed,
+        args.taxonomy or prompts.TAXONOMY,
+        None if args.templates else prompts.WritingModel(encoder, args.tokenizer, device),
+        args.prompt_batch,
+    )
+    if replaced:
+        print(f"{replaced} prompts are templates: the language model gave none that passed")
 
 
 def add_train(commands: argparse._SubParsersAction) -> None:
