@@ -224,7 +224,15 @@ class TrainConfig:
     sample_prompts: tuple[str, ...] = knob(
         (), "generated each time from the same noise (default: the first four captions)"
     )
+    sample_file: str = knob(
+        "",
+        "a prompt file of samples, as l2p generate --prompts takes it; its columns height, width,"
+        " seed, cfg_scale and others hold for their row",
+    )
     sample_steps: int = knob(0, "default: the checkpoint's", high=1000)
+    wandb_project: str = knob(
+        "", "log losses, samples and settings to this project of Weights & Biases too"
+    )
     held_out: int = knob(
         0,
         "images, drawn by the seed, that are never trained on; every sample_every steps their"
@@ -271,6 +279,11 @@ class TrainConfig:
             raise ValueError(
                 f"quantize_frozen is {self.quantize_frozen}, and freeze '' leaves nothing frozen;"
                 " leave it off"
+            )
+        if self.sample_file and self.sample_prompts:
+            raise ValueError(
+                f"sample_prompts and sample_file {self.sample_file} are both given; put the prompts"
+                " into the file, or leave one out"
             )
         if self.resume_lora and not self.lora_rank:
             raise ValueError(

@@ -3,18 +3,15 @@
 import csv
 import io
 import math
-from contextlib import suppress
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, get_type_hints
+from typing import get_type_hints
 
 from PIL import Image, ImageDraw
 
 from ..files.atomic import append, atomic_write
 from ..images import open_image
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from .boards import Boards
 
 WINDOW, DIVERGED = (
     100,
@@ -39,14 +36,14 @@ class Row:
 
 
 class Log:
-    """log.csv, a row for each step, held_out.csv, and the same for TensorBoard where that is
-    installed; written by one process alone."""
+    """log.csv, a row for each step, held_out.csv, and the same on boards; written by one process
+    alone."""
 
-    def __init__(self, folder: Path, step: int, writes: bool):
+    def __init__(self, folder: Path, step: int, writes: bool, boards: Boards | None = None):
         """step: where the run goes on; what was logged after it is forgotten."""
         self.folder, self.writes, self.lowest = folder, writes, math.inf
         self.rows: list[Row] = []
-        self.board: SummaryWriter | None = None
+        self.boards = boards
         # Every process reads it: they must agree on when to stop.
         for row in read_table(folder / "log.csv", list(get_type_hints(Row).values())):
             if row[0] <= step:
@@ -59,18 +56,13 @@ class Log:
             write_table(
                 folder / "log.csv", [[each.name for each in fields(Row)], *map(astuple, self.rows)]
             )
-            with suppress(ImportError):
-                from torch.utils import tensorboard
-
-                self.board = tensorboard.SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.board:
-            with suppress(OSError):  # a full disk, which the next save names
-                self.board.close()
+        if self.boards:
+            self.boards.close()
 
     def note(self, row: Row) -> None:
         """Take a row into account."""
@@ -85,17 +77,17 @@ class Log:
         self.note(row)
         if self.writes:
             write_table(self.folder / "log.csv", [astuple(row)], more=True)
-        if self.board:
-            for name in ("loss", "learning_rate", "grad_norm"):
-                self.board.add_scalar(name, getattr(row, name), row.step)
+        if self.boards:
+            names = ("loss", "learning_rate", "grad_norm")
+            self.boards.add_numbers({name: getattr(row, name) for name in names}, row.step)
 
     def add_held_out(self, step: int, loss: float) -> None:
         """Write the validation loss of a step, in place of an earlier one."""
         self.held_out = [*(row for row in self.held_out if row[0] != step), (step, loss)]
         if self.writes:
             write_table(self.folder / "held_out.csv", [("step", "loss"), *self.held_out])
-        if self.board:
-            self.board.add_scalar("held_out_loss", loss, step)
+        if self.boards:
+            self.boards.add_numbers({"held_out_loss": loss}, step)
 
     def mean(self, steps: int | None = None) -> float:
         """Mean loss of the last steps."""
@@ -188,12 +180,13 @@ def samples_file(output: Path, step: int) -> Path:
     return output / "samples" / f"step-{step:07d}.png"
 
 
-def show_samples(images: list[Image.Image], output: Path, step: int) -> None:
-    """Write images as one row, and all rows so far below one another."""
+def show_samples(images: list[Image.Image], output: Path, step: int) -> Image.Image:
+    """Write images as one row, and all rows so far below one another. Returns the row."""
     file = samples_file(output, step)
     file.parent.mkdir(parents=True, exist_ok=True)
+    newest = grid([images])
     with atomic_write(file) as stream:
-        grid([images]).save(stream, "PNG")
+        newest.save(stream, "PNG")
     files = sorted(file.parent.glob("step-*.png"))
     rows = []
     for number in sorted(
@@ -204,17 +197,19 @@ def show_samples(images: list[Image.Image], output: Path, step: int) -> None:
             rows.append([row.copy()])
     with atomic_write(output / "samples.png") as stream:
         grid(rows).save(stream, "PNG")
+    return newest
 
 
 def grid(rows: list[list[Image.Image]]) -> Image.Image:
     """Images side by side, and rows of them below one another."""
     width = max(sum(image.width for image in row) for row in rows)
-    sheet = Image.new("RGB", (width, sum(row[0].height for row in rows)))
+    heights = [max(image.height for image in row) for row in rows]
+    sheet = Image.new("RGB", (width, sum(heights)))
     top = 0
-    for row in rows:
+    for row, height in zip(rows, heights):
         left = 0
         for image in row:
             sheet.paste(image, (left, top))
             left += image.width
-        top += row[0].height
+        top += height
     return sheet

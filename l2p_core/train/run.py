@@ -36,6 +36,7 @@ from ..interrupt import Noted, noted
 from ..pipeline import L2PPipeline
 from ..prefetch import ahead
 from ..text import encoder_files, find_tokenizer
+from .boards import Boards, import_wandb
 from .buckets import planned_as_before, report, target_size
 from .config import OWN_RECIPES, TrainConfig, to_toml
 from .data import Batch, Batches, Encodings, Example, hold_out
@@ -53,6 +54,7 @@ from .prepare import (
 )
 from .record import Log, Row, draw_curves, samples_file, show_samples
 from .resume import check_run, first_line, load_state, save_step, step_file
+from .samples import Sample, read_samples
 from .shard import gather, is_split, reshard, shard
 
 PATIENCE = timedelta(hours=6)  # of processes with the one that generates samples or writes files
@@ -157,6 +159,8 @@ class Run:
             True,
         )  # consistent: no optimizer step is half done
         check_run(self.output, config)
+        if config.wandb_project:
+            import_wandb()
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         self.pipe = L2PPipeline.from_pretrained(
             config.checkpoint,
@@ -185,22 +189,22 @@ class Run:
             self.pipe.text_encoder_path
         )  # a missing file is reported before images are read
         find_tokenizer(self.pipe.text_encoder_path, self.pipe.tokenizer_path)
+        samples = read_samples(config, self.pipe)
         max_pixels = config.max_pixels or math.prod(layout.trained_size)
         data = read_data(config, max_pixels, multiple, processes * config.batch, self.progress)
         examples = data.examples
         trained_on, held_out = hold_out(data.main, config.held_out, config.seed)
         learned = data.epoch(trained_on)
         self.sample_size = Counter(example.size for example in examples).most_common(1)[0][0]
-        self.prompts = (
-            config.sample_prompts
-            or tuple(dict.fromkeys(example.captions[0] for example in examples))[:4]
-        )
+        first_captions = dict.fromkeys(example.captions[0] for example in examples)
+        self.samples = samples or [Sample(caption) for caption in first_captions][:4]
         self.encodings = Encodings(cache_folder(config), self.pipe)
         captions = list(
             dict.fromkeys(
                 [
                     "",
-                    *self.prompts,
+                    *(each.prompt for each in self.samples),
+                    *(each.negative_prompt for each in self.samples),
                     *(caption for example in examples for caption in example.captions),
                 ]
             )
@@ -270,7 +274,8 @@ class Run:
         )
         if not config.shard:
             self.model = self.accelerator.prepare(self.model)
-        self.log = Log(self.output, self.step, self.main)
+        boards = Boards(config, self.step) if self.main else None
+        self.log = Log(self.output, self.step, self.main, boards)
         if self.main:
             with atomic_write(self.output / "config.toml") as stream:
                 stream.write(to_toml(config).encode())
@@ -590,24 +595,29 @@ class Run:
             )
 
     def sample(self) -> None:
-        """A row of samples: each prompt with its number as the seed."""
+        """A row of samples: each prompt by its own settings, its number the seed where none is
+        given."""
         height, width = self.sample_size
         together = bool(self.config.shard)
+        own: dict[str, Any] = {
+            "height": height,
+            "width": width,
+            "num_inference_steps": self.config.sample_steps or None,
+        }
         with self.sampling():
             images = [
                 self.pipe(
-                    prompt_embeds=self.encodings[prompt],
-                    negative_prompt_embeds=self.encodings[""],
-                    height=height,
-                    width=width,
-                    seed=seed,
-                    num_inference_steps=self.config.sample_steps or None,
+                    prompt_embeds=self.encodings[each.prompt],
+                    negative_prompt_embeds=self.encodings[each.negative_prompt],
                     callback=lambda *_: self.stop_together(together),
+                    **{**own, "seed": number, **each.settings},
                 )
-                for seed, prompt in enumerate(self.prompts)
+                for number, each in enumerate(self.samples)
             ]
         if self.main:
-            show_samples(images, self.output, self.step)
+            row = show_samples(images, self.output, self.step)
+            if self.log.boards:
+                self.log.boards.add_samples(row, self.step)
 
 
 @contextmanager
