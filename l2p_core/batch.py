@@ -19,6 +19,7 @@ from tqdm import tqdm
 from .devices import free_memory
 from .files.atomic import WAIT, locked, process_rank
 from .files.header import hash_files
+from .flow import Callback as FlowCallback
 from .images import (
     BACKGROUND,
     PNG_KEY,
@@ -122,27 +123,18 @@ def generate(
         )  # an input image may serve thousands
 
         def record(job: Job) -> dict:
-            facts = asdict(job.settings)
-            for name in ("input_image", "inpaint_mask"):
-                if facts[name]:  # store the hash, not the local path
-                    facts[f"{name}_sha256"] = hash_once(facts[name])
-                    facts[name] = Path(facts[name]).name
-            if job.prompt != job.settings.prompt:
-                facts["completed_prompt"] = job.prompt
-            if pipe.loras:
-                facts["lora"] = [lora.layout.path.name for lora in pipe.loras]
-                facts["lora_sha256"] = [each.result() for each in lora_hashes]
-                facts["lora_strength"] = [lora.strength for lora in pipe.loras]
-            return {
-                **facts,
-                "dtype": str(pipe.dtype).removeprefix("torch."),
-                "quantization": pipe.layout.quantization,
-                "batch": batch,
-                "batch_guidance": pipe.batch_guidance,
-                "text_encoder_sha256": encoder_hash.result(),
-                "checkpoint": pipe.layout.path.name,
-                "checkpoint_sha256": checkpoint_hash.result(),
+            hashes = {
+                name: hash_once(file) for name in INPUTS if (file := getattr(job.settings, name))
             }
+            return image_record(
+                job,
+                pipe,
+                batch,
+                checkpoint_hash.result(),
+                encoder_hash.result(),
+                hashes,
+                [each.result() for each in lora_hashes],
+            )
 
         missing = [
             job
@@ -169,17 +161,13 @@ def generate(
         steps = sum(stage.steps for job in missing for stage in pipe.plan_stages(job.settings))
         with tqdm(total=steps, unit="step", disable=not progress) as bar:
             for group in batches(missing, batch):
-                shared = group[0].shared
                 files = {
-                    name: read_input(name, file) for name in INPUTS if (file := shared.pop(name))
+                    name: read_input(name, file)
+                    for name in INPUTS
+                    if (file := group[0].shared[name])
                 }
-                images = pipe(
-                    prompt_embeds=[encode(job.prompt) for job in group],
-                    negative_prompt_embeds=encode(shared.pop("negative_prompt")),
-                    seed=[job.settings.seed for job in group],
-                    callback=partial(_advance, bar, len(group)),
-                    **shared,
-                    **files,
+                images = generate_batch(
+                    group, pipe, encode, files, partial(_advance, bar, len(group))
                 )
                 for job, image in zip(group, images, strict=True):
                     save_image(image, job.output, record(job))
@@ -204,6 +192,65 @@ def largest_of(jobs: list[Job]) -> CompleteSettings:
     return max(
         (job.settings for job in jobs), key=lambda settings: settings.height * settings.width
     )
+
+
+def generate_batch(
+    group: list[Job],
+    pipe: L2PPipeline,
+    encode: Callable[[str], Tensor],
+    files: dict[str, Image.Image],
+    callback: FlowCallback,
+) -> list[Image.Image]:
+    """Generate images whose settings are equal except for prompt and seed, in one batch.
+
+    encode: prompt → (L, cap_feat_dim). files: the images input_image and inpaint_mask, where there
+    are such. callback: as for `L2PPipeline`."""
+    shared = group[0].shared
+    for name in INPUTS:
+        del shared[name]
+    return pipe(
+        prompt_embeds=[encode(job.prompt) for job in group],
+        negative_prompt_embeds=encode(shared.pop("negative_prompt")),
+        seed=[job.settings.seed for job in group],
+        callback=callback,
+        **shared,
+        **files,
+    )
+
+
+def image_record(
+    job: Job,
+    pipe: L2PPipeline,
+    batch: int,
+    checkpoint_hash: str,
+    encoder_hash: str,
+    input_hashes: dict[str, str],
+    lora_hashes: list[str],
+) -> dict:
+    """Return what a PNG carries of its image: the settings, and what else decides its pixels.
+
+    input_hashes: SHA-256 of input_image and inpaint_mask, where there are such. lora_hashes:
+    SHA-256 of each of the pipeline's LoRAs."""
+    facts = asdict(job.settings)
+    for name, digest in input_hashes.items():  # store the hash, not the local path
+        facts[f"{name}_sha256"] = digest
+        facts[name] = Path(facts[name]).name
+    if job.prompt != job.settings.prompt:
+        facts["completed_prompt"] = job.prompt
+    if pipe.loras:
+        facts["lora"] = [lora.layout.path.name for lora in pipe.loras]
+        facts["lora_sha256"] = lora_hashes
+        facts["lora_strength"] = [lora.strength for lora in pipe.loras]
+    return {
+        **facts,
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "quantization": pipe.layout.quantization,
+        "batch": batch,
+        "batch_guidance": pipe.batch_guidance,
+        "text_encoder_sha256": encoder_hash,
+        "checkpoint": pipe.layout.path.name,
+        "checkpoint_sha256": checkpoint_hash,
+    }
 
 
 def _advance(bar: tqdm, images: int, done: int, *_: object) -> None:

@@ -110,6 +110,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_generate(commands)
+    add_serve(commands)
     add_queue(commands)
     add_inspect(commands)
     add_doctor(commands)
@@ -151,22 +152,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
         metavar="PATH",
         help="a .png for one image, a folder for several (default out.png)",
     )
-    parser.add_argument(
-        "--checkpoint",
-        metavar="PATH",
-        help="file, index or folder of shards (default: the bundled small model)",
-    )
-    parser.add_argument(
-        "--text-encoder",
-        metavar="PATH",
-        help=(
-            "Qwen3-4B: a folder such as Z-Image-Turbo, or qwen_3_4b.safetensors (default:"
-            " text_encoder/ beside the checkpoint)"
-        ),
-    )
-    parser.add_argument(
-        "--tokenizer", metavar="FOLDER", help="default: tokenizer/ in or beside the text encoder"
-    )
+    add_checkpoint(parser)
     parser.add_argument(
         "--lora",
         action="append",
@@ -187,26 +173,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
         "--batch", type=int, default=1, help="images generated at a time (default 1)"
     )
     machine.add_argument("--device", help="default: the accelerator where there is one")
-    machine.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float16", "float32"),
-        help="default: bfloat16, or float16 on NVIDIA cards older than RTX 30",
-    )
-    machine.add_argument(
-        "--convrot",
-        type=int,
-        metavar="GROUP",
-        help="group size of rotated INT8 weights in a file that does not say so",
-    )
-    machine.add_argument(
-        "--decoder-tile",
-        type=int,
-        metavar="PIXELS",
-        help=(
-            "side of the tiles that the local decoder computes one after another: the same"
-            " image in less memory; 0 for no tiles (default: tiles for large images)"
-        ),
-    )
+    add_pipeline(machine)
     machine.add_argument(
         "--free-text-encoder",
         action=argparse.BooleanOptionalAction,
@@ -214,24 +181,6 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
             "encode all prompts first, then free the encoder's memory (default: where it does not"
             " fit beside the model)"
         ),
-    )
-    machine.add_argument(
-        "--offload",
-        action=argparse.BooleanOptionalAction,
-        help=(
-            "keep the model in the CPU's memory, and on the GPU only the block that computes and"
-            " the next (default: where it does not fit)"
-        ),
-    )
-    machine.add_argument(
-        "--batch-guidance",
-        action="store_true",
-        help="both passes of a guided step as one of twice the batch",
-    )
-    machine.add_argument(
-        "--compile-blocks",
-        action="store_true",
-        help="compile the model's blocks, which takes a while at the first images",
     )
     machine.add_argument(
         "--overwrite",
@@ -254,8 +203,6 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     )
 
     def run(args: argparse.Namespace) -> None:
-        import torch
-
         from .batch import generate, plan
         from .pipeline import BUNDLED_MODEL, L2PPipeline
         from .tables import read_rows
@@ -264,17 +211,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
             raise ValueError("give a prompt, or a file of them with --prompts")
         rank, processes, device = share(args.device)
         pipe = L2PPipeline.from_pretrained(
-            args.checkpoint,
-            args.text_encoder,
-            args.tokenizer,
-            device,
-            getattr(torch, args.dtype) if args.dtype else None,
-            args.convrot,
-            progress=args.checkpoint is not None,
-            decoder_tile=args.decoder_tile,
-            offload=args.offload,
-            batch_guidance=args.batch_guidance,
-            compile_blocks=args.compile_blocks,
+            **pipeline_arguments(args), device=device, progress=args.checkpoint is not None
         )
         for given in args.lora:
             pipe.load_lora(*file_and_strength(given))
@@ -344,6 +281,86 @@ def print_estimate(
         print(f"the text encoder is not counted: {pipe.text_encoder_path} does not exist")
 
 
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which model to use."""
+    parser.add_argument(
+        "--checkpoint",
+        metavar="PATH",
+        help="file, index or folder of shards (default: the bundled small model)",
+    )
+    parser.add_argument(
+        "--text-encoder",
+        metavar="PATH",
+        help=(
+            "Qwen3-4B: a folder such as Z-Image-Turbo, or qwen_3_4b.safetensors (default:"
+            " text_encoder/ beside the checkpoint)"
+        ),
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="FOLDER", help="default: tokenizer/ in or beside the text encoder"
+    )
+
+
+def add_pipeline(machine: argparse._ArgumentGroup) -> None:
+    """Add the flags that say how the model is loaded and run."""
+    machine.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="default: bfloat16, or float16 on NVIDIA cards older than RTX 30",
+    )
+    machine.add_argument(
+        "--convrot",
+        type=int,
+        metavar="GROUP",
+        help="group size of rotated INT8 weights in a file that does not say so",
+    )
+    machine.add_argument(
+        "--decoder-tile",
+        type=int,
+        metavar="PIXELS",
+        help=(
+            "side of the tiles that the local decoder computes one after another: the same"
+            " image in less memory; 0 for no tiles (default: tiles for large images)"
+        ),
+    )
+    machine.add_argument(
+        "--offload",
+        action=argparse.BooleanOptionalAction,
+        help=(
+            "keep the model in the CPU's memory, and on the GPU only the block that computes and"
+            " the next (default: where it does not fit)"
+        ),
+    )
+    machine.add_argument(
+        "--batch-guidance",
+        action="store_true",
+        help="both passes of a guided step as one of twice the batch",
+    )
+    machine.add_argument(
+        "--compile-blocks",
+        action="store_true",
+        help="compile the model's blocks, which takes a while at the first images",
+    )
+
+
+def pipeline_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags of `add_checkpoint` and `add_pipeline` are called by
+    `L2PPipeline.from_pretrained`."""
+    import torch
+
+    return {
+        "checkpoint": args.checkpoint,
+        "text_encoder": args.text_encoder,
+        "tokenizer": args.tokenizer,
+        "torch_dtype": getattr(torch, args.dtype) if args.dtype else None,
+        "convrot_groupsize": args.convrot,
+        "decoder_tile": args.decoder_tile,
+        "offload": args.offload,
+        "batch_guidance": args.batch_guidance,
+        "compile_blocks": args.compile_blocks,
+    }
+
+
 def add_settings(
     group: argparse._ArgumentGroup, names: Iterable[str], defaults: bool = True
 ) -> None:
@@ -370,6 +387,125 @@ def share(device: str | None) -> tuple[int, int, str]:
     if device in ("cuda", "xpu"):
         device = f"{device}:{os.environ.get('LOCAL_RANK', 0)}"
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), device
+
+
+def add_serve(commands: argparse._SubParsersAction) -> None:
+    """Add the command `l2p serve`."""
+    parser = commands.add_parser(
+        "serve",
+        help="serve an HTTP API that generates images",
+        description=(
+            "Serve an HTTP API in the form of OpenAI's images API. The model is loaded once for"
+            " each GPU, or once on the CPU. Needs pip install 'comfyui-l2p[serve]'."
+        ),
+    )
+    add_checkpoint(parser)
+    network = parser.add_argument_group("network")
+    network.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address to listen at; 0.0.0.0 for all, which needs an API key (default 127.0.0.1)",
+    )
+    network.add_argument(
+        "--port", type=int, default=23231, metavar="N", help="0 for any free one (default 23231)"
+    )
+    network.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help=(
+            "guards page and API; every user of this machine can read it in the list of processes,"
+            " so prefer one of the other two (default: L2P_API_KEY of the environment)"
+        ),
+    )
+    network.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="a file that holds the API key"
+    )
+    network.add_argument(
+        "--no-auth",
+        action="store_true",
+        help="let everyone who reaches the address use the server without a key",
+    )
+    machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "--gpus", metavar="N,N", help="GPUs to use, such as 0,2 (default: all visible ones)"
+    )
+    machine.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes for each GPU, or on the CPU (default 1)",
+    )
+    machine.add_argument(
+        "--batch",
+        type=int,
+        default=1,
+        metavar="N",
+        help="waiting images of equal settings to generate at a time (default 1)",
+    )
+    add_pipeline(machine)
+    limits = parser.add_argument_group("limits")
+    limits.add_argument(
+        "--max-side",
+        type=int,
+        metavar="PIXELS",
+        help="largest height and width (default: twice the trained resolution)",
+    )
+    for name, default, help in (
+        ("steps", 100, "most steps of an image"),
+        ("images", 10, "most images of a request"),
+        ("queue", 200, "most images that wait"),
+    ):
+        limits.add_argument(
+            f"--max-{name}",
+            type=int,
+            default=default,
+            metavar="N",
+            help=f"{help} (default {default})",
+        )
+    limits.add_argument(
+        "--max-upload-mb",
+        type=float,
+        default=20,
+        metavar="MB",
+        help="largest request, uploaded images included (default 20)",
+    )
+
+    def run(args: argparse.Namespace) -> None:
+        needed = ("fastapi", "fastapi_offline", "uvicorn", "python_multipart", "prometheus_client")
+        require("serve", needed)
+        from .serve.run import ServeOptions, read_gpus, read_key, serve
+        from .serve.worker import PipelineOptions
+
+        options = ServeOptions(
+            host=args.host,
+            port=args.port,
+            gpus=read_gpus(args.gpus),
+            workers=args.workers,
+            batch=args.batch,
+            key=read_key(args.api_key, args.api_key_file),
+            no_auth=args.no_auth,
+            max_side=args.max_side,
+            max_steps=args.max_steps,
+            max_images=args.max_images,
+            max_queue=args.max_queue,
+            max_upload_mb=args.max_upload_mb,
+        )
+        serve(options, PipelineOptions(pipeline_arguments(args), batch=args.batch))
+
+    parser.set_defaults(run=run, when_stopped="Images that were not finished are lost")
+
+
+def require(extra: str, modules: tuple[str, ...]) -> None:
+    """Raise ImportError, saying what to install, where one of these modules is missing."""
+    from importlib.util import find_spec
+
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"{missing[0]} is not installed; it comes with: pip install 'comfyui-l2p[{extra}]'"
+        )
 
 
 def add_queue(commands: argparse._SubParsersAction) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from threading import Lock
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -233,11 +234,16 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
 
 def save_image(image: Image.Image, output: Path, settings: dict) -> None:
     """Write a PNG with its settings, atomically."""
-    info = PngImagePlugin.PngInfo()
-    info.add_itxt(PNG_KEY, json.dumps(settings, ensure_ascii=False))
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(output) as stream:
-        image.save(stream, "PNG", pnginfo=info)
+        write_png(image, stream, settings)
+
+
+def write_png(image: Image.Image, stream: BinaryIO, settings: dict) -> None:
+    """Write a PNG with its settings to a stream."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(PNG_KEY, json.dumps(settings, ensure_ascii=False))
+    image.save(stream, "PNG", pnginfo=info)
 
 
 def to_pixels(image: Image.Image, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,0 +1,183 @@
+"""`l2p serve`: workers, page and API put together and started."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..devices import default_device, default_dtype
+from ..pipeline import L2PPipeline
+from ..text import encoder_files
+from .dispatch import Dispatcher
+from .requests import Limits
+from .worker import Failed, PipelineOptions, ProcessWorker, Worker, WorkerDied
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+MIN_KEY = 16  # characters
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """How to serve; what to load is in `PipelineOptions`."""
+
+    host: str = "127.0.0.1"
+    port: int = 23231
+    gpus: tuple[int, ...] | None = None  # None for all visible ones
+    workers: int = 1  # for each GPU, or on the CPU
+    batch: int = 1
+    key: str | None = None
+    no_auth: bool = False
+    max_side: int | None = None
+    max_steps: int = 100
+    max_images: int = 10
+    max_queue: int = 200
+    max_upload_mb: float = 20
+
+
+def serve(options: ServeOptions, model: PipelineOptions) -> None:
+    """Serve until interrupted. Raises ValueError and OSError where that can't start."""
+    check_exposure(options)
+    devices = worker_devices(options)
+    with listening(options.host, options.port) as listener:
+        model = with_dtype(model, devices[0])
+        pipe = L2PPipeline.from_pretrained(**model.arguments, device="cpu")
+        encoder_files(pipe.text_encoder_path)  # raises where there is none
+        serve_on(listener, options, pipe, start_workers(devices, model))
+
+
+def serve_on(
+    listener: socket.socket, options: ServeOptions, pipe: L2PPipeline, workers: list[Worker]
+) -> None:
+    """Serve with these workers on a socket, until interrupted. pipe: see `Service`."""
+    import uvicorn
+
+    from .api import make_api
+    from .guard import Guard
+    from .service import Service
+
+    limits = Limits(
+        side=options.max_side or 2 * max(pipe.layout.trained_size),
+        steps=options.max_steps,
+        images=options.max_images,
+        queue=options.max_queue,
+        upload=int(options.max_upload_mb * 1e6),
+    )
+    dispatcher = Dispatcher(workers, limits.queue, limits.uploads, options.batch)
+    service = Service(pipe, dispatcher, limits)
+    app = make_api(service)
+    guarded = Guard(app, options.key, options.host in LOOPBACK, limits.upload)
+    config = uvicorn.Config(
+        guarded, log_level="warning", access_log=False, timeout_graceful_shutdown=3
+    )
+    host, port = listener.getsockname()[:2]
+    print(f"l2p: serving at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        service.close()
+
+
+def check_exposure(options: ServeOptions) -> None:
+    """Raise ValueError where other machines could use the server without a key."""
+    if options.key is not None and len(options.key) < MIN_KEY:
+        raise ValueError(
+            f"the API key has {len(options.key)} characters; expected at least {MIN_KEY}. Make one:"
+            " python -c 'import secrets; print(secrets.token_urlsafe(32))'"
+        )
+    if options.host not in LOOPBACK and options.key is None and not options.no_auth:
+        raise ValueError(
+            f"--host {options.host} lets other machines use this server, and there is no API key."
+            " Give --api-key-file FILE, set L2P_API_KEY, or say --no-auth"
+        )
+
+
+def read_gpus(text: str | None) -> tuple[int, ...] | None:
+    """The numbers in "0,2"; None for none given. Raises ValueError."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
+        raise ValueError(f"--gpus is {text!r}; expected numbers such as 0,2")
+    return tuple(map(int, parts))
+
+
+def read_key(key: str | None, file: Path | None) -> str | None:
+    """The API key: as given, from a file, or from L2P_API_KEY; None where there is none."""
+    if key is not None and file is not None:
+        raise ValueError("both --api-key and --api-key-file came; give one")
+    if file is not None:
+        key = file.read_text(encoding="utf-8").strip()
+    if key is None:
+        key = os.environ.get("L2P_API_KEY")
+    if key == "":
+        raise ValueError("the API key is empty; give one of 16 characters or more")
+    if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
+        raise ValueError("the API key holds other characters than ASCII letters, digits and signs")
+    return key
+
+
+@contextmanager
+def listening(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket that listens there. Taken first, so that a port in use shows before the model is
+    loaded."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=512)
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"can't listen at {host}, port {port}: {error}. Give another --port"
+        ) from None
+    try:
+        yield listener
+    finally:
+        listener.close()
+
+
+def start_workers(devices: list[str], model: PipelineOptions) -> list[Worker]:
+    """Start a worker process on each device and wait until all are ready. Raises ValueError."""
+    if devices[0] == "cpu" and len(devices) > 1 and not os.environ.get("OMP_NUM_THREADS"):
+        model = replace(model, threads=max((os.cpu_count() or 1) // len(devices), 1))
+    workers: list[ProcessWorker] = []
+    try:
+        for device in devices:
+            workers.append(ProcessWorker(model, device))
+        for worker in workers:
+            worker.wait_until_ready()
+    except BaseException as error:
+        for worker in workers:
+            worker.close()
+        if isinstance(error, Failed):
+            raise ValueError(str(error)) from None
+        if isinstance(error, WorkerDied):
+            raise ValueError(
+                "a worker process ended while it loaded the model; it may have run out of memory"
+            ) from None
+        raise
+    return list(workers)
+
+
+def with_dtype(model: PipelineOptions, device: str) -> PipelineOptions:
+    """Return the options with the device's default dtype where none was chosen: each image's record
+    names the dtype that its worker computes in."""
+    import torch
+
+    dtype = model.arguments["torch_dtype"] or default_dtype(torch.device(device))
+    return replace(model, arguments={**model.arguments, "torch_dtype": dtype})
+
+
+def worker_devices(options: ServeOptions) -> list[str]:
+    """The device of each worker. Raises ValueError for a GPU that is not there."""
+    import torch
+
+    if options.workers < 1:
+        raise ValueError(f"--workers is {options.workers}; expected 1 or more")
+    kind = default_device().type
+    there = 0 if kind == "cpu" else getattr(torch, kind).device_count()
+    gpus = tuple(range(there)) if options.gpus is None else options.gpus
+    for gpu in gpus:
+        if gpu not in range(there):
+            raise ValueError(f"--gpus names {gpu}; there are {there}, numbered from 0")
+    devices = [f"{kind}:{gpu}" for gpu in gpus] or ["cpu"]
+    return [device for device in devices for _ in range(options.workers)]
