@@ -69,7 +69,7 @@ class Hooks:
     ) -> tuple[Tensor, Tensor]:
         """Normalize queries and keys, each (B, S, heads, head), and rotate them by their
         positions."""
-        rotated = rotate(attention.norm_q(q), rope).to(q.dtype)  # each cast before the next is made
+        rotated = rotate(attention.norm_q(q), rope).to(q.dtype)
         return rotated, rotate(attention.norm_k(k), rope).to(k.dtype)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -386,12 +386,20 @@ def masks(
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Rotate neighbouring pairs of (B, S, heads, head) by the angles of rope (B or 1, S, head/2,
-    2), in float32."""
-    turned = (
-        torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-        * torch.view_as_complex(rope)[:, :, None]
-    )
-    return torch.view_as_real(turned).flatten(-2)
+    2), in float32. Returns x's dtype."""
+    rope = rope[:, :, None]
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        # Inductor has no complex kernels; in eager mode these are 6 to 9 times as fast as the below
+        real, imaginary = pairs.unbind(-1)
+        cos, sin = rope.unbind(-1)
+        turned = (
+            (real * cos - imaginary * sin).to(x.dtype),
+            (real * sin + imaginary * cos).to(x.dtype),
+        )
+        return torch.stack(turned, dim=-1).flatten(-2)
+    product = torch.view_as_complex(pairs) * torch.view_as_complex(rope)
+    return torch.view_as_real(product).flatten(-2).to(x.dtype)
 
 
 @lru_cache(maxsize=16)

@@ -238,7 +238,7 @@ class L2PPipeline:
             stream_blocks(model, self.device)
         if self.compile_blocks:
             for block in (*model.noise_refiner, *model.context_refiner, *model.layers):
-                block.compile()
+                block.compile(dynamic=True)  # one graph for all sizes and lengths of prompts
         return model
 
     @cached_property

@@ -24,6 +24,7 @@ from server import PromptServer
 from torch import Tensor
 
 from ..l2p_core.files.lora import split_packed_lora
+from ..l2p_core.files.quantization import int8_linear_on_cpu
 from ..l2p_core.model import NORM_EPS, PUBLISHED, Attention
 
 INSTALLED = "_l2p_installed"  # set on ComfyUI's own module: a pack may be imported twice
@@ -208,9 +209,7 @@ def joint_int8(x: Tensor, layers: tuple[torch.nn.Module, ...]) -> Tensor | None:
     weight = first.as_strided((len(parts) * rows, inputs), (inputs, 1))
     scale = torch.cat([each.scale.reshape(-1).expand(rows) for each in params])
     ((convrot, groupsize),) = rotations
-    return comfy.quant_ops.ck.int8_linear(
-        x, weight, scale, None, out_dtype=x.dtype, convrot=convrot, convrot_groupsize=groupsize
-    )
+    return int8_linear_on_cpu(x, weight, scale, None, groupsize if convrot else 0)
 
 
 def run_wrapped(

@@ -145,7 +145,7 @@ def test_compiled_blocks_draw_the_same(pipe, monkeypatch):
     minutes."""
     compiled = []
 
-    def trace(block):
+    def trace(block, **_):
         compiled.append(block)
         torch.nn.Module.compile(block, backend="aot_eager")
 

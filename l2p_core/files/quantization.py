@@ -106,21 +106,67 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) → (..., N), in the input's dtype."""
-        return kernel("int8_linear")(
-            x,
-            self.weight,
-            self.weight_scale,
-            self.bias,
-            out_dtype=x.dtype,
-            convrot=self.convrot_groupsize > 0,
-            convrot_groupsize=self.convrot_groupsize or 256,
-        )
+        compiling = torch.compiler.is_compiling()  # as one operator, which is traced in one piece
+        linear = torch.ops.comfyui_l2p.int8_linear if compiling else int8_linear
+        return linear(x, self.weight, self.weight_scale, self.bias, self.convrot_groupsize)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Int8Linear":
         scale = self.weight_scale
         super()._apply(fn, recurse)
         self.weight_scale = scale.to(self.weight.device)  # .to(dtype) would round it
         return self
+
+
+def int8_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, convrot_groupsize: int
+) -> Tensor:
+    """Return x W^T + b as `Int8Linear` does, by comfy-kitchen's kernel; by torch's on a CPU."""
+    if x.device.type == "cpu":
+        return int8_linear_on_cpu(x, weight, scale, bias, convrot_groupsize)
+    return kernel("int8_linear")(
+        x,
+        weight,
+        scale,
+        bias,
+        out_dtype=x.dtype,
+        convrot=convrot_groupsize > 0,
+        convrot_groupsize=convrot_groupsize or 256,
+    )
+
+
+def int8_linear_on_cpu(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, convrot_groupsize: int
+) -> Tensor:
+    """Return what comfy-kitchen's `int8_linear` does, which copies the transposed weight at each
+    call."""
+    if convrot_groupsize:
+        hadamard_matrix = hadamard(convrot_groupsize).to(x.dtype)
+        x = (x.unflatten(-1, (-1, convrot_groupsize)) @ hadamard_matrix).flatten(-2)
+    rows = x.flatten(0, -2)
+    row_scale = (rows.abs().amax(dim=1, keepdim=True).float() / 127).clamp(min=1e-30)
+    numbers = (rows / row_scale.to(x.dtype)).round_().clamp_(-128, 127)
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        product = torch._int_mm(numbers.to(torch.int8), weight.t()).float()
+    else:  # torch has no 8-bit kernel: its loop takes 10 times as long as a float32 product
+        product = numbers.float() @ weight.t().float()
+    out = product.mul_(row_scale * scale.reshape(1, -1)).to(x.dtype)
+    if bias is not None:
+        out += bias.to(out)
+    return out.unflatten(0, x.shape[:-1])
+
+
+@torch.library.custom_op(
+    "comfyui_l2p::int8_linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int convrot_groupsize) -> Tensor",
+)
+def _int8_linear_operator(x, weight, scale, bias, convrot_groupsize):
+    return int8_linear(x, weight, scale, bias, convrot_groupsize)
+
+
+@_int8_linear_operator.register_fake
+def _(x, weight, scale, bias, convrot_groupsize):
+    return x.new_empty(*x.shape[:-1], len(weight))
 
 
 def dequantize(
