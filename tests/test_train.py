@@ -1,7 +1,9 @@
 """The trainer against the published run's numbers, against itself stopped and gone on, and against
 its own one-process run."""
 
+import base64
 import csv
+import io
 import json
 import os
 import shutil
@@ -10,6 +12,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -414,16 +417,42 @@ def test_captions_are_encoded_once(data, monkeypatch):
 # The run
 
 
+class Page(HTMLParser):
+    """A page's tags, texts and images, as a browser finds them."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.texts, self.images = set(), set(), []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        address = dict(attrs).get("src", dict(attrs).get("href"))
+        if address:
+            assert address.startswith("data:image/png;base64,"), address[:80]
+            content = base64.b64decode(address.partition(",")[2])
+            self.images.append(Image.open(io.BytesIO(content)).convert("RGB"))
+
+    def handle_data(self, text):
+        self.texts.add(text)
+
+
 def test_a_run_leaves_what_it_should_and_merges(data):
     settings = config(
-        data, sample_every=3, sample_steps=2, sample_prompts=("a red circle", "a blue star"), keep=1
+        data,
+        sample_every=3,
+        sample_steps=2,
+        sample_prompts=("a red circle", "a <script> star"),
+        keep=1,
+        held_out=1,
     )
     last = training.train(settings, progress=False)
     run = data.parent / "run"
     assert sorted(file.name for file in run.iterdir() if file.name != "tensorboard") == [
         "config.toml",
+        "held_out.csv",
         "log.csv",
         "loss.png",
+        "report.html",
         "resume.pt",
         "samples",
         "samples.png",
@@ -434,6 +463,18 @@ def test_a_run_leaves_what_it_should_and_merges(data):
         3 * 96,
     ), "before, after 3 and after 6 steps"
     assert read_config(run / "config.toml", {}) == settings
+    page = Page()
+    page.feed((run / "report.html").read_text(encoding="utf-8"))
+    assert not page.tags & {"script", "link", "iframe"}, "it loads and runs nothing"
+    curve, sheet, newest = page.images
+    for found, file in (
+        (curve, run / "loss.png"),
+        (sheet, run / "samples.png"),
+        (newest, run / "samples" / "step-0000006.png"),
+    ):
+        assert np.array_equal(found, Image.open(file).convert("RGB")), file.name
+    assert {"a <script> star", "sample_steps", "6 of 6", "6 images, 5 an epoch with repeats and"
+            " regularization"} <= page.texts  # fmt: skip
     part, before = load_file(last), load_file(CHECKPOINT)
     assert not any(name.startswith("layers.1.") for name in part) and any(
         name.startswith("layers.0.") for name in part

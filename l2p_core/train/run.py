@@ -1,6 +1,7 @@
 """The training loop, on Hugging Face accelerate. A run is a folder:
 
 config.toml            every setting it was started with
+report.html            settings, data, loss curve and samples on one page
 log.csv, loss.png      a row for each step, and the curve, with the validation loss in red
 held_out.csv           the validation loss; tensorboard/ holds both, if TensorBoard is installed
 samples/, samples.png  images of the same prompts as training progresses, and all in one image
@@ -53,6 +54,7 @@ from .prepare import (
     trained_of,
 )
 from .record import Log, Row, draw_curves, samples_file, show_samples
+from .report import describe_data, write_report
 from .resume import check_run, first_line, load_state, save_step, step_file
 from .samples import Sample, read_samples
 from .shard import gather, is_split, reshard, shard
@@ -219,6 +221,7 @@ class Run:
         self.batches = Batches(
             learned, self.encodings, config, layout.config.patch_size, processes, rank
         )
+        self.about_data = describe_data(data, learned, held_out, self.batches.size)
         if self.progress:
             print(report(learned, self.batches.size), file=sys.stderr)
         self.held_out: Batches | None = None
@@ -587,12 +590,14 @@ class Run:
         self.saved = self.step
 
     def draw_curves(self) -> None:
-        """Draw loss.png anew."""
+        """Draw loss.png anew, and write report.html."""
         if self.log.rows:
             draw_curves(
                 [[(row.step, row.loss) for row in self.log.rows], self.log.held_out],
                 self.output / "loss.png",
             )
+        prompts = [each.prompt for each in self.samples]
+        write_report(self.config, self.step, self.about_data, self.log, prompts)
 
     def sample(self) -> None:
         """A row of samples: each prompt by its own settings, its number the seed where none is
