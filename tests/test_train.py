@@ -822,11 +822,21 @@ def in_two_processes(settings):
 
 
 def test_two_processes_train_as_one_with_the_doubled_batch(data):
-    training.train(config(data, steps=3, batch=4), progress=False)
-    in_two_processes(config(data, steps=3, output=str(data.parent / "two")))
+    samples = {
+        "sample_every": 3,
+        "sample_steps": 1,
+        "sample_prompts": ("a star", "a circle", "a square"),
+    }
+    training.train(config(data, steps=3, batch=4, **samples), progress=False)
+    in_two_processes(config(data, steps=3, output=str(data.parent / "two"), **samples))
     one, two = (losses(data.parent / name) for name in ("run", "two"))
     assert [step for step, _ in two] == [1, 2, 3]
     assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=1e-4)
+    pixels = [
+        np.asarray(Image.open(data.parent / name / "samples.png"), np.int16)
+        for name in ("run", "two")
+    ]
+    assert abs(pixels[1] - pixels[0]).max() <= 2  # each process generates some of them
 
 
 @pytest.mark.parametrize("kind", ["state", "all"])

@@ -1,15 +1,12 @@
-"""What lets a large model train on a small card: frozen linears in 8 or 4 bits, and AdamW one
-tensor at a time."""
+"""What lets a large model train on a small card: frozen linears in 8 or 4 bits, and stochastic
+rounding."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
-
-from .config import TrainConfig
 
 NF4_BLOCK = 64  # weights that share a scale
 
@@ -57,7 +54,9 @@ class FrozenLinear(nn.Linear):
             return torch.ops.bitsandbytes.dequantize_4bit(
                 self.weight, self.scale, NF4_BLOCK, self.kind, shape, dtype
             )
-        return self.weight.to(dtype) * self.scale.to(dtype)
+        # Multiplied in float32, rounded once: a scale in bfloat16 would stretch its whole row.
+        result = torch.empty(self.weight.shape, dtype=dtype, device=self.weight.device)
+        return torch.mul(self.weight, self.scale, out=result)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) → (..., N)."""
@@ -97,89 +96,3 @@ def round_stochastically(x: Tensor, generator: torch.Generator | None = None) ->
     bits += x.contiguous().view(torch.int32)
     bits &= -(1 << 16)
     return bits.view(torch.float32).to(torch.bfloat16)
-
-
-class FrugalAdamW(torch.optim.Optimizer):
-    """AdamW, one tensor at a time, over a float32 copy that is there only meanwhile. By the
-    configuration:
-
-    optimizer = "adamw8bit": its state in 8 bits, by bitsandbytes; offload_state: state and
-    arithmetic on the CPU; stochastic_rounding: bfloat16 weights are rounded so; step_in_backward:
-    each tensor is updated as soon as its gradient is there, and the gradient forgotten, `norm`
-    telling how long all of them were."""
-
-    def __init__(
-        self,
-        parameters: Iterable[nn.Parameter],
-        config: TrainConfig,
-        host: str = "cpu",
-        **settings: object,
-    ):
-        """host: where `offload_state` takes things to. settings: AdamW's own."""
-        super().__init__(list(parameters), settings)
-        kind = (
-            bitsandbytes().optim.AdamW8bit if config.optimizer == "adamw8bit" else torch.optim.AdamW
-        )
-        self.seed, self.steps = config.seed, 0
-        self.home = torch.device(host) if config.offload_state else None
-        self.squares: list[Tensor] = []
-        self.each = {
-            parameter: kind([nn.Parameter(self.empty(parameter))], **settings)
-            for parameter in self.parameters()
-        }
-        for parameter in self.parameters() if config.step_in_backward else ():
-            parameter.register_post_accumulate_grad_hook(self.update)
-
-    def parameters(self) -> list[nn.Parameter]:
-        """All trained parameters."""
-        return [parameter for group in self.param_groups for parameter in group["params"]]
-
-    def empty(self, parameter: nn.Parameter) -> Tensor:
-        """Where a parameter's state will be."""
-        return torch.empty(0, dtype=torch.float32, device=self.home or parameter.device)
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """Update what has a gradient, and begin the next step."""
-        for parameter in self.parameters():
-            if parameter.grad is not None:
-                self.update(parameter)
-        self.steps += 1
-        self.squares.clear()
-
-    def norm(self) -> float:
-        """Length of all gradients of this step together."""
-        return float(torch.stack(self.squares).sum().sqrt()) if self.squares else 0.0
-
-    @torch.no_grad()
-    def update(self, parameter: nn.Parameter) -> None:
-        """One step of one tensor; its gradient is gone afterwards."""
-        inner = self.each[parameter]
-        inner.param_groups[0]["lr"] = self.param_groups[0]["lr"]
-        (copy,) = inner.param_groups[0]["params"]
-        copy.data = parameter.data.to(self.home or parameter.device, torch.float32)
-        copy.grad = parameter.grad.to(copy.device, torch.float32)
-        self.squares.append(copy.grad.square().sum())
-        parameter.grad = None
-        inner.step()
-        copy.grad = None
-        if parameter.dtype == torch.bfloat16:
-            seed = hash((self.seed, self.steps, len(self.squares))) % 2**63
-            copy.data = round_stochastically(
-                copy.data, None if copy.is_meta else torch.Generator(copy.device).manual_seed(seed)
-            )
-        parameter.data.copy_(copy.data)
-        copy.data = self.empty(parameter)
-
-    def state_dict(self) -> dict:
-        """Steps done, and the state of each parameter's optimizer."""
-        return {"steps": self.steps, "each": [inner.state_dict() for inner in self.each.values()]}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Continue from a saved state."""
-        self.steps = state["steps"]
-        for inner, each in zip(self.each.values(), state["each"], strict=True):
-            own = tree_map(
-                lambda value: value.clone() if isinstance(value, Tensor) else value, each
-            )  # not the mapped file's
-            inner.load_state_dict(own)

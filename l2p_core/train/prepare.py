@@ -2,11 +2,12 @@
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..files.header import CheckpointError
@@ -15,7 +16,8 @@ from ..files.lora import Change, read_lora
 from ..model import L2PTransformer
 from .config import TrainConfig, layers_of
 from .data import Batch
-from .low_memory import FrugalAdamW, quantize_frozen
+from .low_memory import quantize_frozen
+from .optimizers import FrugalAdamW
 
 LORA_TARGETS = (
     r"layers\.\d+\.(attention\.(to_[qkv]|to_out\.0)|feed_forward\.w[123]|adaLN_modulation\.0)"
@@ -165,13 +167,23 @@ def rate_at(step: int, config: TrainConfig) -> float:
     return warm
 
 
-def on_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch, moved."""
+def moved(batch: Batch, move: Callable[[Tensor], Tensor]) -> Batch:
+    """The batch with each of its tensors moved."""
     return replace(
         batch,
-        images=batch.images.to(device),
-        captions=[caption.to(device) for caption in batch.captions],
-        noise=batch.noise.to(device),
-        sigma=batch.sigma.to(device),
-        weight=None if batch.weight is None else batch.weight.to(device),
+        images=move(batch.images),
+        captions=[move(caption) for caption in batch.captions],
+        noise=move(batch.noise),
+        sigma=move(batch.sigma),
+        weight=None if batch.weight is None else move(batch.weight),
     )
+
+
+def pinned(batch: Batch) -> Batch:
+    """The batch in pinned memory."""
+    return moved(batch, Tensor.pin_memory)
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on the device, its copies queued."""
+    return moved(batch, lambda tensor: tensor.to(device, non_blocking=True))

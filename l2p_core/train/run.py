@@ -10,13 +10,15 @@ resume.pt              the state from which a run resumes, bit for bit on a CPU
 """
 
 import math
+import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from importlib import import_module
 from itertools import count
 from pathlib import Path
@@ -24,8 +26,8 @@ from time import monotonic
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
 from tqdm import tqdm
 
 from ..files.atomic import WAIT, WriteError, atomic_write, locked, process_rank
@@ -46,6 +48,7 @@ from .prepare import (
     compute_dtype,
     make_optimizer,
     on_device,
+    pinned,
     prepare,
     rate_at,
     read_first_lora,
@@ -58,8 +61,11 @@ from .report import describe_data, write_report
 from .resume import check_run, first_line, load_state, save_step, step_file
 from .samples import Sample, read_samples
 from .shard import gather, is_split, reshard, shard
+from .transfer import saved_on_host
 
-PATIENCE = timedelta(hours=6)  # of processes with the one that generates samples or writes files
+# Of processes with the one that writes files. All share sampling and encoding, so a longer silence
+# means that one is gone.
+PATIENCE = timedelta(minutes=30)
 
 
 def train(config: TrainConfig, progress: bool = True) -> Path:
@@ -75,9 +81,63 @@ def train(config: TrainConfig, progress: bool = True) -> Path:
         raise ValueError(f"{output} is a file; give a folder as the output")
     busy = f"another run is training in {output}. Wait for it to finish, or give another output"
     with (
-        nullcontext() if process_rank() else locked(output, busy, WAIT, folder=True)
+        nullcontext() if process_rank() else locked(output, busy, WAIT, folder=True),
+        exact_float32() if config.mixed_precision == "no" else nullcontext(),
     ):  # the first process locks for all
         return recipe(config, progress).train()
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Within it a GPU computes float32 in float32. By default its convolutions use TF32, which has
+    10 bits of mantissa."""
+    kinds = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [kind.allow_tf32 for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.allow_tf32 = False
+        yield
+    finally:
+        for kind, value in zip(kinds, before):
+            kind.allow_tf32 = value
+
+
+def check_launcher() -> None:
+    """Reject or name what a launcher is set up for and training does by its own settings.
+
+    Before accelerate reads it: without DeepSpeed, for one, it only asks to install it. Raises
+    ValueError."""
+    for variable, name in (
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_FSDP", "FSDP"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+    ):
+        if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
+            raise ValueError(
+                f"accelerate is set up for {name}, which this program does not use. Set it up for"
+                " several GPUs alone (accelerate config), and split the model by --shard state, as"
+                " ZeRO-2 does, or --shard all, as ZeRO-3 does"
+            )
+    given = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if given not in ("", "1"):
+        warnings.warn(
+            f"accelerate is set to accumulate gradients over {given} batches, which is ignored;"
+            f" give accumulate {given} for that",
+            stacklevel=3,
+        )
+
+
+def check_dtype(config: TrainConfig, device: torch.device) -> None:
+    """Raise ValueError where a GPU computes bfloat16 only by emulation, at a fraction of its
+    speed."""
+    if config.mixed_precision == "bf16" and device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if torch.version.hip is None and major < 8:
+            raise ValueError(
+                f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor}) has no"
+                " bfloat16, and float16 overflows in this model's training. Take a card of the RTX"
+                " 30 series or newer, or mixed_precision 'no', which computes in float32"
+            )
 
 
 def find_recipe(name: str) -> type["Run"]:
@@ -126,20 +186,25 @@ class Run:
                 DistributedDataParallelKwargs,
                 InitProcessGroupKwargs,
             )
+            from accelerate.utils import GradientAccumulationPlugin
         except ImportError:
             raise ImportError(
                 "training needs accelerate: pip install 'comfyui-l2p[train]'"
             ) from None
+        check_launcher()
         self.config, self.output, self.dtype = config, Path(config.output), compute_dtype(config)
         self.accelerator = Accelerator(
             mixed_precision="no",
             cpu=config.device == "cpu",  # `autocast` sees to the former
+            # `learn` divides by itself; the argument of that name would give way to the environment
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             kwargs_handlers=[
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
                 InitProcessGroupKwargs(timeout=PATIENCE),
             ],
         )
         self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
+        check_dtype(config, self.device)
         if config.step_in_backward and self.accelerator.num_processes > 1:
             raise ValueError(
                 "step_in_backward is for one process, and here are"
@@ -211,7 +276,10 @@ class Run:
                 ]
             )
         )
-        self.encodings.add(captions[rank::processes], self.progress)
+        # What is in the cache is left out before the rest is shared out: all take equally long.
+        missing = [each for each in captions if not self.encodings.file(each).exists()]
+        self.accelerator.wait_for_everyone()
+        self.encodings.add(missing[rank::processes], self.progress)
         self.accelerator.wait_for_everyone()
         if not all(self.encodings.file(caption).exists() for caption in captions):
             raise ValueError(
@@ -235,7 +303,12 @@ class Run:
             self.pipe.transformer = load_model(layout, "cpu", self.dtype)
         self.trained = prepare(self.pipe.transformer, config, None if config.shard else self.device)
         if config.shard:
-            shard(self.pipe.transformer, self.device, weights=config.shard == "all")
+            shard(
+                self.pipe.transformer,
+                self.device,
+                weights=config.shard == "all",
+                dtype=self.dtype if self.dtype == torch.bfloat16 else None,
+            )
             self.trained = trained_of(self.pipe.transformer)
         start_from_lora(self.trained, lora_changes)
         self.ema = (
@@ -326,6 +399,11 @@ class Run:
             return self.batches.passes(number)
         return [self.batch(number)]
 
+    def pinned_passes(self, number: int) -> list[Batch]:
+        """`passes`, in memory from which copies to a GPU are queued."""
+        passes = self.passes(number)
+        return [pinned(batch) for batch in passes] if self.device.type == "cuda" else passes
+
     def loss(self, batch: Batch) -> Tensor:
         """What the gradient is taken of."""
         return flow_matching_loss(
@@ -338,7 +416,7 @@ class Run:
         due = False
         with ExitStack() as stack:
             batches = stack.enter_context(
-                closing(ahead(map(self.passes, count(first * config.accumulate))))
+                closing(ahead(map(self.pinned_passes, count(first * config.accumulate))))
             )
             stack.enter_context(self.log)
             self.interrupted = stack.enter_context(noted())
@@ -348,6 +426,7 @@ class Run:
             left_out = not (first and samples_file(self.output, first).exists())  # as after a stop
             if self.sampling_due() and left_out and self.look():
                 raise self.interrupted.error()
+            reset_peak(self.device)
             while self.step < config.steps:
                 step = self.step
                 try:
@@ -373,6 +452,7 @@ class Run:
                     self.save_state(self.state())
                 if samples:
                     asked = self.look()
+                    reset_peak(self.device)  # the bar shows what a step of training holds
                     if asked and self.step > self.saved:
                         self.save()
                 if asked:
@@ -396,13 +476,14 @@ class Run:
 
     def look(self) -> bool:
         """How far it is: the validation loss and, where this process generates, samples. Returns
-        whether an interrupt ended that, and with it the run: not where other processes go on to the
-        next step, which tells them.
+        whether an interrupt ended that, and with it the run: not where other processes, of which
+        none generates a recipe's samples, go on to the next step, which tells them.
 
         An error is a warning, as the state is saved; but not where other processes would wait for
         this one."""
         alone = self.accelerator.num_processes == 1
-        generates = self.main or self.config.shard  # a split model generates in all processes
+        shared = type(self).sample is Run.sample  # a recipe's own is for one process
+        generates = self.main or self.config.shard or shared
         tasks = [(self.validate, "the validation loss", alone)] if self.held_out else []
         tasks += [(self.sample, "samples", alone or not self.config.shard)] if generates else []
         for task, name, independent in tasks:
@@ -414,7 +495,7 @@ class Run:
                 ):
                     task()
             except Stopped:
-                return alone or bool(self.config.shard)
+                return alone or bool(self.config.shard) or shared
             except Exception as error:
                 if not independent:
                     raise
@@ -509,13 +590,10 @@ class Run:
         """Add a batch's share of the step to the gradients, and return its share of the loss.
 
         last: of the step, where processes exchange gradients."""
-        keeping = (
-            save_on_cpu(self.device.type == "cuda")
-            if self.config.offload_activations
-            else nullcontext()
-        )
+        keeping = saved_on_host() if self.config.offload_activations else nullcontext()
         with nullcontext() if last else self.accelerator.no_sync(self.model):
-            with self.autocast(), keeping:
+            # Each weight is used once in a pass: a cache would only hold copies until its end.
+            with self.autocast(cache=False), keeping:
                 loss = self.loss(batch)
             self.accelerator.backward(loss * share)
         return loss.detach() * share
@@ -540,16 +618,21 @@ class Run:
                 stacklevel=2,
             )
 
-    def autocast(self) -> AbstractContextManager:
-        """The context in which the model computes."""
+    def autocast(self, cache: bool = True) -> AbstractContextManager:
+        """The context in which the model computes. cache: keep the weights cast to bfloat16, for
+        the passes that follow in it."""
         return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.config.mixed_precision == "bf16"
+            self.device.type,
+            torch.bfloat16,
+            enabled=self.config.mixed_precision == "bf16",
+            cache_enabled=cache,
         )
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
         """Within it the pipeline generates as step files would."""
-        with self.autocast(), swapped_weights(self.trained, self.ema):
+        cache = self.config.shard != "all"
+        with self.autocast(cache), swapped_weights(self.trained, self.ema):
             yield
             reshard(self.model)
 
@@ -601,7 +684,24 @@ class Run:
 
     def sample(self) -> None:
         """A row of samples: each prompt by its own settings, its number the seed where none is
-        given."""
+        given.
+
+        Processes that hold the whole model each take their share of the prompts."""
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        prompts = range(len(self.samples))
+        if processes == 1 or self.config.shard:
+            images = self.generate(prompts)
+        else:
+            images = self.gathered(partial(self.generate, prompts[rank::processes]))
+        if self.main:
+            row = show_samples(
+                [images[number] for number in sorted(images)], self.output, self.step
+            )
+            if self.log.boards:
+                self.log.boards.add_samples(row, self.step)
+
+    def generate(self, numbers: Iterable[int]) -> dict[int, Image.Image]:
+        """Return the samples of these numbers, by number."""
         height, width = self.sample_size
         together = bool(self.config.shard)
         own: dict[str, Any] = {
@@ -609,20 +709,36 @@ class Run:
             "width": width,
             "num_inference_steps": self.config.sample_steps or None,
         }
+        images = {}
         with self.sampling():
-            images = [
-                self.pipe(
-                    prompt_embeds=self.encodings[each.prompt],
-                    negative_prompt_embeds=self.encodings[each.negative_prompt],
+            for number in numbers:
+                sample = self.samples[number]
+                images[number] = self.pipe(
+                    prompt_embeds=self.encodings[sample.prompt],
+                    negative_prompt_embeds=self.encodings[sample.negative_prompt],
                     callback=lambda *_: self.stop_together(together),
-                    **{**own, "seed": number, **each.settings},
+                    **{**own, "seed": number, **sample.settings},
                 )
-                for number, each in enumerate(self.samples)
-            ]
-        if self.main:
-            row = show_samples(images, self.output, self.step)
-            if self.log.boards:
-                self.log.boards.add_samples(row, self.step)
+        return images
+
+    def gathered(self, work: Callable[[], dict]) -> dict:
+        """Return what all processes' work gives, in each of them. Where one is stopped or fails,
+        all are told, so that none waits for another: raises Stopped or RuntimeError."""
+        from accelerate.utils import gather_object
+
+        done, stopped, failed = {}, False, ""
+        try:
+            done = work()
+        except Stopped:
+            stopped = True
+        except Exception as error:
+            failed = first_line(error)
+        of_all = gather_object([(done, stopped, failed)])
+        if any(stopped for _, stopped, _ in of_all):
+            raise Stopped
+        if failures := [failed for _, _, failed in of_all if failed]:
+            raise RuntimeError(failures[0])
+        return {key: value for done, _, _ in of_all for key, value in done.items()}
 
 
 @contextmanager
@@ -668,8 +784,14 @@ def swapped_weights(
             put(parameters[name], value)
 
 
+def reset_peak(device: torch.device) -> None:
+    """Forget what a GPU held so far, in loading or sampling."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def memory(device: torch.device) -> dict[str, str]:
-    """The most that a GPU held so far, for the progress bar."""
+    """The most that a GPU held in the steps since `reset_peak`, for the progress bar."""
     return (
         {"memory": f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB"}
         if device.type == "cuda"

@@ -16,20 +16,27 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def shard(model: L2PTransformer, device: torch.device, weights: bool) -> None:
+def shard(
+    model: L2PTransformer,
+    device: torch.device,
+    weights: bool,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Leave each process a part of every parameter, of its gradient and of what the optimizer keeps
     for it.
 
     weights: split them from pass to pass too, not only from step to step: less memory, more
-    traffic. What is already an optimizer's stays whole, so it is made afterwards, and so are lists
-    of parameters."""
+    traffic. dtype: weights are gathered in it, which autocast would cast them to anyway; gradients
+    are summed in float32. What is already an optimizer's stays whole, so it is made afterwards, and
+    so are lists of parameters."""
     try:
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     except ImportError:
         raise ImportError("shard needs torch 2.6 or newer") from None
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    precision = MixedPrecisionPolicy(dtype, torch.float32 if dtype else None, None, False)
     for part in (
         *model.noise_refiner,
         *model.context_refiner,
@@ -37,7 +44,7 @@ def shard(model: L2PTransformer, device: torch.device, weights: bool) -> None:
         model.local_decoder,
         model,
     ):
-        fully_shard(part, mesh=mesh, reshard_after_forward=weights)
+        fully_shard(part, mesh=mesh, reshard_after_forward=weights, mp_policy=precision)
 
 
 def reshard(model: torch.nn.Module) -> None:
