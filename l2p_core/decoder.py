@@ -63,7 +63,7 @@ class LocalDecoder(nn.Module):
         height, width = image.shape[-2:]
         step = 2 ** len(self.names)
         if features.shape[-2:] != (height // step, width // step):
-            features = F.interpolate(features, (height // step, width // step), mode="nearest")
+            features = self.resize(features, (height // step, width // step))
         if tile is None:
             tile = (
                 0
@@ -82,6 +82,10 @@ class LocalDecoder(nn.Module):
                 features[i : i + 1, :, rows.innermost, columns.innermost],
             )[:, :, rows.inside, columns.inside]
         return output
+
+    def resize(self, features: Tensor, size: tuple[int, int]) -> Tensor:
+        """Resize features to height and width, by nearest."""
+        return F.interpolate(features, size, mode="nearest")
 
     def _whole(self, image: Tensor, features: Tensor) -> Tensor:
         """Frees each map as soon as nothing needs it; `decoder_bytes` counts along. Maps lie with

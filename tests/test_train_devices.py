@@ -1,6 +1,7 @@
 """What only a GPU or a cluster would show of training, told without either: by counting calls, by
 stand-ins for devices and processes, and by torch's dispatcher."""
 
+from contextlib import suppress
 from types import SimpleNamespace
 
 import bitsandbytes.optim.optimizer as bitsandbytes_optimizer
@@ -8,8 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from comfyui_l2p.l2p_core import load_model
+from comfyui_l2p.l2p_core.flow import flow_matching_loss
 from comfyui_l2p.l2p_core.train import run as training
 from comfyui_l2p.l2p_core.train import transfer
+from comfyui_l2p.l2p_core.train.estimate import fused_norm
 from comfyui_l2p.l2p_core.train.low_memory import FrozenLinear
 from comfyui_l2p.l2p_core.train.prepare import make_optimizer, prepare
 from comfyui_l2p.l2p_core.train.shard import shard
@@ -258,3 +261,67 @@ def test_processes_share_the_samples_and_each_others_troubles(data, monkeypatch)
     others = ({}, True, "")
     with pytest.raises(training.Stopped):
         run.sample()
+
+
+def test_nothing_that_is_trained_is_cast_in_another_way_on_a_gpu(data, monkeypatch):
+    """By torch's dispatch tables: under autocast, no operation on 16-bit numbers has a rule on one
+    device alone. So the estimate, which runs on a CPU's shapes, has a GPU's dtypes."""
+    model = load_model(CHECKPOINT, dtype=torch.bfloat16)
+    prepare(model, config(data, mixed_precision="bf16"))
+    differ, enabled = set(), [False]
+
+    class Autocast(torch.autocast):
+        """Tells whether it is on, which a dispatch mode can't see."""
+
+        def __enter__(self):
+            enabled.append(self._enabled)
+            return super().__enter__()
+
+        def __exit__(self, *error):
+            enabled.pop()
+            return super().__exit__(*error)
+
+    monkeypatch.setattr(torch, "autocast", Autocast)
+
+    def has_rule(function, device):
+        """Of the overload, or of the operation's first, which may stand before it."""
+        for name in (function.name(), function._schema.name):
+            with suppress(RuntimeError):  # there is no overload of that name
+                if torch._C._dispatch_has_kernel_for_dispatch_key(name, f"Autocast{device}"):
+                    return True
+        return False
+
+    class Looks(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            rules = {has_rule(function, device) for device in ("CPU", "CUDA")}
+            halves = [x for x in args if isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16]
+            if enabled[-1] and len(rules) > 1 and halves:
+                differ.add(function._schema.name)
+            return function(*args, **(kwargs or {}))
+
+    inputs = torch.zeros(1, 3, 96, 96), [torch.zeros(7, 96)], torch.zeros(1, 3, 96, 96)
+    features = torch.zeros(1, 4, 2, 2, dtype=torch.bfloat16)
+    with Looks():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = flow_matching_loss(model, *inputs, torch.zeros(1))
+            model.local_decoder.resize(features, (4, 4))
+        loss.backward()
+        differ.discard("aten::convolution")  # CUDA's rule is bfloat16, which it is given
+        assert differ == set()
+        with torch.autocast("cpu", torch.bfloat16):
+            nn.functional.interpolate(features, scale_factor=2)
+        assert differ == {"aten::upsample_nearest2d"}  # which the test would have seen
+
+
+def test_the_estimate_counts_what_the_gpus_norm_keeps():
+    x = torch.empty(3, 5, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    weight = torch.empty(64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    kernel = torch.ops.aten._fused_rms_norm(x.detach(), [64], weight.detach(), 1e-5)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        output = fused_norm(x, [64], weight, 1e-5)
+    assert (output.shape, output.dtype) == (kernel[0].shape, kernel[0].dtype)
+    assert saved[0].data_ptr() == x.data_ptr() and saved[1].shape == weight.shape
+    assert saved[2].nbytes == kernel[1].nbytes and saved[2].dtype == kernel[1].dtype
+    output.sum().backward()
+    assert x.grad.dtype == torch.bfloat16 and weight.grad.shape == weight.shape

@@ -1,12 +1,19 @@
 """What a training step will hold in memory, without a byte of weights: the step runs on tensors
-that have only a shape."""
+that have only a shape.
+
+Those are on a CPU, because torch without CUDA can't run a backward pass on shapes of a GPU. Where
+kernels of the two keep different things, the GPU's are put in (`FusedNorm`, the fused AdamW); and
+nothing runs under autocast that the two cast differently (tests/test_train_devices.py)."""
 
 import math
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
@@ -29,7 +36,8 @@ def estimate(config: TrainConfig) -> dict[str, int]:
 
     Reads the checkpoint's header alone, and neither the data nor the text encoder: images are of
     `height` x `width`, or of the checkpoint's trained size shrunk to `max_pixels`; captions of 512
-    tokens. Raises CheckpointError, and ValueError where `shard` is set."""
+    tokens. The kernels are a GPU's, unless `device` is cpu. Raises CheckpointError, and ValueError
+    where `shard` is set."""
     if config.shard:
         raise ValueError(
             f"shard is {config.shard}, and what is counted is a process that holds everything;"
@@ -50,11 +58,12 @@ def estimate(config: TrainConfig) -> dict[str, int]:
     dtype = compute_dtype(config)
     with torch.device("meta"):
         model = L2PTransformer(layout.config).to(dtype)
-    prepare(model, config)
+    on_gpu = config.device != "cpu"
+    prepare(model, config, norm=fused_norm if on_gpu else F.rms_norm)
     with shapes_only(model), Meter(elsewhere=HOST) as meter:
         trained = trained_of(model)
         optimizer = make_optimizer(
-            trained, replace(config, optimizer="adamw"), HOST
+            trained, replace(config, optimizer="adamw"), HOST, on_gpu
         )  # bitsandbytes' looks at numbers
         image = torch.empty(config.batch, 3, height, width)
         captions = [
@@ -101,6 +110,27 @@ def estimate(config: TrainConfig) -> dict[str, int]:
     }
     beside = {"in the CPU's memory": state} if config.offload_state else {}
     return {**parts, "in all": sum(parts.values()), **beside}
+
+
+class FusedNorm(torch.autograd.Function):
+    """What CUDA's RMSNorm keeps: its input, its weight, and a float32 for each row. No numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        """(..., D) → (..., D)."""
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients' shapes."""
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+def fused_norm(x: Tensor, shape: list[int], weight: Tensor, eps: float) -> Tensor:
+    """`FusedNorm` with the arguments of `F.rms_norm`."""
+    return FusedNorm.apply(x, weight)
 
 
 def state_in_8_bits(count: int) -> int:

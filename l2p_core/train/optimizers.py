@@ -26,11 +26,15 @@ class FrugalAdamW(torch.optim.Optimizer):
         parameters: Iterable[nn.Parameter],
         config: TrainConfig,
         host: str = "cpu",
+        on_gpu: bool = False,
         **settings: object,
     ):
-        """host: where `offload_state` takes things to. settings: AdamW's own."""
+        """host: where `offload_state` takes things to. on_gpu: use a GPU's kernels. settings:
+        AdamW's own."""
         super().__init__(list(parameters), settings)
         self.seed, self.steps = config.seed, 0
+        # Unfused, AdamW goes through memory a dozen times, and holds a copy of the tensor.
+        self.fused = on_gpu if not config.offload_state else host == "cpu"
         self.home = torch.device(host) if config.offload_state else None
         self.squares: list[Tensor] = []
         # What is on its way to the CPU: one tensor, while the one before is computed.
@@ -48,9 +52,7 @@ class FrugalAdamW(torch.optim.Optimizer):
         copy = nn.Parameter(self.empty(parameter))
         if config.optimizer == "adamw8bit":
             return bitsandbytes().optim.AdamW8bit([copy], **settings)
-        # Unfused, it goes through the CPU's memory a dozen times.
-        fused = True if copy.device.type in ("cpu", "cuda") and self.home else None
-        return torch.optim.AdamW([copy], fused=fused, **settings)
+        return torch.optim.AdamW([copy], fused=self.fused or None, **settings)
 
     def parameters(self) -> list[nn.Parameter]:
         """All trained parameters."""

@@ -5,8 +5,10 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -37,14 +39,21 @@ def refuse_quantized(layout: Layout) -> None:
         )
 
 
+Norm = Callable[[Tensor, list[int], Tensor, float], Tensor]
+
+
 def prepare(
-    model: L2PTransformer, config: TrainConfig, device: torch.device | None = None
+    model: L2PTransformer,
+    config: TrainConfig,
+    device: torch.device | None = None,
+    norm: Norm = F.rms_norm,
 ) -> dict[str, nn.Parameter]:
     """Freeze what stays, put the rest into what it is trained in, and return it by name.
 
     device: to put it on, of what is quantized each linear by itself; None leaves all where it is.
-    """
+    norm: computes RMSNorm."""
     model.train()
+    keep_dtypes(model, norm)
     frozen = model.layers if config.lora_rank else model.layers[layers_of(config.freeze)]
     frozen.requires_grad_(False)
     if config.quantize_frozen:
@@ -70,6 +79,31 @@ def prepare(
                 checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False
             )
     return trained
+
+
+def keep_dtypes(model: L2PTransformer, norm: Norm) -> None:
+    """Let norms and nearest upsampling give the dtype they are given.
+
+    CUDA's autocast computes both in float32, a CPU's does not. What follows in the block is then
+    float32 too, and so is what is kept for the backward pass. The norm's own sum is in float32
+    anyway. Its weight is cast as autocast casts that of a linear: in one dtype, CUDA's kernel
+    keeps only its input (torch 2.8 or newer)."""
+
+    def plain(function: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *rest)
+
+    def of(module: nn.RMSNorm, x: Tensor) -> Tensor:
+        assert module.eps is not None
+        return norm(x, list(module.normalized_shape), module.weight.to(x.dtype), module.eps)
+
+    for module in model.modules():
+        if isinstance(module, nn.RMSNorm):
+            module.forward = partial(plain, partial(of, module))
+        elif isinstance(module, nn.Upsample):
+            module.forward = partial(plain, module.forward)
+    decoder = model.local_decoder
+    decoder.resize = partial(plain, decoder.resize)  # type: ignore[method-assign]
 
 
 def trained_of(model: L2PTransformer) -> dict[str, nn.Parameter]:
@@ -135,9 +169,16 @@ def start_from_lora(trained: dict[str, nn.Parameter], changes: dict[str, Change]
 
 
 def make_optimizer(
-    trained: dict[str, nn.Parameter], config: TrainConfig, host: str = "cpu"
+    trained: dict[str, nn.Parameter],
+    config: TrainConfig,
+    host: str = "cpu",
+    on_gpu: bool = False,
 ) -> torch.optim.Optimizer:
-    """The published one, or the same in less memory; host: where it may keep its state."""
+    """The published one, or the same in less memory.
+
+    host: where it may keep its state. on_gpu: whether that of a GPU is meant where there is
+    none."""
+    on_gpu = on_gpu or any(parameter.is_cuda for parameter in trained.values())
     settings = {
         "lr": config.learning_rate,
         "betas": (0.9, 0.999),
@@ -147,11 +188,9 @@ def make_optimizer(
     if config.optimizer == "adamw" and not (
         config.offload_state or config.stochastic_rounding or config.step_in_backward
     ):
-        on_gpu = any(parameter.is_cuda for parameter in trained.values())
-        return torch.optim.AdamW(
-            trained.values(), fused=on_gpu or None, **settings
-        )  # else it holds a copy of all weights there
-    return FrugalAdamW(trained.values(), config, host, **settings)
+        # Unfused on a GPU, it holds a copy of all weights there.
+        return torch.optim.AdamW(trained.values(), fused=on_gpu or None, **settings)
+    return FrugalAdamW(trained.values(), config, host, on_gpu, **settings)
 
 
 def rate_at(step: int, config: TrainConfig) -> float:
