@@ -393,10 +393,11 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
     """Add the command `l2p serve`."""
     parser = commands.add_parser(
         "serve",
-        help="serve an HTTP API that generates images",
+        help="serve a web page and an API that generate images",
         description=(
-            "Serve an HTTP API in the form of OpenAI's images API. The model is loaded once for"
-            " each GPU, or once on the CPU. Needs pip install 'comfyui-l2p[serve]'."
+            "Serve a web page, and an HTTP API in the form of OpenAI's images API. The model is"
+            " loaded once for each GPU, or once on the CPU. Needs pip install"
+            " 'comfyui-l2p[serve]'."
         ),
     )
     add_checkpoint(parser)
@@ -472,6 +473,12 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
         help="largest request, uploaded images included (default 20)",
     )
 
+    parser.add_argument(
+        "--language",
+        choices=("en", "zh"),
+        help="language of the page (default: what the browser prefers)",
+    )
+
     def run(args: argparse.Namespace) -> None:
         needed = ("fastapi", "fastapi_offline", "uvicorn", "python_multipart", "prometheus_client")
         require("serve", needed)
@@ -486,6 +493,7 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
             batch=args.batch,
             key=read_key(args.api_key, args.api_key_file),
             no_auth=args.no_auth,
+            language=args.language,
             max_side=args.max_side,
             max_steps=args.max_steps,
             max_images=args.max_images,

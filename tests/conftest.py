@@ -6,6 +6,7 @@ import signal
 import comfyui_stand_ins
 import pytest
 import real_comfyui
+import serving
 import small_runs
 from comfyui_l2p.l2p_core.config import L2PConfig
 from comfyui_l2p.l2p_core.model import L2PTransformer
@@ -99,6 +100,16 @@ def newest_comfyui(tmp_path_factory):
 def comfyui_server(tmp_path_factory):
     """A `real_comfyui.Server`; tests that ask for it are skipped where there is no ComfyUI."""
     yield from real(real_comfyui.Server, tmp_path_factory.mktemp("comfyui_server"))
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """A running `l2p serve`; server.temporary is its folder for temporary files."""
+    temporary = tmp_path_factory.mktemp("temporary")
+    flags = ("--max-queue", "20", "--max-upload-mb", "1")
+    with serving.serving(*flags, TMPDIR=str(temporary)) as started:
+        started.temporary = temporary
+        yield started
 
 
 @pytest.fixture

@@ -28,19 +28,6 @@ KEY = "a-key-of-enough-characters"
 
 
 @pytest.fixture(scope="module")
-def temporary(tmp_path_factory):
-    """The folder that the server has for temporary files."""
-    return tmp_path_factory.mktemp("temporary")
-
-
-@pytest.fixture(scope="module")
-def server(temporary):
-    flags = ("--max-queue", "20", "--max-upload-mb", "1")
-    with serving(*flags, TMPDIR=str(temporary)) as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
 def guarded(tmp_path_factory):
     """A server with a key and two workers, each of which generates four images at a time."""
     file = tmp_path_factory.mktemp("key") / "key"
@@ -187,8 +174,8 @@ def test_an_edit_without_a_mask_generates_where_the_image_is_transparent(client)
 
 
 def test_models_health_metrics_and_documentation(server, client):
-    assert [model.id for model in client.models.list()] == ["transformer"]
-    assert client.models.retrieve("transformer").id == "transformer"
+    assert [model.id for model in client.models.list()] == ["bundled"]
+    assert client.models.retrieve("bundled").id == "bundled"
     assert server.ask("/v1/models/other")[0] == 404
     assert json.loads(server.ask("/health")[2])["status"] == "ok"
     before = server.metric("l2p_image_seconds_count")
@@ -360,7 +347,7 @@ def test_a_full_queue_turns_requests_away(server):
     wait_for(lambda: server.metric("l2p_queue_length") == server.metric("l2p_images_running") == 0)
 
 
-def test_an_upload_is_never_written_to_a_file(server, temporary):
+def test_an_upload_is_never_written_to_a_file(server):
     """One of 800 kB, which the form parser would put into a temporary file by itself."""
     noise = np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)
     image = png(Image.fromarray(noise))
@@ -375,7 +362,7 @@ def test_an_upload_is_never_written_to_a_file(server, temporary):
     )
     with open(f"/proc/{server.process.pid}/io") as file:
         after = written(file.read())
-    assert status == 200 and not [file for file in temporary.rglob("*") if file.is_file()]
+    assert status == 200 and not [file for file in server.temporary.rglob("*") if file.is_file()]
     assert after - before < len(image)
 
 

@@ -17,10 +17,11 @@ OPEN = ("/health", "/login")  # paths that need no key
 DRAINED = 4  # times the limit: how much of a body is thrown away before the answer
 LOCAL = ("localhost", "127.0.0.1", "::1")
 POLICY = (  # nothing is loaded from other hosts
-    "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:;"
-    " style-src 'self' 'unsafe-inline'; connect-src 'self' data: blob:; worker-src 'self' blob:;"
-    " form-action 'self'; frame-ancestors 'self'; object-src 'none'"
+    "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline';"
+    " script-src 'self'{scripts}; worker-src 'self' blob:; base-uri 'none'; form-action 'self';"
+    " frame-ancestors 'none'; object-src 'none'"
 )
+DOCUMENTATION = ("/docs", "/redoc")  # FastAPI's pages, which hold their script themselves
 LOGIN = """<!doctype html><html><head><meta charset="utf-8"><title>L2P</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>body{{font:16px system-ui;display:grid;place-items:center;height:90vh}}
@@ -123,7 +124,8 @@ class Guard:
                 if read > self.max_body:  # the app answers in its own way that its body broke off
                     raise TooLarge
                 started = True
-                message["headers"] = [*message.get("headers", []), *SAFE_HEADERS]
+                inline = scope["path"] in DOCUMENTATION
+                message["headers"] = [*message.get("headers", []), *safe_headers(inline)]
             await send(message)
 
         try:
@@ -134,11 +136,14 @@ class Guard:
                 await answer(send, 413, f"the request has more than {self.max_body} bytes")
 
 
-SAFE_HEADERS = [
-    (b"content-security-policy", POLICY.encode()),
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-]
+def safe_headers(inline_scripts: bool = False) -> list[tuple[bytes, bytes]]:
+    """Return the headers that tell a browser what a page may do."""
+    policy = POLICY.format(scripts=" 'unsafe-inline'" if inline_scripts else "")
+    return [
+        (b"content-security-policy", policy.encode()),
+        (b"x-content-type-options", b"nosniff"),
+        (b"referrer-policy", b"no-referrer"),
+    ]
 
 
 def same(given: str, expected: str) -> bool:
@@ -182,13 +187,13 @@ async def drain(receive: Receive, most: int) -> None:
 async def answer(send: Send, status: int, message: str) -> None:
     """Answer with an error."""
     body = json.dumps(error_body(message, status)).encode()
-    headers = [(b"content-type", b"application/json"), *SAFE_HEADERS]
+    headers = [(b"content-type", b"application/json"), *safe_headers()]
     await _respond(send, status, body, headers)
 
 
 async def answer_html(send: Send, status: int, text: str, headers: list = []) -> None:
     """Answer with a page."""
-    headers = [(b"content-type", b"text/html; charset=utf-8"), *SAFE_HEADERS, *headers]
+    headers = [(b"content-type", b"text/html; charset=utf-8"), *safe_headers(), *headers]
     await _respond(send, status, text.encode(), headers)
 
 

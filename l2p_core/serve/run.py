@@ -29,6 +29,7 @@ class ServeOptions:
     batch: int = 1
     key: str | None = None
     no_auth: bool = False
+    language: str | None = None  # of the page
     max_side: int | None = None
     max_steps: int = 100
     max_images: int = 10
@@ -55,6 +56,7 @@ def serve_on(
 
     from .api import make_api
     from .guard import Guard
+    from .page import add_page
     from .service import Service
 
     limits = Limits(
@@ -67,6 +69,7 @@ def serve_on(
     dispatcher = Dispatcher(workers, limits.queue, limits.uploads, options.batch)
     service = Service(pipe, dispatcher, limits)
     app = make_api(service)
+    add_page(app, service, options.language)
     guarded = Guard(app, options.key, options.host in LOOPBACK, limits.upload)
     config = uvicorn.Config(
         guarded, log_level="warning", access_log=False, timeout_graceful_shutdown=3

@@ -12,7 +12,7 @@ from typing import Any
 from ..batch import image_record
 from ..files.header import hash_files
 from ..images import write_png
-from ..pipeline import L2PPipeline
+from ..pipeline import BUNDLED_MODEL, L2PPipeline
 from ..text import encoder_files
 from .dispatch import Dispatcher, Done, Event, Failure, Task
 from .requests import Limits, Order, make_orders
@@ -34,7 +34,9 @@ class Service:
 
     def __init__(self, pipe: L2PPipeline, dispatcher: Dispatcher, limits: Limits):
         self.pipe, self.dispatcher, self.limits = pipe, dispatcher, limits
-        self.model_name = pipe.layout.path.name.removesuffix(".safetensors")
+        file = pipe.layout.path
+        bundled = file.parent == BUNDLED_MODEL
+        self.model_name = "bundled" if bundled else file.name.removesuffix(".safetensors")
         self._stop = Flag()
         beside = ThreadPoolExecutor(1)
         self._checkpoint_hash = beside.submit(hash_files, pipe.layout.files, self._stop)
