@@ -1103,6 +1103,8 @@ def add_train(commands: argparse._SubParsersAction) -> None:
             kind = {"action": argparse.BooleanOptionalAction}
         elif each.type == tuple[str, ...]:
             kind = {"nargs": "*", "metavar": "TEXT"}
+        elif each.type == tuple[int, ...]:
+            kind = {"nargs": "*", "metavar": "N", "type": int}
         elif choices:
             kind = {"type": each.type, "choices": choices}
         else:

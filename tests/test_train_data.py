@@ -1,6 +1,8 @@
 """Folders as other trainers take them, the sizes images are trained at, and what makes a batch."""
 
 import random
+import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,8 +10,10 @@ import pytest
 import torch
 from comfyui_l2p.l2p_core import flow
 from comfyui_l2p.l2p_core.cli import main
+from comfyui_l2p.l2p_core.train import dataset
 from comfyui_l2p.l2p_core.train import run as training
 from comfyui_l2p.l2p_core.train.buckets import bucket_shapes, bucket_size, plan_epoch, report
+from comfyui_l2p.l2p_core.train.config import read_config, to_toml
 from comfyui_l2p.l2p_core.train.data import Batches, weight_of
 from comfyui_l2p.l2p_core.train.dataset import (
     Example,
@@ -94,6 +98,54 @@ def test_folders_have_repeats(tmp_path):
     found = read_data(replace(config(tmp_path), data=given), 96 * 96, 16, 1, False)
     epoch = [each.captions[0] for each in found.epoch(found.main)]
     assert sorted(epoch) == ["kohya/1_moon"] + 3 * ["kohya/3_star"] + 2 * ["plain"]
+
+
+def test_every_image_is_trained_at_each_resolution(data):
+    """Four squares of 96 x 96 and two images of 128 x 64, in areas of 96 x 96 and of 64 x 64."""
+    found = read_data(config(data, resolutions=(64, 96)), 96 * 96, 16, 1, False)
+    assert len(found.main) == 6
+    assert Counter(each.size for each in found.epoch(found.main)) == {
+        (96, 96): 4,
+        (64, 64): 4,
+        (64, 128): 2,
+        (32, 80): 2,
+    }
+    small = read_data(config(data, resolutions=(96, 128)), 128 * 128, 16, 1, False)
+    assert len(small.epoch(small.main)) == 6, "no image is larger, so none has two sizes"
+
+
+def test_flags_and_files_give_resolutions(data, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(to_toml(config(data, resolutions=(64, 96))))
+    assert read_config(file, {}).resolutions == (64, 96)
+    with pytest.raises(ValueError, match="expected a list of whole numbers"):
+        read_config(file, {"resolutions": ["64"]})
+    with pytest.raises(ValueError, match="leave out height, width and max_pixels"):
+        read_config(file, {"max_pixels": 4096})
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"regularization": ("nowhere",)}, "nowhere is no folder"),
+        ({"held_out": 6, "sample_every": 1}, "there are 6 images in all"),
+        ({"batch": 7}, "a step takes 7 images"),
+        ({"held_out": 3, "sample_every": 1, "batch": 4}, "there are 3 to train on"),
+        ({"noise": "paired"}, "have no seeds"),
+    ],
+)
+def test_cheap_checks_come_before_images_are_read(tmp_path, monkeypatch, changes, words):
+    monkeypatch.setattr(dataset, "check_image", lambda *_: pytest.fail("an image is read"))
+    data = make_data(tmp_path / "data", seeds=False)
+    with pytest.raises(ValueError, match=words):
+        training.train(config(data, **changes), progress=False)
+
+
+def test_a_missing_package_is_named_first(data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setattr(training, "read_data", lambda *_: pytest.fail("images are read"))
+    with pytest.raises(ImportError, match=r"need peft: pip install 'comfyui-l2p\[train\]'"):
+        training.train(config(data, lora_rank=4), progress=False)
 
 
 def test_regularization_images_are_as_many_as_the_others(tmp_path):

@@ -95,10 +95,7 @@ def plan_epoch(
     processes share them. Raises ValueError where there are fewer images than a row takes."""
     size = batch * processes
     if len(examples) < size:
-        raise ValueError(
-            f"a step takes {size} images (batch {batch}, processes {processes}), and there are"
-            f" {len(examples)} to train on. Give a smaller batch, or repeats: --data FOLDER:REPEATS"
-        )
+        raise too_few(len(examples), batch, processes)
     rng = random.Random(f"{seed} {epoch}")
     buckets: dict[tuple[int, int], list[int]] = {}
     for index, example in enumerate(examples):
@@ -114,6 +111,14 @@ def plan_epoch(
         rows += [*shared[:-1], completed(shared[-1], size, buckets, examples)]
     rng.shuffle(rows)
     return rows
+
+
+def too_few(count: int, batch: int, processes: int) -> ValueError:
+    """Return the error for fewer images than a step takes."""
+    return ValueError(
+        f"a step takes {batch * processes} images (batch {batch}, processes {processes}), and there"
+        f" are {count} to train on. Give a smaller batch, or repeats: --data FOLDER:REPEATS"
+    )
 
 
 def completed(

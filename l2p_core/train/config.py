@@ -91,6 +91,12 @@ class TrainConfig:
         "images above are shrunk to this (default: the checkpoint's trained size)",
         high=MAX_SIDE**2,
     )
+    resolutions: tuple[int, ...] = knob(
+        (),
+        "sides of squares, such as 512 768 1024: every image is trained at the area of each that it"
+        " is large enough for, in place of max_pixels",
+        high=MAX_SIDE,
+    )
     size_step: int = knob(
         0,
         "sides of images that keep their shape are multiples of this (default: the patch, as"
@@ -239,6 +245,11 @@ class TrainConfig:
         " loss, at the same noise and levels each time, goes to held_out.csv and loss.png",
     )
 
+    def max_area(self, trained: int) -> int:
+        """Return the pixels of an image at most. trained: those of the checkpoint's trained
+        size."""
+        return max((side**2 for side in self.resolutions), default=self.max_pixels or trained)
+
     def __post_init__(self) -> None:
         """Raises ValueError, naming the knob, for values that make no sense together or alone."""
         if isinstance(self.data, str):  # one folder
@@ -289,6 +300,13 @@ class TrainConfig:
             raise ValueError(
                 f"resume_lora is {self.resume_lora}, and lora_rank 0 trains no LoRA; give the rank"
                 " of that file as lora_rank"
+            )
+        for side in self.resolutions:
+            if not 16 <= side <= MAX_SIDE:
+                raise ValueError(f"resolutions has {side}; expected sides from 16 to {MAX_SIDE}")
+        if self.resolutions and (self.height or self.max_pixels):
+            raise ValueError(
+                "resolutions sets the areas of images; leave out height, width and max_pixels"
             )
         if self.buckets == "fixed" and (self.height or self.size_step):
             raise ValueError(
@@ -443,6 +461,9 @@ def cast(setting: Field, value: object) -> Any:
         return tuple(checked_text(setting.name, each) for each in value)
     if setting.type is float and type(value) is int and abs(value) <= 2**64:
         return float(value)
+    if setting.type == tuple[int, ...] and isinstance(value, (list, tuple)):
+        if all(type(each) is int for each in value):
+            return tuple(value)
     if type(value) is not setting.type:
         expected: dict[object, str] = {
             str: "text in quotes",
@@ -450,8 +471,9 @@ def cast(setting: Field, value: object) -> Any:
             float: "a number",
             bool: "true or false",
         }
+        lists = "a list of whole numbers" if setting.type == tuple[int, ...] else "a list of texts"
         raise ValueError(
-            f"{setting.name} is {value!r}; expected {expected.get(setting.type, 'a list of texts')}"
+            f"{setting.name} is {value!r}; expected {expected.get(setting.type, lists)}"
         )
     return value
 

@@ -25,7 +25,7 @@ from ..pipeline import L2PPipeline, draw_noise
 from ..text import LAYER, MAX_TOKENS, TEMPLATE, encoder_files, find_tokenizer
 from .buckets import crop_and_resize, plan_epoch, target_size
 from .config import TrainConfig
-from .dataset import Example, hold_out, read_examples
+from .dataset import Example, hold_out, no_seeds, read_examples
 
 __all__ = [
     "Batch",
@@ -136,10 +136,7 @@ class Batches:
             and all(example.seed is not None for example in examples)
         )
         if paired and any(example.seed is None for example in examples):
-            raise ValueError(
-                f"noise is paired, but images in {', '.join(config.data)} have no seeds. Add a"
-                " column seed, or take random noise"
-            )
+            raise no_seeds(config)
         self.examples, self.encodings, self.config, self.patch_size, self.paired = (
             examples,
             encodings,

@@ -28,7 +28,7 @@ from ..images import (
 )
 from ..settings import checked
 from ..tables import read_rows, read_text
-from .buckets import bucket_size, target_size
+from .buckets import bucket_size, target_size, too_few
 from .config import TrainConfig
 
 METADATA = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.json")
@@ -53,6 +53,7 @@ class Example:
     pixels: tuple[int, int] | None = None  # height and width of the file
     mask: Path | None = None  # white is trained on
     weight: float = 1.0  # of its loss
+    sizes: tuple[tuple[int, int], ...] = ()  # all that it is trained at, where these are several
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,14 @@ class Reading:
     """How folders are read.
 
     caption_column: of the metadata; by default text, prompt or caption. trigger: a word that every
-    caption gets. masks: look for masks. buckets: sizes are of the fixed list."""
+    caption gets. masks: look for masks. buckets: sizes are of the fixed list. resolutions: sides of
+    squares; an image is trained at the area of each."""
 
     caption_column: str = ""
     trigger: str = ""
     masks: bool = False
     buckets: bool = False
+    resolutions: tuple[int, ...] = ()
 
 
 def read_examples(
@@ -78,13 +81,25 @@ def read_examples(
 ) -> list[Example]:
     """Return every image of a folder as an example; each file is read once to its end.
 
+    Raises ValueError, which names what is wrong. See `scan`."""
+    return read_to_end(*scan(folder, fixed, max_pixels, multiple, reading), progress)
+
+
+def scan(
+    folder: Path,
+    fixed: tuple[int, int] | None,
+    max_pixels: int,
+    multiple: int,
+    reading: Reading = Reading(),
+) -> tuple[Path, list[Example]]:
+    """Return (what names the images, an example of each), by the rows and the headers alone.
+
     Rows are those of the metadata: file_name or image; text, prompt or caption, in JSON also a list
     of captions; optionally seed and mask. A name is looked for in the folder, then in images/.
     Without metadata every image counts, and its caption is in the .txt of its name.
     fixed: height and width for all. max_pixels, multiple: see `target_size`. Raises ValueError,
     which names what is wrong."""
     source, rows = rows_of(folder, reading)
-    memory = Memory(MAX_DECODED_BYTES)
 
     def check(row: dict) -> Example | str:
         """What is cheap to check, and the size by the header alone."""
@@ -114,7 +129,23 @@ def read_examples(
         size = fixed or size_for(height, width, max_pixels, multiple)
         if not all(size):
             return f"{name}: {width} x {height} pixels, and sides are multiples of {multiple}"
-        return Example(file, captions, seed, size, name, pixels=(height, width), mask=mask)
+        others = [size_for(height, width, side**2, multiple) for side in reading.resolutions]
+        sizes = tuple(dict.fromkeys([size, *(each for each in others if all(each))]))
+        return Example(
+            file, captions, seed, size, name, pixels=(height, width), mask=mask, sizes=sizes
+        )
+
+    found = [check(row) for row in rows]
+    examples = [each for each in found if isinstance(each, Example)]
+    raise_faults(source, [*row_faults(found), *faults_together(examples)])
+    return source, examples
+
+
+def read_to_end(source: Path, examples: list[Example], progress: bool) -> list[Example]:
+    """Return the examples with the hashes of their files, which are read to their ends.
+
+    source: what names them, for the message. Raises ValueError, which names what is wrong."""
+    memory = Memory(MAX_DECODED_BYTES)
 
     def read_whole(example: Example) -> Example | str:
         """Read the files to their ends."""
@@ -129,9 +160,6 @@ def read_examples(
             return f"{example.name}: {fault}"
         return with_digests(example)
 
-    found = [check(row) for row in rows]
-    examples = [each for each in found if isinstance(each, Example)]
-    raise_faults(source, [*row_faults(found), *faults_together(examples)])
     with ThreadPoolExecutor() as readers:
         whole = list(
             tqdm(
@@ -385,14 +413,20 @@ class Data:
     def epoch(self, trained_on: list[Example]) -> list[Example]:
         """Return the examples of an epoch from those of `main` that are trained on.
 
-        Each stands there as often as it is repeated, and regularization images until there are as
-        many."""
+        Each stands there as often as it is repeated, once for each of its sizes, and
+        regularization images until there are as many."""
         times = {example.file: count for example, count in zip(self.main, self.repeats)}
         turns = range(max(self.repeats, default=0))
-        taught = [each for turn in turns for each in trained_on if turn < times[each.file]]
-        extra = self.regularization
+        once = [each for turn in turns for each in trained_on if turn < times[each.file]]
+        taught = [each for example in once for each in at_its_sizes(example)]
+        extra = [each for example in self.regularization for each in at_its_sizes(example)]
         count = max(len(extra), len(taught)) if extra else 0
         return taught + [extra[place % len(extra)] for place in range(count)]
+
+
+def at_its_sizes(example: Example) -> list[Example]:
+    """Return the example once for each size that it is trained at."""
+    return [replace(example, size=size) for size in example.sizes or (example.size,)]
 
 
 def read_data(
@@ -400,31 +434,67 @@ def read_data(
 ) -> Data:
     """Return the images of `config.data` and `config.regularization`.
 
+    Rows and headers of all folders are checked before an image is read to its end.
     max_pixels, multiple: see `target_size`. step_images: images that all processes take in a batch.
     Raises ValueError that names what is wrong."""
     fixed = (config.height, config.width) if config.height else None
     buckets = config.buckets == "fixed" or (
         config.buckets == "auto" and step_images > 1 and not config.size_step
     )
-    reading = Reading(config.caption_column, config.trigger, config.masked_loss, buckets)
-
-    def read(folder: Path, how: Reading) -> list[Example]:
-        step = config.size_step or multiple
-        return read_examples(folder, fixed, max_pixels, step, progress, how)
-
-    main: list[Example] = []
-    repeats: list[int] = []
-    for folder, times in folders_of(config.data):
-        found = read(folder, reading)
-        main += found
-        repeats += [times] * len(found)
-    extra = [
-        replace(example, weight=config.regularization_weight)
-        for folder, _ in folders_of(config.regularization)
-        for example in read(folder, replace(reading, trigger=""))
+    reading = Reading(
+        config.caption_column, config.trigger, config.masked_loss, buckets, config.resolutions
+    )
+    step = config.size_step or multiple
+    main = [
+        (*scan(folder, fixed, max_pixels, step, reading), times)
+        for folder, times in folders_of(config.data)
     ]
-    raise_faults(Path(config.data[0]), faults_together([*main, *extra]))
-    return Data(main, repeats, extra)
+    extra = [
+        scan(folder, fixed, max_pixels, step, replace(reading, trigger=""))
+        for folder, _ in folders_of(config.regularization)
+    ]
+    scanned = Data(
+        [each for _, examples, _ in main for each in examples],
+        [times for _, examples, times in main for _ in examples],
+        [each for _, examples in extra for each in examples],
+    )
+    raise_faults(Path(config.data[0]), faults_together(scanned.examples))
+    check_counts(scanned, config, step_images)
+    return Data(
+        [each for source, found, _ in main for each in read_to_end(source, found, progress)],
+        scanned.repeats,
+        [
+            replace(each, weight=config.regularization_weight)
+            for source, found in extra
+            for each in read_to_end(source, found, progress)
+        ],
+    )
+
+
+def check_counts(data: Data, config: TrainConfig, step_images: int) -> None:
+    """Raise ValueError where there are too few images, or seeds, for what is asked."""
+    if config.held_out >= len(data.main):
+        raise nothing_left(config.held_out, len(data.main))
+    rest = data.epoch(data.main[config.held_out :])
+    if len(rest) < step_images:
+        raise too_few(len(rest), config.batch, step_images // config.batch)
+    if config.noise == "paired" and any(each.seed is None for each in data.examples):
+        raise no_seeds(config)
+
+
+def no_seeds(config: TrainConfig) -> ValueError:
+    """Return the error for paired noise without seeds."""
+    return ValueError(
+        f"noise is paired, but images in {', '.join(config.data)} have no seeds. Add a column seed,"
+        " or take random noise"
+    )
+
+
+def nothing_left(held_out: int, count: int) -> ValueError:
+    """Return the error for a validation set that takes all images."""
+    return ValueError(
+        f"held_out is {held_out}, and there are {count} images in all; expected fewer"
+    )
 
 
 def cache_folder(config: TrainConfig) -> Path:
@@ -448,7 +518,5 @@ def hold_out(examples: list[Example], count: int, seed: int) -> tuple[list[Examp
     limit = ranked[min(count, len(ranked)) - 1]
     held = [example for example in examples if rank(example) <= limit]
     if len(held) == len(examples):
-        raise ValueError(
-            f"held_out is {count}, and there are {len(examples)} images in all; expected fewer"
-        )
+        raise nothing_left(count, len(examples))
     return [example for example in examples if rank(example) > limit], held

@@ -51,7 +51,7 @@ def estimate(config: TrainConfig) -> dict[str, int]:
         if config.height
         else target_size(
             *layout.trained_size,
-            config.max_pixels or math.prod(layout.trained_size),
+            config.max_area(math.prod(layout.trained_size)),
             layout.config.size_multiple,
         )
     )

@@ -20,6 +20,7 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from time import monotonic
@@ -163,6 +164,19 @@ def find_recipe(name: str) -> type["Run"]:
     return found
 
 
+def check_packages(config: TrainConfig) -> None:
+    """Raise ImportError where a package is missing that the run needs later."""
+    eight_bits = config.optimizer == "adamw8bit" or config.quantize_frozen == "nf4"
+    for package, needed, extra in (
+        ("peft", config.lora_rank, "train"),
+        ("bitsandbytes", eight_bits, "low-memory"),
+    ):
+        if needed and find_spec(package) is None:
+            raise ImportError(f"these settings need {package}: pip install 'comfyui-l2p[{extra}]'")
+    if config.wandb_project:
+        import_wandb()
+
+
 class Diverged(ValueError):
     """The loss is not one to go on with."""
 
@@ -226,8 +240,7 @@ class Run:
             True,
         )  # consistent: no optimizer step is half done
         check_run(self.output, config)
-        if config.wandb_project:
-            import_wandb()
+        check_packages(config)
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         self.pipe = L2PPipeline.from_pretrained(
             config.checkpoint,
@@ -257,7 +270,7 @@ class Run:
         )  # a missing file is reported before images are read
         find_tokenizer(self.pipe.text_encoder_path, self.pipe.tokenizer_path)
         samples = read_samples(config, self.pipe)
-        max_pixels = config.max_pixels or math.prod(layout.trained_size)
+        max_pixels = config.max_area(math.prod(layout.trained_size))
         data = read_data(config, max_pixels, multiple, processes * config.batch, self.progress)
         examples = data.examples
         trained_on, held_out = hold_out(data.main, config.held_out, config.seed)
