@@ -30,7 +30,7 @@ from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
 from comfyui_l2p.l2p_core.train import run as training  # noqa: F401
 from comfyui_l2p.quant import export, merge, quantize  # noqa: F401
 from PIL import Image
-from transformers import AutoTokenizer, Qwen3Model  # noqa: F401, imported once for all forks
+from tokenizers import Tokenizer  # noqa: F401, imported once for all forks
 
 MODEL = BUNDLED_MODEL / "transformer.safetensors"
 PROMPTS = [

@@ -34,7 +34,9 @@ def program() -> None:
     """Run `l2p` as a program.
 
     After an interrupt it ends at once: taking torch apart takes seconds, and a launcher that stops
-    its processes waits."""
+    its processes waits. Threads that wait for others sleep, unless OMP_WAIT_POLICY says otherwise:
+    by default they spin, which on a busy machine takes the cores from those they wait for."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported
     for stream in (sys.stdout, sys.stderr):  # a name may hold what the terminal can't show
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -306,7 +308,10 @@ def add_pipeline(machine: argparse._ArgumentGroup) -> None:
     machine.add_argument(
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
-        help="default: bfloat16, or float16 on NVIDIA cards older than RTX 30",
+        help=(
+            "default: bfloat16; float16 on NVIDIA cards older than RTX 30; float32 for a small"
+            " model on a CPU"
+        ),
     )
     machine.add_argument(
         "--convrot",

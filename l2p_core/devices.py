@@ -3,7 +3,17 @@
 Any accelerator that torch supports is taken (CUDA, ROCm under the name cuda, XPU, MPS). Only CPUs
 were at hand when this was written."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+
+# Weights. A smaller model takes at most 400 MB in float32.
+SMALL = 100_000_000
+# Weights times tokens of a pass. Below, threads wait for one another longer than they compute: on a
+# machine whose cores are busy, a thousand times longer.
+LITTLE_WORK = 1_000_000_000
 
 
 def default_device() -> torch.device:
@@ -16,15 +26,34 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def default_dtype(device: torch.device) -> torch.dtype:
-    """Return bfloat16, or float16 on a CUDA card that has no bfloat16 arithmetic: Turing and
-    older.
+def default_dtype(device: torch.device, weights: int | None = None) -> torch.dtype:
+    """Return the dtype in which a model of so many weights, by default a large one, computes.
 
-    float16 may overflow; generation detects this and says so."""
+    It is bfloat16; float16 on a CUDA card that has no bfloat16 arithmetic, Turing and older;
+    float32 for a small model on a CPU, of which most have none. float16 may overflow; generation
+    detects this and says so."""
+    if device.type == "cpu" and weights is not None and weights < SMALL:
+        return torch.float32
     if device.type != "cuda" or torch.version.hip:
         return torch.bfloat16
     major, _ = torch.cuda.get_device_capability(device)
     return torch.bfloat16 if major >= 8 else torch.float16
+
+
+@contextmanager
+def threads_for(work: int, device: torch.device) -> Iterator[None]:
+    """Compute on one thread within, where a pass on a CPU is little work: see `LITTLE_WORK`.
+
+    What the user chose by OMP_NUM_THREADS stays. Afterwards torch has as many threads as before."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or work > LITTLE_WORK or "OMP_NUM_THREADS" in os.environ:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def free_memory(device: torch.device) -> int | None:

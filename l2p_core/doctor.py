@@ -28,9 +28,9 @@ from .meter import Meter
 from .pipeline import BUNDLED_MODEL, L2PPipeline
 from .proof import AFTER_SCALE, SCENE_PROMPT, Finding, Probe, draw_scene, prove, untested
 from .shapes import scenes
-from .text import find_tokenizer
+from .tokenizer import find_tokenizer
 
-PACKAGES = ("torch", "transformers", "safetensors", "Pillow", "numpy")
+PACKAGES = ("torch", "tokenizers", "safetensors", "Pillow", "numpy")
 EXTRAS = {
     "int8": "comfy-kitchen",
     "queue": "websocket-client",

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .devices import default_device, default_dtype, empty_cache, free_memory
+from .devices import default_device, default_dtype, empty_cache, free_memory, threads_for
 from .files.layout import Layout, read_layout
 from .files.load import check, load_model
 from .files.lora import Change, add_changes, read_lora
@@ -113,8 +113,8 @@ class L2PPipeline:
         checkpoint: None for the bundled small model, for which prompts are completed: see
         `read_prompt`. text_encoder, tokenizer: as for
         `TextEncoder.load`; by default `text_encoder/` and `tokenizer/` beside the checkpoint.
-        device: by default the accelerator where there is one. torch_dtype: None for bfloat16, or
-        float16 on cards that have no bfloat16 arithmetic. progress: show a bar while loading.
+        device: by default the accelerator where there is one. torch_dtype: None for the one that
+        suits the device and the model, see `default_dtype`. progress: show a bar while loading.
         decoder_tile: side in pixels of the squares that the local decoder computes one after
         another, 0 for the whole at once; by default large images are cut. The image is the
         same. offload: keep the model's weights in the CPU's memory, and on the device only the
@@ -153,7 +153,7 @@ class L2PPipeline:
             find_encoder(text_encoder),
             Path(tokenizer) if tokenizer else None,
             device,
-            torch_dtype or default_dtype(device),
+            torch_dtype or default_dtype(device, layout.parameters),
             progress,
             decoder_tile,
             offload,
@@ -416,7 +416,9 @@ class L2PPipeline:
                 self.device
             )
 
-        x = run_stages(plan, generate, input_image and image_at, inpaint_mask and mask_at)
+        work = self.layout.parameters * self._tokens(plan[-1]) * len(positives)
+        with threads_for(work, self.device):
+            x = run_stages(plan, generate, input_image and image_at, inpaint_mask and mask_at)
         if inpaint_mask is not None:
             mask = mask_at(plan[-1])
             x = mask * x.clamp(-1, 1) + (1 - mask) * image_at(plan[-1])
@@ -445,6 +447,10 @@ class L2PPipeline:
     def plan_stages(self, settings: CompleteSettings) -> list[Stage]:
         """See `stages.plan_stages`."""
         return plan_stages(settings, self.layout.trained_size, self.layout.config.size_multiple)
+
+    def _tokens(self, stage: Stage) -> int:
+        """Image tokens of one pass."""
+        return stage.height * stage.width // self.layout.config.patch_size**2
 
     def size_for(
         self, image: Image.Image, height: int | None = None, width: int | None = None

@@ -23,7 +23,8 @@ from ..l2p_core.files.load import check
 from ..l2p_core.files.quantization import BESIDE_WEIGHTS, multiplied_out
 from ..l2p_core.pipeline import BUNDLED_MODEL
 from ..l2p_core.shapes.parse import read_prompt
-from ..l2p_core.text import LAYER, TEMPLATE, find_tokenizer, qwen3_sizes
+from ..l2p_core.text import LAYER, TEMPLATE, qwen3_sizes
+from ..l2p_core.tokenizer import find_tokenizer
 from . import comfyui, versions
 from .comfy_model import QWEN3_4B_WIDTH, published_state_dict
 

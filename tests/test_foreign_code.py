@@ -101,8 +101,7 @@ def test_a_kernel_of_the_hub_is_not_fetched(encoder):
         attn_implementation="evil/kernel",
         _attn_implementation="evil/kernel",
     )
-    loaded = TextEncoder.load(encoder)
-    assert loaded.model.config._attn_implementation == "sdpa"
+    assert TextEncoder.load(encoder).encode("a circle").shape[1] == 96
 
 
 @pytest.mark.parametrize(

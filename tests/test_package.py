@@ -88,16 +88,17 @@ def test_the_bundled_model_stays_small():
     )
 
 
-FILE_TOOLS = """
+LIGHT_COMMANDS = """
 import sys
 from comfyui_l2p.l2p_core.cli import main
 
-model, output = sys.argv[1:]
+model, output, image = sys.argv[1:]
 for command in (
     ["inspect", model],
     ["export", model, "-o", output],
     ["convert", model, "--patch", "64", "-o", output],
     ["merge", "--trained", model, "--base", model, "-o", output],
+    ["generate", "a red circle", "--steps", "1", "--device", "cpu", "-o", image],
 ):
     assert main(command) == 0
     heavy = {"torch._dynamo", "torch._inductor", "sympy", "transformers"} & sys.modules.keys()
@@ -105,8 +106,9 @@ for command in (
 """
 
 
-def test_the_file_tools_start_without_the_compiler(tmp_path):
+def test_what_needs_no_compiler_starts_without_it(tmp_path):
     """torch._dynamo takes half of a start. Quantizing has it from comfy-kitchen, which imports
     it."""
     model, output = BUNDLED_MODEL / "transformer.safetensors", tmp_path / "output.safetensors"
-    subprocess.run([sys.executable, "-c", FILE_TOOLS, model, output], check=True)
+    command = [sys.executable, "-c", LIGHT_COMMANDS, model, output, tmp_path / "image.png"]
+    subprocess.run(command, check=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from comfyui_l2p.l2p_core import CheckpointError, L2PConfig, L2PPipeline, L2PTransformer, load_model
 from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS
+from comfyui_l2p.l2p_core.devices import default_dtype, threads_for
 from comfyui_l2p.l2p_core.flow import euler, guided_velocity, schedule
 from comfyui_l2p.l2p_core.images import to_images, to_pixels
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
@@ -45,6 +46,38 @@ def test_a_image_is_what_the_parts_give_by_hand(pipe):
     by_hand = to_images(euler(velocity, noise, schedule(3)))[0]
     assert isinstance(drawn, Image.Image) and drawn.size == (48, 64)
     assert apart(drawn, by_hand) <= 1
+
+
+def test_a_small_model_computes_on_one_thread_and_gives_the_others_back(pipe, monkeypatch):
+    seen = []
+
+    def threads(*_):
+        seen.append(torch.get_num_threads())
+        if len(seen) == 3:
+            raise InterruptedError
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        pipe(PROMPT, num_inference_steps=1, height=64, width=64, callback=threads)
+        assert set(seen) == {1} and torch.get_num_threads() == 2
+        with pytest.raises(InterruptedError):
+            pipe(PROMPT, height=64, width=64, callback=threads)
+        assert torch.get_num_threads() == 2
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        pipe(PROMPT, num_inference_steps=1, height=64, width=64, callback=threads)
+        assert seen[-1] == 2
+    finally:
+        torch.set_num_threads(before)
+    with threads_for(10**10, torch.device("cpu")):
+        assert torch.get_num_threads() == before
+
+
+def test_the_default_dtype_suits_the_device_and_the_model():
+    cpu, mps = torch.device("cpu"), torch.device("mps")
+    assert L2PPipeline.from_pretrained(device="cpu", torch_dtype=None).dtype == torch.float32
+    assert default_dtype(cpu, 6_000_000_000) == torch.bfloat16 == default_dtype(mps, 1000)
 
 
 def test_defaults_are_the_checkpoints(pipe):

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from comfyui_l2p.l2p_core.cli import main
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
-from comfyui_l2p.l2p_core.text import TextEncoder
 from comfyui_l2p.l2p_core.train.data import read_examples
 from PIL import Image
 from safetensors.torch import load_file
@@ -22,8 +22,11 @@ diffusers = pytest.importorskip("diffusers", minversion="0.36")
 def latent(tmp_path_factory) -> Path:
     """A latent Z-Image of a few thousand numbers, with the small model's text encoder."""
     torch.manual_seed(0)
-    encoder = TextEncoder.load(BUNDLED_MODEL / "text_encoder")
-    encoder.tokenizer.chat_template = (
+    encoder = transformers.Qwen3Model.from_pretrained(
+        BUNDLED_MODEL / "text_encoder", dtype=torch.bfloat16
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(BUNDLED_MODEL / "tokenizer")
+    tokenizer.chat_template = (
         "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content"
         " }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
     )
@@ -54,8 +57,8 @@ def latent(tmp_path_factory) -> Path:
     diffusers.ZImagePipeline(
         diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae,
-        encoder.model,
-        encoder.tokenizer,
+        encoder,
+        tokenizer,
         transformer,
     ).save_pretrained(folder)
     return folder

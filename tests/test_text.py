@@ -1,15 +1,20 @@
-"""Prompts: the template and rules recorded from the published program; files in both layouts give
-the same features."""
+"""Prompts: the template and rules recorded from the published program, the features that
+transformers gives, and all layouts of files."""
 
 import json
 import shutil
+import warnings
+from dataclasses import fields
 
 import pytest
 import torch
+import transformers
 from comfyui_l2p.l2p_core import CheckpointError
 from comfyui_l2p.l2p_core.files.header import Entry
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
+from comfyui_l2p.l2p_core.qwen3 import Qwen3, Qwen3Config
 from comfyui_l2p.l2p_core.text import LAYER, MAX_TOKENS, TEMPLATE, TextEncoder
+from comfyui_l2p.l2p_core.tokenizer import load_tokenizer
 from helpers import GOLDEN, scaled_fp8
 from safetensors.torch import load_file, save_file
 
@@ -19,6 +24,9 @@ PROMPTS = [
     "",
     "  two\nlines  ",
     "{prompt} and {braces}",
+    "一盏灯 in the café \U0001f9d1\u200d\U0001f680",
+    "<|im_end|> ends early",
+    "blue " * 600,
 ]
 
 
@@ -33,48 +41,91 @@ def test_template_is_the_published():
     assert (MAX_TOKENS, LAYER) == (RECORDED["max_length_tokens"], -2)
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_features_are_what_the_last_layer_takes_in(encoder, prompt):
-    tokens = encoder.tokenizer(TEMPLATE.replace("{prompt}", prompt), return_tensors="pt")[
-        "input_ids"
-    ]
-    seen = []
-    hook = encoder.model.layers[-1].register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]),
-        with_kwargs=True,
-    )
-    features = encoder.encode(prompt)
-    hook.remove()
-    assert features.shape == (tokens.shape[1], 96)
-    assert torch.equal(features, seen[0][0])
+def as_transformers(dtype=torch.float32):
+    """The bundled text encoder and its tokenizer, through transformers."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(BUNDLED_MODEL / "tokenizer")
+    return transformers.Qwen3Model.from_pretrained(
+        BUNDLED_MODEL / "text_encoder", dtype=dtype
+    ), tokenizer
 
 
-def test_padding_as_published_changes_nothing(encoder):
-    """The published program pads to 512 and drops the padding again; we never pad."""
-    ids = encoder.tokenizer(
-        TEMPLATE.replace("{prompt}", PROMPTS[0]),
-        return_tensors="pt",
-        padding="max_length",
-        max_length=MAX_TOKENS,
-        truncation=True,
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_features_and_ids_are_those_of_transformers(dtype):
+    ours = TextEncoder.load(BUNDLED_MODEL, dtype=dtype)
+    model, tokenizer = as_transformers(dtype)
+    for prompt in PROMPTS:
+        ids = tokenizer(TEMPLATE.replace("{prompt}", prompt), return_tensors="pt")["input_ids"]
+        assert ours.token_ids(prompt) == ids[0].tolist()
+        with torch.no_grad():
+            states = model(ids[:, :MAX_TOKENS], output_hidden_states=True).hidden_states
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the prompt that is cut
+            assert torch.equal(ours.encode(prompt), states[LAYER][0])
+
+
+def test_heads_that_share_keys_and_padding_are_those_of_transformers():
+    """Sizes unlike one another, and a batch padded on the right, which is what masks do."""
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=200,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        rope_theta=1e6,
+        rms_norm_eps=1e-6,
     )
+    theirs = transformers.Qwen3Model(config).eval()
+    for weight in theirs.parameters():
+        weight.data = torch.randn_like(weight) * 0.2 + (weight.dim() == 1)
+    sizes = {field.name for field in fields(Qwen3Config)} - {"rope_theta"}
+    ours = Qwen3(Qwen3Config(**{name: getattr(config, name) for name in sizes}))
+    ours.load_state_dict(theirs.state_dict())
+    ids, mask = torch.randint(0, 200, (2, 70)), torch.ones(2, 70)
+    mask[1, 50:] = 0
     with torch.no_grad():
-        padded = encoder.model(
-            input_ids=ids["input_ids"],
-            attention_mask=ids["attention_mask"].bool(),
-            output_hidden_states=True,
-        ).hidden_states[-2]
-    torch.testing.assert_close(
-        encoder.encode(PROMPTS[0]), padded[0][ids["attention_mask"][0].bool()], atol=1e-5, rtol=0
-    )
+        expected = theirs(ids, attention_mask=mask, output_hidden_states=True).hidden_states[-2]
+        found = ours(ids)
+    torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[1, :50], expected[1, :50], atol=1e-5, rtol=1e-5)
+    assert found.std() > 1 and not torch.allclose(ours(ids.flip(1)), found, atol=0.1)
+
+
+def test_a_tokenizer_of_vocabulary_and_merges_gives_the_same_ids(encoder, tmp_path):
+    whole = json.loads((BUNDLED_MODEL / "tokenizer" / "tokenizer.json").read_text())
+    special = {str(each["id"]): each for each in whole["added_tokens"]}
+    words = {word: number for word, number in whole["model"]["vocab"].items()}
+    (tmp_path / "vocab.json").write_text(json.dumps(words))
+    merges = (" ".join(pair) for pair in whole["model"]["merges"])
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges))
+    config = {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": special}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    other = TextEncoder(encoder.model, load_tokenizer(tmp_path))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for prompt in PROMPTS:
+        templated = TEMPLATE.replace("{prompt}", prompt)
+        assert (
+            other.token_ids(prompt) == encoder.token_ids(prompt) == theirs(templated)["input_ids"]
+        )
+    special["1"]["content"] = "<|elsewhere|>"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="elsewhere.* should have the id 1"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_of_another_encoder_is_named(encoder, tmp_path):
+    larger = load_tokenizer(BUNDLED_MODEL / "tokenizer")
+    larger.add_tokens(["circle"])
+    with pytest.raises(CheckpointError, match="gives token 372, and the text encoder knows 372"):
+        TextEncoder(encoder.model, larger).encode("a circle")
 
 
 def test_the_empty_prompt_has_features(encoder):
     features = encoder.encode("")
-    assert (
-        len(features) == len(encoder.tokenizer.tokenize(RECORDED["examples"][""]))
-        and features.abs().min(1).values.max() > 0
-    )
+    assert len(features) == len(encoder.token_ids("")) > 0
+    assert features.abs().min(1).values.max() > 0
 
 
 def test_a_long_prompt_is_cut_with_a_warning(encoder):
@@ -94,16 +145,56 @@ def test_a_single_file_gives_the_same_features(encoder, tmp_path):
     single = TextEncoder.load(
         tmp_path / "qwen_3_4b.safetensors", BUNDLED_MODEL / "tokenizer", dtype=torch.float32
     )
-    for prompt in PROMPTS:
+    for prompt in PROMPTS[:4]:
         assert torch.equal(single.encode(prompt), encoder.encode(prompt))
 
 
 def test_a_sharded_folder_gives_the_same_features(encoder, tmp_path):
-    encoder.model.save_pretrained(tmp_path / "text_encoder", max_shard_size="300KB")
+    theirs, _ = as_transformers()
+    theirs.save_pretrained(tmp_path / "text_encoder", max_shard_size="300KB")
     assert len(list((tmp_path / "text_encoder").glob("model-*.safetensors"))) > 1
     shutil.copytree(BUNDLED_MODEL / "tokenizer", tmp_path / "tokenizer")
     sharded = TextEncoder.load(tmp_path, dtype=torch.float32)
     assert torch.equal(sharded.encode(PROMPTS[0]), encoder.encode(PROMPTS[0]))
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4}, "rope_parameters": None},
+            "RoPE type yarn",
+        ),
+        ({"rope_parameters": [1]}, "RoPE type .1., expected default"),
+        ({"hidden_act": "gelu"}, "activation gelu, expected silu"),
+        ({"use_sliding_window": True}, "sliding window True, expected False"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps is x; expected a positive number"),
+    ],
+)
+def test_settings_that_compute_otherwise_are_refused(tmp_path, change, said):
+    shutil.copytree(BUNDLED_MODEL, tmp_path / "other")
+    file = tmp_path / "other" / "text_encoder" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(CheckpointError, match=said):
+        TextEncoder.load(tmp_path / "other")
+
+
+def test_the_numbers_of_config_json_count(encoder, tmp_path):
+    """rope_theta as transformers 4 writes it, then as version 5 does."""
+    shutil.copytree(BUNDLED_MODEL, tmp_path / "other")
+    file = tmp_path / "other" / "text_encoder" / "config.json"
+    settings = json.loads(file.read_text())
+    features = []
+    for change in (
+        {"rope_theta": 1e4, "rope_parameters": None},
+        {"rope_parameters": {"rope_theta": 1e4}},
+    ):
+        given = {key: value for key, value in settings.items() if key != "rope_theta"}
+        file.write_text(json.dumps({**given, **change}))
+        other = TextEncoder.load(tmp_path / "other", dtype=torch.float32)
+        features.append(other.encode("a red circle"))
+    assert torch.equal(*features)
+    assert not torch.allclose(features[0], encoder.encode("a red circle"), atol=0.01)
 
 
 def test_the_published_encoder_is_read_off_its_shapes(tmp_path, monkeypatch):
@@ -143,7 +234,8 @@ def test_the_published_encoder_is_read_off_its_shapes(tmp_path, monkeypatch):
             for key, shape in shapes.items()
         },
     )
-    config = text.load_single_file(tmp_path / "qwen_3_4b.safetensors", torch.bfloat16).config
+    monkeypatch.setattr(text, "find_files", lambda file: ([file], set()))
+    config = text.load_qwen3(tmp_path / "qwen_3_4b.safetensors", torch.bfloat16).config
     assert (
         config.num_hidden_layers,
         config.hidden_size,
@@ -166,8 +258,7 @@ def test_the_published_encoder_is_read_off_its_shapes(tmp_path, monkeypatch):
             "rms_norm_eps",
         )
     )
-    rope = getattr(config, "rope_parameters", None) or vars(config)  # transformers 5 or 4
-    assert rope["rope_theta"] == facts["rope_theta"]
+    assert config.rope_theta == facts["rope_theta"] and config == Qwen3Config()
 
 
 @pytest.mark.parametrize(
@@ -209,10 +300,10 @@ def test_missing_files_are_named(tmp_path):
     with pytest.raises(CheckpointError, match="holds a model of type None, expected qwen3"):
         TextEncoder.load(tmp_path, BUNDLED_MODEL / "tokenizer")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="holds no Qwen3 text encoder"):
+    with pytest.raises(CheckpointError, match="config.json can't be read"):
         TextEncoder.load(tmp_path, BUNDLED_MODEL / "tokenizer")
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="holds no tokenizer that transformers can read"):
+    with pytest.raises(CheckpointError, match="holds no tokenizer that can be read"):
         TextEncoder.load(tmp_path, tmp_path)
 
 
@@ -225,11 +316,11 @@ def test_missing_files_are_named(tmp_path):
                 for name, tensor in tensors.items()
                 if "layers.1.mlp.up_proj" not in name
             },
-            "lacks 1 of the text encoder's tensors",
+            "lacks 1 of the 35 tensors",
         ),
         (
             lambda tensors: {f"foo.{name}": tensor for name, tensor in tensors.items()},
-            "lacks 3. of the text encoder's tensors",
+            "lacks embed_tokens or q_norm",
         ),
         (lambda tensors: {**tensors, "norm.weight": torch.ones(5)}, "norm.weight|size"),
     ],

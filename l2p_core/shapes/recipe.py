@@ -36,7 +36,7 @@ from ..files.save import save_tensors
 from ..flow import shifted
 from ..images import to_pixels
 from ..model import L2PTransformer
-from ..text import LAYER, TEMPLATE, TextEncoder
+from ..text import TextEncoder
 from ..train.config import TrainConfig
 from ..train.data import Batch
 from ..train.record import samples_file
@@ -460,17 +460,13 @@ def window_levels(count: int, generator: torch.Generator) -> Tensor:
 @torch.no_grad()
 def encode(encoder: TextEncoder, texts: Sequence[str]) -> list[Tensor]:
     """Return the prompt embeddings of many texts in one pass, (L, width) each."""
-    ids = [
-        encoder.tokenizer(TEMPLATE.replace("{prompt}", text), add_special_tokens=False)["input_ids"]
-        for text in texts
-    ]
+    ids = [encoder.token_ids(text) for text in texts]
     longest = max(map(len, ids))
     padded = torch.tensor(
         [row + [0] * (longest - len(row)) for row in ids]
     )  # it reads left to right
-    model = encoder.model
-    embeds = model(padded.to(model.device), output_hidden_states=True, use_cache=False)
-    return [row[: len(each)] for row, each in zip(embeds.hidden_states[LAYER], ids)]
+    embeds = encoder.model(padded.to(encoder.model.device))
+    return [row[: len(each)] for row, each in zip(embeds, ids)]
 
 
 def compiler_exists() -> bool:

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
 from ..config import L2PConfig, Level
 from ..decoder import LocalDecoder
@@ -62,6 +61,8 @@ def make_text_encoder(folder: Path, captions: list[str]) -> TextEncoder:
 
     The encoder stays as it was drawn: its token embeddings tell words apart, and the transformer
     learns the rest."""
+    from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
+
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(
         (TEMPLATE.format(prompt=caption) for caption in captions),
         vocab_size=512,

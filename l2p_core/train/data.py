@@ -22,7 +22,8 @@ from ..files.save import save_tensors
 from ..flow import training_sigmas
 from ..images import read_image, to_mask, to_pixels
 from ..pipeline import L2PPipeline, draw_noise
-from ..text import LAYER, MAX_TOKENS, TEMPLATE, encoder_files, find_tokenizer
+from ..text import LAYER, MAX_TOKENS, TEMPLATE, encoder_files
+from ..tokenizer import find_tokenizer
 from .buckets import crop_and_resize, plan_epoch, target_size
 from .config import TrainConfig
 from .dataset import Example, hold_out, no_seeds, read_examples

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..files.header import CheckpointError, refuse_zeros
-from ..text import check_sizes, encoder_files, find_encoder, find_tokenizer
+from ..text import check_sizes, encoder_files, find_encoder
+from ..tokenizer import find_tokenizer
 
 if TYPE_CHECKING:
     import transformers

@@ -39,7 +39,8 @@ from ..flow import flow_matching_loss
 from ..interrupt import Noted, noted
 from ..pipeline import L2PPipeline
 from ..prefetch import ahead
-from ..text import encoder_files, find_tokenizer
+from ..text import encoder_files
+from ..tokenizer import find_tokenizer
 from .boards import Boards, import_wandb
 from .buckets import planned_as_before, report, target_size
 from .config import OWN_RECIPES, TrainConfig, to_toml
