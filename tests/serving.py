@@ -11,6 +11,7 @@ import sys
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from random import Random
 
 from PIL import Image
 
@@ -105,3 +106,37 @@ def png(image):
     stream = io.BytesIO()
     image.save(stream, "PNG")
     return stream.getvalue()
+
+
+def form(parts):
+    """The body of a multipart form with boundary X."""
+    out = b""
+    for name, value in parts:
+        file = '; filename="../../a.png"' if isinstance(value, bytes) else ""
+        data = value if isinstance(value, bytes) else value.encode()
+        head = f'--X\r\ncontent-disposition: form-data; name="{name}"{file}\r\n\r\n'
+        out += head.encode() + data + b"\r\n"
+    return out + b"--X--\r\n"
+
+
+def damaged_requests(count):
+    """(path, body, content type) of so many requests with two faults, of which one stays whatever
+    bytes are changed at random."""
+    wrong = {"size": "97x97", "num_inference_steps": 0}
+    whole = json.dumps({"prompt": "a circle", "n": 1, **wrong}).encode()
+    fields = [(name, str(value)) for name, value in wrong.items()]
+    edits = form([*fields, ("image", png(Image.new("RGB", (96, 96))))])
+    random = Random(0)
+    for number in range(count):
+        path, body, kind = [
+            ("/v1/images/generations", whole, "application/json"),
+            ("/v1/images/edits", edits, "multipart/form-data; boundary=X"),
+        ][number % 2]
+        data = bytearray(body)
+        for _ in range(random.randrange(1, 4)):
+            data[random.randrange(len(data))] = random.randrange(256)
+        if number % 10 == 0:
+            data = data[: random.randrange(len(data))]
+        if number % 50 == 3:
+            data += b" " * 1_100_000
+        yield path, bytes(data), kind

@@ -4,12 +4,12 @@ import base64
 import http.client
 import json
 import os
-import random
 import signal
 import threading
 import time
 from urllib.parse import urlsplit
 
+import comfyui_browser
 import numpy as np
 import pytest
 import torch
@@ -18,12 +18,13 @@ from comfyui_l2p.l2p_core.cli import main
 from comfyui_l2p.l2p_core.pipeline import L2PPipeline
 from helpers import apart
 from PIL import Image
-from serving import MISSING, image_of, png, serving
+from serving import MISSING, damaged_requests, form, image_of, png, serving
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"{MISSING} come with the extra serve")
 
 PROMPT = "a large red circle on a blue background, left"
 STEPS = 4
+CHROMIUM = comfyui_browser.find()
 KEY = "a-key-of-enough-characters"
 
 
@@ -224,17 +225,6 @@ def test_bad_requests_name_the_field(server, body, param):
     assert status == 400 and error["param"] == param and error["message"]
 
 
-def form(parts):
-    """The body of a multipart form with boundary X."""
-    out = b""
-    for name, value in parts:
-        file = '; filename="../../a.png"' if isinstance(value, bytes) else ""
-        data = value if isinstance(value, bytes) else value.encode()
-        head = f'--X\r\ncontent-disposition: form-data; name="{name}"{file}\r\n\r\n'
-        out += head.encode() + data + b"\r\n"
-    return out + b"--X--\r\n"
-
-
 def edit(server, *parts):
     kind = "multipart/form-data; boundary=X"
     status, _, body = server.ask("/v1/images/edits", form(parts), content_type=kind)
@@ -269,26 +259,9 @@ def test_bad_edits_name_the_field(server, parts, param):
 
 
 def test_damaged_requests_each_get_a_4xx(server):
-    """Bytes changed at random in requests that have two faults already, of which one stays.
-    benchmarks/serve.py sends a thousand."""
-    wrong = {"size": "97x97", "num_inference_steps": 0}
-    whole = json.dumps({"prompt": "a circle", "n": 1, **wrong}).encode()
-    edits = form([*((name, str(value)) for name, value in wrong.items()), ("image", IMAGE)])
-    rng = random.Random(0)
-    for number in range(100):
-        path, body, kind = [
-            ("/v1/images/generations", whole, "application/json"),
-            ("/v1/images/edits", edits, "multipart/form-data; boundary=X"),
-        ][number % 2]
-        data = bytearray(body)
-        for _ in range(rng.randrange(1, 4)):
-            data[rng.randrange(len(data))] = rng.randrange(256)
-        if number % 10 == 0:
-            data = data[: rng.randrange(len(data))]
-        if number % 50 == 3:
-            data += b" " * 1_100_000
-        status, _, answer = server.ask(path, bytes(data), content_type=kind)
-        assert 400 <= status < 500, (status, bytes(data)[:300], answer[:300])
+    for path, body, kind in damaged_requests(100):
+        status, _, answer = server.ask(path, body, content_type=kind)
+        assert 400 <= status < 500, (status, body[:300], answer[:300])
         assert json.loads(answer)["error"]["message"]
     assert server.generate(prompt=PROMPT, num_inference_steps=1)
 
@@ -386,6 +359,25 @@ def test_a_key_guards_everything_but_health(guarded):
     assert status == 303 and "HttpOnly" in headers["set-cookie"]
     cookie = headers["set-cookie"].split(";")[0]
     assert KEY not in cookie and guarded.ask("/v1/models", cookie=cookie)[0] == 200
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+@pytest.mark.skipif(isinstance(CHROMIUM, str), reason=str(CHROMIUM))
+def test_a_browser_asks_for_the_key_and_then_shows_the_page(guarded):
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM[0], args=comfyui_browser.FLAGS
+        )
+        page = browser.new_page()
+        page.goto(guarded.url)
+        for key in ("wrong", KEY):
+            page.fill("[name=key]", key)
+            page.click("button")
+        page.wait_for_selector("body[data-ready]")
+        browser.close()
 
 
 def test_other_web_sites_are_kept_out(server):

@@ -215,7 +215,7 @@ class EventStream(StreamingResponse):
     media_type = "text/event-stream"
 
     def __init__(self, events: AsyncIterator[str], ticket: Ticket):
-        super().__init__(events, headers={"cache-control": "no-store", "x-accel-buffering": "no"})
+        super().__init__(events, headers={"x-accel-buffering": "no"})
         self.ticket = ticket
 
     async def __call__(self, *connection: Any) -> None:

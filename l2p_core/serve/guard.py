@@ -40,7 +40,7 @@ class Guard:
 
     key: what a client must show, as `Authorization: Bearer KEY` or, after /login, in a cookie; None
     where none is asked for. local: serve only requests to this machine's own names, so that a web
-    page elsewhere can't reach the server through a name of its own. max_body: bytes."""
+    page elsewhere can't reach a server without a key through a name of its own. max_body: bytes."""
 
     def __init__(self, app: Any, key: str | None, local: bool, max_body: int):
         self.app, self.key, self.local, self.max_body = app, key, local, max_body
@@ -142,7 +142,8 @@ def safe_headers(inline_scripts: bool = False) -> list[tuple[bytes, bytes]]:
     return [
         (b"content-security-policy", policy.encode()),
         (b"x-content-type-options", b"nosniff"),
-        (b"referrer-policy", b"no-referrer"),
+        (b"referrer-policy", b"same-origin"),  # "no-referrer" hides the login form's origin too
+        (b"cache-control", b"no-cache"),
     ]
 
 

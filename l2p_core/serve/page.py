@@ -7,7 +7,7 @@ from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
 
 from ..settings import FIELDS
-from .requests import SETTINGS
+from .requests import EDIT_STRENGTH, SETTINGS
 from .service import Service
 
 FILES = Path(__file__).parent / "web"
@@ -37,6 +37,7 @@ def page_facts(service: Service, language: str | None) -> dict:
             service.pipe.layout.trained_size, service.pipe.layout.config.size_multiple
         ),
         "limits": {"side": limits.side, "steps": limits.steps, "images": limits.images},
+        "edit_strength": EDIT_STRENGTH,
         "settings": [
             {
                 "name": name,
@@ -59,10 +60,6 @@ def size_presets(trained_size: tuple[int, int], multiple: int) -> list[tuple[int
 
     sizes = [(width, height)]
     for across, down in RATIOS:
-        sizes.append(
-            (
-                nearest(math.sqrt(pixels * across / down)),
-                nearest(math.sqrt(pixels * down / across)),
-            )
-        )
+        ratio = across / down
+        sizes.append((nearest(math.sqrt(pixels * ratio)), nearest(math.sqrt(pixels / ratio))))
     return list(dict.fromkeys(sizes))

@@ -70,7 +70,8 @@ def serve_on(
     service = Service(pipe, dispatcher, limits)
     app = make_api(service)
     add_page(app, service, options.language)
-    guarded = Guard(app, options.key, options.host in LOOPBACK, limits.upload)
+    local = options.host in LOOPBACK and options.key is None
+    guarded = Guard(app, options.key, local, limits.upload)
     config = uvicorn.Config(
         guarded, log_level="warning", access_log=False, timeout_graceful_shutdown=3
     )

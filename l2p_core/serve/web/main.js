@@ -9,7 +9,6 @@ import { TEXTS } from "./texts.js";
 const $ = (id) => document.getElementById(id);
 const server = await (await fetch("settings")).json();
 const gallery = await Gallery.open();
-const EDIT_STRENGTH = 0.7; // of an image without a mask, as the API has it
 const FORM = [
   "prompt", "negative_prompt", "width", "height", "num_inference_steps", "cfg_scale", "sampler",
 ];
@@ -19,6 +18,7 @@ const MORE = server.settings.map((each) => each.name)
 let texts = TEXTS.en;
 let input = null; // the blob of the input image
 let strengthChosen = false; // whether the user chose a denoising strength
+let sizeChosen = false; // whether a restored size stands, also for the next input image
 let shown = null; // the gallery's entry in the viewer
 let previous = null; // the one before it
 let urls = new Map(); // entry → object URL
@@ -113,11 +113,11 @@ const editor = new MaskEditor(
 );
 
 function suggestStrength() {
-  if (!strengthChosen) $("denoising_strength").value = editor.empty ? EDIT_STRENGTH : 1;
+  if (!strengthChosen) $("denoising_strength").value = editor.empty ? server.edit_strength : 1;
 }
 
-/** Show an image in the editor. size: whether to choose a size for it. */
-async function setInput(blob, mask = null, size = true) {
+/** Show an image in the editor, and choose a size for it. */
+async function setInput(blob, mask = null) {
   URL.revokeObjectURL($("input_shown").src);
   $("input_shown").src = URL.createObjectURL(blob);
   try {
@@ -128,7 +128,8 @@ async function setInput(blob, mask = null, size = true) {
   }
   input = blob;
   $("editor").hidden = false;
-  if (size) chooseSize($("input_shown").naturalWidth, $("input_shown").naturalHeight);
+  if (!sizeChosen) chooseSize($("input_shown").naturalWidth, $("input_shown").naturalHeight);
+  sizeChosen = false;
   if (mask) await editor.restore(mask);
   else editor.clear();
   suggestStrength();
@@ -136,7 +137,7 @@ async function setInput(blob, mask = null, size = true) {
 
 function removeInput() {
   input = null;
-  strengthChosen = false;
+  strengthChosen = sizeChosen = false;
   $("editor").hidden = true;
   $("input_file").value = "";
   $("input_shown").removeAttribute("src");
@@ -266,7 +267,8 @@ async function restore(entry) {
   tell();
   setDefaults();
   removeInput();
-  if (entry.input) await setInput(entry.input, entry.mask, false);
+  sizeChosen = Boolean(settings.input_image);
+  if (entry.input) await setInput(entry.input, entry.mask);
   for (const name of [...FORM, ...MORE, "seed", "denoising_strength"]) {
     if (name in settings) $(name).value = settings[name];
   }
