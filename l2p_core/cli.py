@@ -19,6 +19,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .evaluate.command import add_evaluate
 from .files.content import printable
 from .files.header import CheckpointError
 from .interrupt import STATUS, Terminated, ending_at_once
@@ -113,6 +114,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_generate(commands)
     add_serve(commands)
+    add_evaluate(commands)
     add_queue(commands)
     add_inspect(commands)
     add_doctor(commands)

@@ -1,0 +1,1 @@
+"""Benchmarks: their folders, their rules, and two checkpoints on the same prompts and seeds."""

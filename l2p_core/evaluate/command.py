@@ -1,0 +1,217 @@
+"""The parser of `l2p evaluate`. Light: what computes is imported once it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..settings import FIELDS
+
+BENCHMARKS = ("geneval", "dpg", "shapes", "prompts")
+SCORED = ("geneval", "dpg", "shapes")
+GENERAL = [name for name in FIELDS if name not in ("input_image", "inpaint_mask")]
+RESUMES = "The same command resumes: what was finished is kept"
+
+
+def add_evaluate(commands: argparse._SubParsersAction) -> None:
+    """Add the command `l2p evaluate`."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="benchmarks, and what a change of a checkpoint costs in images",
+        description=(
+            "Generate the images of GenEval, DPG-Bench or any prompts, score them, and compare"
+            " checkpoints on the same prompts and seeds."
+        ),
+    )
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    add_write(actions)
+    add_score(actions)
+    add_compare(actions)
+
+
+def add_write(actions: argparse._SubParsersAction) -> None:
+    """Add `l2p evaluate write`."""
+    from ..cli import add_checkpoint, add_settings
+
+    parser = actions.add_parser(
+        "write",
+        help="generate a benchmark's images in the folders that its scorer reads",
+        description=(
+            "Generate a benchmark's images in the folders that its scorer reads, with a card that"
+            " says what generated them. The same command resumes an interrupted run. Under"
+            " `accelerate launch` or torchrun, the prompts are split over the processes."
+        ),
+    )
+    parser.add_argument("benchmark", choices=BENCHMARKS)
+    parser.add_argument(
+        "source",
+        nargs="?",
+        type=Path,
+        metavar="SOURCE",
+        help=(
+            "geneval: its evaluation_metadata.jsonl; dpg: its folder of prompts; prompts: a prompt"
+            " file as for l2p generate; shapes, the score of the bundled model: nothing"
+        ),
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="only so many prompts, spread evenly"
+    )
+    parser.add_argument(
+        "--count",
+        type=int,
+        metavar="N",
+        help=(
+            "images for each prompt, with seeds one apart (default 4 for geneval and dpg, else 1)"
+        ),
+    )
+    add_checkpoint(parser)
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="a LoRA of the checkpoint; may be given again (default strength 1)",
+    )
+    add_settings(parser.add_argument_group("image"), GENERAL)
+    add_machine(parser)
+
+    def run(args: argparse.Namespace) -> None:
+        from .write import run_write
+
+        run_write(args)
+
+    parser.set_defaults(run=run, when_stopped=RESUMES)
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how images are generated."""
+    from ..cli import add_pipeline
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "--batch", type=int, default=1, metavar="N", help="images generated at a time (default 1)"
+    )
+    machine.add_argument("--device", help="default: the accelerator where there is one")
+    add_pipeline(machine)
+    machine.add_argument(
+        "--free-text-encoder",
+        action=argparse.BooleanOptionalAction,
+        help="as for l2p generate",
+    )
+    machine.add_argument(
+        "--overwrite", action="store_true", help="replace images that exist with other settings"
+    )
+
+
+def add_score(actions: argparse._SubParsersAction) -> None:
+    """Add `l2p evaluate score`."""
+    parser = actions.add_parser(
+        "score",
+        help="apply a benchmark's rules",
+        description=(
+            "Apply a benchmark's rules to detections or answers: those of a file, or of a model"
+            " that judges the images of a folder. Only a benchmark's own judge gives its official"
+            " scores; others are labelled by their names. Writes the scores as JSON, and a report."
+        ),
+    )
+    parser.add_argument("benchmark", choices=SCORED)
+    parser.add_argument(
+        "input",
+        type=Path,
+        metavar="INPUT",
+        help=(
+            "a folder of l2p evaluate write; or a file of detections (geneval) or answers (dpg),"
+            " such as the official program wrote"
+        ),
+    )
+    parser.add_argument(
+        "--detector",
+        metavar="PATH",
+        help=(
+            "geneval: a Mask2Former of transformers, trained on COCO's instances; or shapes, which"
+            " finds the bundled model's shapes by measurement"
+        ),
+    )
+    parser.add_argument(
+        "--color-model",
+        metavar="PATH",
+        help="geneval: a CLIP of transformers that names colours, such as clip-vit-large-patch14",
+    )
+    parser.add_argument(
+        "--csv", type=Path, metavar="FILE", help="dpg: its dpg_bench.csv, with the questions"
+    )
+    parser.add_argument(
+        "--vqa",
+        metavar="PATH",
+        help="dpg: a model of transformers that answers questions (BLIP, BLIP-2 or ViLT)",
+    )
+    parser.add_argument("--device", help="default: the accelerator where there is one")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="where the scores are written (default: beside what is scored)",
+    )
+
+    def run(args: argparse.Namespace) -> None:
+        from .score import run_score
+
+        run_score(args)
+
+    parser.set_defaults(run=run, when_stopped=RESUMES)
+
+
+def add_compare(actions: argparse._SubParsersAction) -> None:
+    """Add `l2p evaluate compare`."""
+    from ..cli import add_settings
+
+    parser = actions.add_parser(
+        "compare",
+        help="compare checkpoints, formats or settings on the same prompts and seeds",
+        description=(
+            "Generate the same prompts and seeds with each of these, and compare all with the"
+            " first: PSNR, SSIM, LPIPS where it is installed, and the shapes score. Each is"
+            " CHECKPOINT[:NAME=VALUE,...], where NAME is a setting of l2p generate, dtype,"
+            " decoder_tile, offload, batch_guidance or compile_blocks, and `bundled` is the bundled"
+            " model; or a folder of l2p evaluate write. Writes compare.json, report.html, and a"
+            " sheet of the ten pairs that lie farthest apart."
+        ),
+    )
+    parser.add_argument(
+        "variants",
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="two or more, such as model.safetensors model.safetensors:sampler=ab2,steps=18",
+    )
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="a prompt file as for l2p generate, or shapes for those of the bundled model's score",
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="only so many prompts, spread evenly"
+    )
+    parser.add_argument(
+        "--count", type=int, default=1, metavar="N", help="images for each prompt (default 1)"
+    )
+    parser.add_argument(
+        "--text-encoder",
+        metavar="PATH",
+        help=(
+            "of all checkpoints (default: text_encoder/ beside each; for the prompts shapes the"
+            " bundled one)"
+        ),
+    )
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="as for l2p generate")
+    add_settings(parser.add_argument_group("image"), GENERAL)
+    add_machine(parser)
+
+    def run(args: argparse.Namespace) -> None:
+        from .compare import run_compare
+
+        run_compare(args)
+
+    parser.set_defaults(run=run, when_stopped=RESUMES, checkpoint=None)
