@@ -208,7 +208,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
 
     def run(args: argparse.Namespace) -> None:
         from .batch import generate, plan
-        from .pipeline import BUNDLED_MODEL, L2PPipeline
+        from .pipeline import L2PPipeline
         from .tables import read_rows
 
         if (args.prompt is None) == (args.prompts is None) and not args.estimate:
@@ -220,11 +220,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
         for given in args.lora:
             pipe.load_lora(*file_and_strength(given))
         if args.checkpoint is None and rank == 0:
-            print(
-                "No --checkpoint given: using the bundled small model, which knows plain shapes"
-                f" ({BUNDLED_MODEL.parent / 'README.md'}). What a prompt leaves open is filled in"
-                " at random"
-            )
+            print_bundled()
         rows = read_rows(args.prompts) if args.prompts else [{"prompt": args.prompt or ""}]
         settings = {name: getattr(args, name) for name in FIELDS if name != "prompt"}
         jobs = plan(rows, settings, args.count, args.output, pipe)
@@ -243,6 +239,16 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
             print(args.output)
 
     parser.set_defaults(run=run, when_stopped="The same command goes on where this one ended")
+
+
+def print_bundled() -> None:
+    """Print that the bundled model is used, and what it knows."""
+    from .pipeline import BUNDLED_MODEL
+
+    print(
+        "No --checkpoint given: using the bundled small model, which knows plain shapes"
+        f" ({BUNDLED_MODEL.parent / 'README.md'}). What a prompt leaves open is filled in at random"
+    )
 
 
 def file_and_strength(given: str) -> tuple[str, float]:
@@ -507,6 +513,8 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
             max_queue=args.max_queue,
             max_upload_mb=args.max_upload_mb,
         )
+        if args.checkpoint is None:
+            print_bundled()
         serve(options, PipelineOptions(pipeline_arguments(args), batch=args.batch))
 
     parser.set_defaults(run=run, when_stopped="Images that were not finished are lost")

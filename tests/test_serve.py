@@ -190,6 +190,16 @@ def test_models_health_metrics_and_documentation(server, client):
     assert "swagger-ui" in page and "https://" not in page
 
 
+def test_the_page_is_told_the_checkpoints_sizes_and_defaults(server, pipe):
+    told = json.loads(server.ask("/settings")[2])
+    assert told["presets"][0] == [96, 96] and [112, 80] in told["presets"]  # 4 : 3 in 16ths
+    for width, height in told["presets"]:
+        pipe.check_size(height, width)
+        assert 0.85 < width * height / 96**2 < 1.15
+    defaults = {each["name"]: each["default"] for each in told["settings"]}
+    assert defaults["num_inference_steps"] == 30 and defaults["cfg_scale"] == 2
+
+
 BAD = [
     ({}, "prompt"),
     ({"prompt": None}, "prompt"),

@@ -193,7 +193,8 @@ class Dispatcher:
 
     def _restart(self, worker: Worker) -> None:
         """Restart a worker, until that succeeds or the queue is closed."""
-        self.available -= 1
+        with self._changed:
+            self.available -= 1
         while not self._closed:
             print("l2p: a worker died; restarting it", file=sys.stderr)
             self.metrics.restarts.inc()
@@ -203,7 +204,8 @@ class Dispatcher:
             except WorkerDied:
                 with self._changed:
                     self._changed.wait_for(lambda: self._closed, RESTART_PAUSE)
-        self.available += 1
+        with self._changed:
+            self.available += 1
         if self._closed:
             worker.close()
 

@@ -11,6 +11,7 @@ from .requests import EDIT_STRENGTH, SETTINGS
 from .service import Service
 
 FILES = Path(__file__).parent / "web"
+EXAMPLE = "a large red circle on a blue background"  # a prompt that the bundled model knows
 RATIOS = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16))  # width to height
 
 
@@ -31,6 +32,7 @@ def page_facts(service: Service, language: str | None) -> dict:
     limits = service.limits
     return {
         "model": service.model_name,
+        "example": EXAMPLE if service.bundled else "",
         "language": language,
         "multiple": service.pipe.layout.config.size_multiple,
         "presets": size_presets(

@@ -35,8 +35,8 @@ class Service:
     def __init__(self, pipe: L2PPipeline, dispatcher: Dispatcher, limits: Limits):
         self.pipe, self.dispatcher, self.limits = pipe, dispatcher, limits
         file = pipe.layout.path
-        bundled = file.parent == BUNDLED_MODEL
-        self.model_name = "bundled" if bundled else file.name.removesuffix(".safetensors")
+        self.bundled = file.parent == BUNDLED_MODEL
+        self.model_name = "bundled" if self.bundled else file.name.removesuffix(".safetensors")
         self._stop = Flag()
         beside = ThreadPoolExecutor(1)
         self._checkpoint_hash = beside.submit(hash_files, pipe.layout.files, self._stop)

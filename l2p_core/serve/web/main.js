@@ -50,6 +50,7 @@ function tell(message, isNote = false) {
 
 function buildForm() {
   $("model").textContent = document.title = server.model;
+  $("prompt").placeholder = server.example;
   $("preset").append(new Option("", ""));
   for (const [width, height] of server.presets) {
     $("preset").append(new Option(`${width} x ${height}`, `${width}x${height}`));
@@ -245,7 +246,8 @@ async function show(entry) {
 
 async function describe(entry) {
   const settings = (await readSettings(entry.image)) ?? {};
-  $("caption").textContent = say("about", settings);
+  const prompt = settings.completed_prompt ?? settings.prompt;
+  $("caption").textContent = say("about", { ...settings, prompt });
   $("download").download = `l2p-${settings.seed}.png`;
 }
 
