@@ -1088,6 +1088,7 @@ def write_prompts(args: argparse.Namespace, file: Path, device: str) -> None:
 def add_train(commands: argparse._SubParsersAction) -> None:
     """Add the command `l2p train`."""
     from .train.config import TrainConfig
+    from .train.presets import CARDS
 
     parser = commands.add_parser(
         "train",
@@ -1109,6 +1110,14 @@ def add_train(commands: argparse._SubParsersAction) -> None:
         "--estimate",
         action="store_true",
         help="say what a step holds in memory, from the checkpoint's header alone",
+    )
+    parser.add_argument(
+        "--memory",
+        choices=CARDS,
+        help=(
+            "choose the settings below that a GPU of so much memory needs, for what is trained: the"
+            " published layers, all (freeze ''), or a LoRA; settings that are given stay"
+        ),
     )
     metavars: dict[object, str] = {int: "N", float: "X", str: "TEXT"}
     for each in fields(TrainConfig):
@@ -1145,6 +1154,8 @@ def add_train(commands: argparse._SubParsersAction) -> None:
             for each in fields(TrainConfig)
             if (value := getattr(args, each.name)) is not None
         }
+        if args.memory:
+            flags["memory"] = args.memory
         if args.estimate:
             from .meter import table
             from .train.estimate import estimate

@@ -182,7 +182,8 @@ def training_sigmas(
 
     sampling: grid, even over `schedule(500)` at patch 16 and `schedule(1000)` above, as published;
     uniform, even between 0 and 1; logit-normal, the sigmoid of a standard normal (Stable Diffusion
-    3, arXiv 2403.03206, section 3.1)."""
+    3, arXiv 2403.03206, section 3.1); mode, more of the middle and some of the ends (there too,
+    scale 1.29); shifted, `grid` and what lies between its levels."""
     match sampling:
         case "grid":
             grid = schedule(500 if patch_size == 16 else 1000, shift=shift)[:-1]
@@ -191,4 +192,23 @@ def training_sigmas(
             return 1 - torch.rand(count, generator=generator)
         case "logit-normal":
             return torch.randn(count, generator=generator).sigmoid()
+        case "mode":
+            u = torch.rand(count, generator=generator)
+            return 1 - u - 1.29 * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
+        case "shifted":
+            return shifted(1 - torch.rand(count, generator=generator), shift)
     raise AssertionError(sampling)
+
+
+def loss_weights(kind: str, sigma: Tensor) -> Tensor:
+    """Return (B,) weights of the squared error of the velocity.
+
+    min-snr: min(snr, 5) / (snr + 1) with snr = ((1 - sigma) / sigma)^2, as for the prediction of a
+    velocity in arXiv 2303.09556: noise near 1 counts less, where the error says little of the
+    image. cosmap: 2 / (pi (1 - 2 sigma + 2 sigma^2)), Stable Diffusion 3's: the middle counts twice
+    the ends."""
+    if kind == "min-snr":
+        snr = ((1 - sigma) / sigma).square()
+        return snr.clamp(max=5) / (snr + 1)
+    assert kind == "cosmap"
+    return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma.square()))

@@ -21,6 +21,7 @@ from ..model import L2PTransformer
 from ..text import TEMPLATE, TextEncoder
 from ..train.config import TrainConfig
 from ..train.data import Batch
+from ..train.optimizers import CombinedOptimizer
 from ..train.run import WAIT, Run
 from .scenes import SIZE, Scene, render, scenes, test_scenes, training_scenes
 from .score import generate, score
@@ -256,29 +257,6 @@ def as_matrix(weight: torch.Tensor) -> torch.Tensor:
     return (
         weight if weight.dim() == 2 else weight.permute(0, 2, 3, 1).flatten(1)
     )  # a view, as channels lie last
-
-
-class CombinedOptimizer(torch.optim.Optimizer):
-    """Several optimizers as one."""
-
-    def __init__(self, *each: torch.optim.Optimizer):
-        self.each = each
-        super().__init__([group for one in each for group in one.param_groups], {})
-
-    def step(self, closure: None = None) -> None:
-        """Step all optimizers."""
-        for one in self.each:
-            one.step()
-
-    def state_dict(self) -> dict:
-        """The states of all optimizers."""
-        return {"each": [one.state_dict() for one in self.each]}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Continue from saved states."""
-        for one, its in zip(self.each, state["each"], strict=True):
-            one.load_state_dict(its)
-        self.param_groups = [group for one in self.each for group in one.param_groups]
 
 
 def uneven(noise: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..settings import MAX_BATCH, MAX_COUNT, MAX_SIDE, checked_text
 from ..tables import read_text
+from .presets import preset
 
 # Recipes of this program itself, which a settings file may name: they are no code of others.
 OWN_RECIPES = (
@@ -23,6 +24,7 @@ OWN_RECIPES = (
 )
 
 
+LORA_TARGETS = ("attention", "feed_forward", "adaLN")
 HIGHEST = 10**9  # of numbers that have no bound of their own
 
 
@@ -133,6 +135,19 @@ class TrainConfig:
         "train a LoRA of this rank on the main layers' attention, feed-forward and adaLN; all"
         " weights stay frozen. 0: train the weights",
     )
+    lora_alpha: float = knob(
+        0.0, "the LoRA's product is multiplied by this over the rank; 0: the rank, a factor of 1"
+    )
+    lora_targets: tuple[str, ...] = knob(
+        LORA_TARGETS,
+        "linears of the main layers that get a LoRA (default: attention feed_forward adaLN)",
+    )
+    lora_kind: str = knob(
+        "lora",
+        "dora trains the length of each row by itself (arXiv 2402.09353), for low ranks; lokr a"
+        " Kronecker product (LyCORIS), smaller files",
+        choices=("lora", "dora", "lokr"),
+    )
     resume_lora: str = knob(
         "",
         "a LoRA file to start from, in any dialect that l2p generate takes; its rank is lora_rank."
@@ -148,10 +163,17 @@ class TrainConfig:
         "grid",
         "noise levels: grid, even over the published schedule (500 of it at patch 16, 1000 above);"
         " uniform, even from 0 to 1, more of the details; logit-normal, more of the middle (Stable"
-        " Diffusion 3)",
-        choices=("grid", "uniform", "logit-normal"),
+        " Diffusion 3), and next to nothing of the ends; mode, more of the middle and some of the"
+        " ends; shifted, the grid's levels and all between them",
+        choices=("grid", "uniform", "logit-normal", "mode", "shifted"),
     )
-    shift: float = knob(3.0, "of the grid: more trains more of the outline")
+    shift: float = knob(3.0, "of grid and shifted: more trains more of the outline")
+    loss_weighting: str = knob(
+        "none",
+        "of the error by noise level: min-snr lessens that near pure noise, which no training"
+        " removes; cosmap doubles the middle (Stable Diffusion 3)",
+        choices=("none", "min-snr", "cosmap"),
+    )
     caption_dropout: float = knob(
         0.0,
         "share of captions replaced by the empty one, which guidance steers away from; none as"
@@ -195,10 +217,20 @@ class TrainConfig:
         " them as they are",
         choices=("", "int8", "nf4"),
     )
+    swap_blocks: float = knob(
+        0.0,
+        "share of the frozen main layers whose linears wait in the CPU's memory, and come to the"
+        " GPU for each product: three times a step",
+    )
+    compile_blocks: bool = knob(
+        False, "compile each block (torch.compile): faster steps after some minutes"
+    )
     optimizer: str = knob(
         "adamw",
-        "adamw8bit keeps the optimizer's state in 8 bits (bitsandbytes)",
-        choices=("adamw", "adamw8bit"),
+        "adamw8bit keeps the optimizer's state in 8 bits (bitsandbytes); adafactor keeps next to"
+        " none; muon, for matrices of blocks, steps evenly in all directions (torch 2.9); prodigy"
+        " finds the learning rate, of which learning_rate is then a multiple (prodigyopt)",
+        choices=("adamw", "adamw8bit", "adafactor", "muon", "prodigy"),
     )
     offload_state: bool = knob(False, "the optimizer's state, and its arithmetic, on the CPU")
     stochastic_rounding: bool = knob(
@@ -286,10 +318,40 @@ class TrainConfig:
                 f"warmup is {self.warmup}, and schedule published has its own; take constant,"
                 " linear or cosine, or leave it off"
             )
-        if self.quantize_frozen and not (self.freeze or self.lora_rank):
+        for name in ("quantize_frozen", "swap_blocks"):
+            if getattr(self, name) and not (self.freeze or self.lora_rank):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, and freeze '' leaves nothing frozen;"
+                    " leave it off"
+                )
+        if wrong := [name for name in self.lora_targets if name not in LORA_TARGETS]:
             raise ValueError(
-                f"quantize_frozen is {self.quantize_frozen}, and freeze '' leaves nothing frozen;"
-                " leave it off"
+                f"lora_targets has {wrong[0]!r}; expected some of {', '.join(LORA_TARGETS)}"
+            )
+        if self.lora_rank and not self.lora_targets:
+            raise ValueError("lora_targets is empty, so nothing is trained; name some or leave it")
+        if self.lora_kind == "dora" and (self.quantize_frozen or self.swap_blocks):
+            raise ValueError(
+                "lora_kind is dora, which reads the frozen weights themselves, and quantize_frozen"
+                f" is {self.quantize_frozen!r}, swap_blocks {self.swap_blocks:g}; leave those off,"
+                " or take lora or lokr"
+            )
+        if self.lora_kind != "lora" and self.resume_lora:
+            raise ValueError(
+                f"resume_lora is {self.resume_lora}, and lora_kind {self.lora_kind} starts from no"
+                " LoRA; take lora_kind lora"
+            )
+        if self.optimizer in ("muon", "prodigy"):
+            for name in ("offload_state", "stochastic_rounding", "step_in_backward"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"optimizer is {self.optimizer}, which updates float32 weights all at once,"
+                        f" and {name} is set; leave it off, or take adafactor or adamw"
+                    )
+        if self.optimizer == "prodigy" and self.learning_rate < 0.01:
+            raise ValueError(
+                f"learning_rate is {self.learning_rate:g}, and prodigy multiplies it by the rate"
+                " that it finds; give 1"
             )
         if self.sample_file and self.sample_prompts:
             raise ValueError(
@@ -312,7 +374,7 @@ class TrainConfig:
             raise ValueError(
                 "buckets is fixed, which sets the sizes; leave out height, width and size_step"
             )
-        for name in ("caption_dropout", "ema", "unmasked_weight"):
+        for name in ("caption_dropout", "ema", "unmasked_weight", "swap_blocks"):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a share from 0 to 1")
         if self.step_in_backward and (self.accumulate > 1 or self.max_grad_norm):
@@ -335,6 +397,7 @@ class TrainConfig:
             for name in (
                 "lora_rank",
                 "quantize_frozen",
+                "swap_blocks",
                 "offload_state",
                 "stochastic_rounding",
                 "step_in_backward",
@@ -411,9 +474,10 @@ def read_config(
     """The file's values with the overrides over them. Raises ValueError for what is no TOML, no
     knob or of another type.
 
-    A recipe is code, and a TOML file may come from anyone. So one in the file is rejected unless
-    the overrides name a recipe too, or it is the program's own. of_run: the file is a run's record,
-    of which nothing is run."""
+    "memory" in either names a preset (`presets.py`), whose settings give way to those that are
+    given. A recipe is code, and a TOML file may come from anyone. So one in the file is rejected
+    unless the overrides name a recipe too, or it is the program's own. of_run: the file is a run's
+    record, of which nothing is run."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -426,6 +490,11 @@ def read_config(
     ) as error:  # of tomllib, of UTF-8, of numbers with thousands of digits
         raise ValueError(f"{file} is no TOML: {error}") from None
     known = {each.name: each for each in fields(TrainConfig)}
+    memory = {**values, **overrides}.get("memory", "")
+    values, overrides = (
+        {name: value for name, value in each.items() if name != "memory"}
+        for each in (values, overrides)
+    )
     for name in values:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
@@ -440,9 +509,15 @@ def read_config(
             " not run code. Read that code first; if you trust it, name it yourself: --recipe"
             f" {recipe}"
         )
-    return TrainConfig(
-        **{name: cast(known[name], value) for name, value in {**values, **overrides}.items()}
-    )
+    given = {name: cast(known[name], value) for name, value in {**values, **overrides}.items()}
+    if not memory:
+        return TrainConfig(**given)
+    chosen = {name: value for name, value in preset(memory, given).items() if name not in given}
+    try:
+        return TrainConfig(**{**chosen, **given})
+    except ValueError as error:
+        told = ", ".join(f"{name} {value!r}" for name, value in chosen.items())
+        raise ValueError(f"{error} (memory {memory} chose {told})") from None
 
 
 def cast(setting: Field, value: object) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
@@ -25,6 +25,7 @@ from ..model import L2PTransformer
 from ..text import MAX_TOKENS
 from .buckets import target_size
 from .config import TrainConfig
+from .low_memory import FrozenLinear
 from .run import compute_dtype, make_optimizer, prepare, refuse_quantized, trained_of
 
 HOST = "meta"  # stands for the memory beside the device's
@@ -61,10 +62,12 @@ def estimate(config: TrainConfig) -> dict[str, int]:
     on_gpu = config.device != "cpu"
     prepare(model, config, norm=fused_norm if on_gpu else F.rms_norm)
     with shapes_only(model), Meter(elsewhere=HOST) as meter:
+        swapped = to_host(model)
         trained = trained_of(model)
-        optimizer = make_optimizer(
-            trained, replace(config, optimizer="adamw"), HOST, on_gpu
-        )  # bitsandbytes' looks at numbers
+        # bitsandbytes and Prodigy look at numbers.
+        by_numbers = config.optimizer in ("adamw8bit", "prodigy")
+        stands_in = replace(config, optimizer="adamw") if by_numbers else config
+        optimizer = make_optimizer(trained, stands_in, HOST, on_gpu)
         image = torch.empty(config.batch, 3, height, width)
         captions = [
             torch.empty(MAX_TOKENS, layout.config.cap_feat_dim, dtype=dtype)
@@ -88,17 +91,22 @@ def estimate(config: TrainConfig) -> dict[str, int]:
             optimizer.zero_grad()
             return gradients
 
-        step()  # makes the optimizer's state
+        for parameter in trained.values():
+            parameter.grad = torch.empty_like(parameter)
+        optimizer.step()  # makes its state
+        optimizer.zero_grad()
         begun, lasting = len(meter.events), meter.now()
         gradients = step()
         passing = meter.peak(since=begun) - lasting - gradients
         state = bytes_of(tree_leaves(optimizer.state_dict()))
     if config.optimizer == "adamw8bit":
         state = sum(state_in_8_bits(parameter.numel()) for parameter in trained.values())
+    if config.optimizer == "prodigy":  # means, first weights and numerator
+        state = sum(16 * parameter.numel() for parameter in trained.values())
     learned = bytes_of(trained.values())
     parts = {
         "weights that are trained": learned,
-        "frozen weights": bytes_of(model.state_dict().values()) - learned,
+        "frozen weights": bytes_of(model.state_dict().values()) - learned - swapped,
         **(
             {"running mean of the weights": 4 * sum(each.numel() for each in trained.values())}
             if config.ema
@@ -108,8 +116,19 @@ def estimate(config: TrainConfig) -> dict[str, int]:
         "optimizer state": 0 if config.offload_state else state,
         "activations and what passes": passing,
     }
-    beside = {"in the CPU's memory": state} if config.offload_state else {}
+    there = swapped + (state if config.offload_state else 0)
+    beside = {"in the CPU's memory": there} if there else {}
     return {**parts, "in all": sum(parts.values()), **beside}
+
+
+def to_host(model: L2PTransformer) -> int:
+    """Put swapped weights where nothing is counted, and return their bytes."""
+    swapped = [
+        module for module in model.modules() if isinstance(module, FrozenLinear) and module.swapped
+    ]
+    for module in swapped:
+        module.weight = nn.Parameter(module.weight.detach().to(HOST), requires_grad=False)
+    return bytes_of(module.weight for module in swapped)
 
 
 class FusedNorm(torch.autograd.Function):

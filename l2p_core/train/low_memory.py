@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .transfer import is_gpu, to_host
+
 NF4_BLOCK = 64  # weights that share a scale
 
 
@@ -25,38 +27,55 @@ def bitsandbytes() -> ModuleType:
 class FrozenLinear(nn.Linear):
     """A linear without bias that is not trained: its weight lies in INT8 with a scale for each row,
     or in NF4 with one for every 64 numbers (QLoRA, arXiv 2305.14314), and is unpacked for as long
-    as it is multiplied with, on the way back once more."""
+    as it is multiplied with, on the way back once more. It may wait in the CPU's memory."""
 
-    def __init__(self, linear: nn.Linear, kind: str):
-        """kind: int8 or nf4."""
+    def __init__(self, linear: nn.Linear, kind: str, swapped: bool = False):
+        """kind: int8, nf4, or "" for the weight as it is. swapped: keep the weight in the CPU's
+        memory, and bring it to the device for each product."""
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.bias = (
             linear.in_features,
             linear.out_features,
             None,
         )
-        self.kind, weight = kind, linear.weight.detach()
+        self.kind, self.swapped, weight = kind, swapped, linear.weight.detach()
+        packed, scale = weight, None
         if kind == "nf4":
             bitsandbytes()
             packed, scale = torch.ops.bitsandbytes.quantize_4bit(
                 weight.contiguous(), NF4_BLOCK, kind, torch.uint8
             )
-        else:
+        elif kind == "int8":
             scale = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
             packed = (weight / scale).round().to(torch.int8)
+        if swapped and is_gpu(packed.device):
+            packed = to_host(packed)
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.register_buffer("scale", scale)
 
-    def unpacked(self, dtype: torch.dtype) -> Tensor:
-        """(out_features, in_features)."""
+    def _apply(self, function: Callable, recurse: bool = True) -> "FrozenLinear":
+        """Move the module; a swapped weight stays."""
+        if not self.swapped:
+            return super()._apply(function, recurse)
+        weight = self._parameters.pop("weight")
+        try:
+            return super()._apply(function, recurse)
+        finally:
+            self._parameters["weight"] = weight
+
+    def unpacked(self, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+        """(out_features, in_features). device: where to, by default where the weight is."""
+        weight = self.weight.to(device, non_blocking=True) if self.swapped else self.weight
         if self.kind == "nf4":
             shape = [self.out_features, self.in_features]
             return torch.ops.bitsandbytes.dequantize_4bit(
-                self.weight, self.scale, NF4_BLOCK, self.kind, shape, dtype
+                weight, self.scale, NF4_BLOCK, self.kind, shape, dtype
             )
+        if self.kind == "":
+            return weight.to(dtype)
         # Multiplied in float32, rounded once: a scale in bfloat16 would stretch its whole row.
-        result = torch.empty(self.weight.shape, dtype=dtype, device=self.weight.device)
-        return torch.mul(self.weight, self.scale, out=result)
+        result = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        return torch.mul(weight, self.scale, out=result)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) → (..., N)."""
@@ -67,26 +86,29 @@ class _Multiply(torch.autograd.Function):
     """x W^T, keeping neither."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, unpacked: Callable[[torch.dtype], Tensor]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, unpacked: Callable[..., Tensor]) -> Tensor:
         """(..., K) → (..., N)."""
         ctx.unpacked = unpacked
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        return x.to(dtype) @ unpacked(dtype).T
+        return x.to(dtype) @ unpacked(dtype, x.device).T
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient @ ctx.unpacked(gradient.dtype), None
+        return gradient @ ctx.unpacked(gradient.dtype, gradient.device), None
 
 
-def quantize_frozen(module: nn.Module, kind: str, device: torch.device | None = None) -> None:
+def quantize_frozen(
+    module: nn.Module, kind: str, device: torch.device | None = None, swapped: bool = False
+) -> None:
     """Put a `FrozenLinear` in the place of each linear in a frozen module that has no bias, made on
     `device` where one is given."""
     for name, child in list(module.named_children()):
         if isinstance(child, nn.Linear) and child.bias is None:
-            setattr(module, name, FrozenLinear(child.to(device) if device else child, kind))
+            there = child.to(device) if device else child
+            setattr(module, name, FrozenLinear(there, kind, swapped))
         else:
-            quantize_frozen(child, kind, device)
+            quantize_frozen(child, kind, device, swapped)
 
 
 def round_stochastically(x: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -12,11 +12,12 @@ from .low_memory import bitsandbytes, round_stochastically
 from .transfer import arrived, to_device, to_host
 
 
-class FrugalAdamW(torch.optim.Optimizer):
-    """AdamW, one tensor at a time, over a float32 copy that is there only meanwhile. By the
-    configuration:
+class PerTensorOptimizer(torch.optim.Optimizer):
+    """AdamW or Adafactor, one tensor at a time, over a float32 copy that is there only meanwhile.
+    By the configuration:
 
-    optimizer = "adamw8bit": its state in 8 bits, by bitsandbytes; offload_state: state and
+    optimizer = "adamw8bit": its state in 8 bits, by bitsandbytes; "adafactor": a row and a column
+    of state for each matrix, by transformers; offload_state: state and
     arithmetic on the CPU; stochastic_rounding: bfloat16 weights are rounded so; step_in_backward:
     each tensor is updated as soon as its gradient is there, and the gradient forgotten, `norm`
     telling how long all of them were."""
@@ -52,6 +53,13 @@ class FrugalAdamW(torch.optim.Optimizer):
         copy = nn.Parameter(self.empty(parameter))
         if config.optimizer == "adamw8bit":
             return bitsandbytes().optim.AdamW8bit([copy], **settings)
+        if config.optimizer == "adafactor":
+            from transformers.optimization import Adafactor
+
+            # The rate is the run's, as of AdamW, not relative to the weights.
+            own = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
+            rates = {name: settings[name] for name in ("lr", "weight_decay")}
+            return Adafactor([copy], **rates, **own)
         return torch.optim.AdamW([copy], fused=self.fused or None, **settings)
 
     def parameters(self) -> list[nn.Parameter]:
@@ -131,6 +139,68 @@ class FrugalAdamW(torch.optim.Optimizer):
             inner.load_state_dict(own)
             if "fused" in inner.param_groups[0]:
                 inner.param_groups[0]["fused"] = fused
+
+
+FrugalAdamW = PerTensorOptimizer  # its name before it knew Adafactor
+
+
+class CombinedOptimizer(torch.optim.Optimizer):
+    """Several optimizers as one."""
+
+    def __init__(self, *each: torch.optim.Optimizer):
+        self.each = each
+        super().__init__([group for one in each for group in one.param_groups], {})
+
+    def step(self, closure: None = None) -> None:
+        """Step all optimizers."""
+        for one in self.each:
+            one.step()
+
+    def state_dict(self) -> dict:
+        """The states of all optimizers."""
+        return {"each": [one.state_dict() for one in self.each]}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from saved states."""
+        for one, its in zip(self.each, state["each"], strict=True):
+            one.load_state_dict(its)
+        self.param_groups = [group for one in self.each for group in one.param_groups]
+
+
+def muon_and_adamw(trained: dict[str, nn.Parameter], settings: dict[str, Any]) -> CombinedOptimizer:
+    """Return torch's Muon (https://kellerjordan.github.io/posts/muon) for the matrices of blocks,
+    and AdamW for all else. Muon's steps have the length of AdamW's (arXiv 2502.16982), so that one
+    learning rate serves both. Raises ImportError."""
+    if not hasattr(torch.optim, "Muon"):
+        raise ImportError(
+            f"this is torch {torch.__version__}, and Muon came with 2.9: pip install -U torch"
+        )
+    blocks = ("layers.", "noise_refiner.", "context_refiner.")
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in trained.items():
+        is_matrix = parameter.dim() == 2 and name.startswith(blocks)
+        (matrices if is_matrix else others).append(parameter)
+    rates = {name: settings[name] for name in ("lr", "weight_decay")}
+    each: list[torch.optim.Optimizer] = []
+    if matrices:
+        each.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **rates))
+    if others:
+        fused = any(parameter.is_cuda for parameter in others)
+        each.append(torch.optim.AdamW(others, fused=fused or None, **settings))
+    return CombinedOptimizer(*each)
+
+
+def prodigy(trained: dict[str, nn.Parameter], settings: dict[str, Any]) -> torch.optim.Optimizer:
+    """Return Prodigy (arXiv 2306.06101), which finds the learning rate. Raises ImportError."""
+    try:
+        from prodigyopt import Prodigy
+    except ImportError:
+        raise ImportError(
+            "the optimizer prodigy needs prodigyopt: pip install 'comfyui-l2p[prodigy]'"
+        ) from None
+    own = {"decouple": True, "use_bias_correction": True, "safeguard_warmup": True}
+    return Prodigy(trained.values(), **settings, **own)
 
 
 def step_one(optimizer: Any, parameter: nn.Parameter) -> None:

@@ -1,7 +1,6 @@
 """What a run trains, in which dtype, and with which optimizer and learning rate."""
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,17 +12,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..files.header import CheckpointError
-from ..files.layout import Layout, read_layout
-from ..files.lora import Change, read_lora
+from ..files.layout import Layout
 from ..model import L2PTransformer
+from .adapters import add_adapter
 from .config import TrainConfig, layers_of
 from .data import Batch
 from .low_memory import quantize_frozen
-from .optimizers import FrugalAdamW
-
-LORA_TARGETS = (
-    r"layers\.\d+\.(attention\.(to_[qkv]|to_out\.0)|feed_forward\.w[123]|adaLN_modulation\.0)"
-)
+from .optimizers import PerTensorOptimizer, muon_and_adamw, prodigy
 
 
 def compute_dtype(config: TrainConfig) -> torch.dtype:
@@ -56,10 +51,12 @@ def prepare(
     keep_dtypes(model, norm)
     frozen = model.layers if config.lora_rank else model.layers[layers_of(config.freeze)]
     frozen.requires_grad_(False)
-    if config.quantize_frozen:
-        quantize_frozen(frozen, config.quantize_frozen, device)
+    swapped = round(config.swap_blocks * len(frozen))
+    for index, block in enumerate(frozen):
+        if config.quantize_frozen or index < swapped:
+            quantize_frozen(block, config.quantize_frozen, device, index < swapped)
     if config.lora_rank:
-        add_lora(model, config)
+        add_adapter(model, config)
     trained = trained_of(model)
     for parameter in trained.values():
         dtype = torch.bfloat16 if config.stochastic_rounding else torch.float32
@@ -68,13 +65,12 @@ def prepare(
         )  # the file it is mapped from is not written to
     if device:
         model.to(device)
+    blocks = *model.noise_refiner, *model.context_refiner, *model.layers
+    if config.compile_blocks:
+        for block in blocks:
+            block.forward = torch.compile(block.forward)
     if config.checkpointing:
-        for part in (
-            *model.noise_refiner,
-            *model.context_refiner,
-            *model.layers,
-            model.local_decoder,
-        ):
+        for part in (*blocks, model.local_decoder):
             part.forward = partial(
                 checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False
             )
@@ -113,61 +109,6 @@ def trained_of(model: L2PTransformer) -> dict[str, nn.Parameter]:
     }
 
 
-def add_lora(model: L2PTransformer, config: TrainConfig) -> None:
-    """Put a LoRA beside every linear of the main layers, its scale (alpha / rank) 1, and freeze all
-    else."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise ImportError("training a LoRA needs peft: pip install 'comfyui-l2p[train]'") from None
-    model.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        inject_adapter_in_model(
-            LoraConfig(
-                r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=LORA_TARGETS
-            ),
-            model,
-        )
-
-
-def read_first_lora(config: TrainConfig, base: Layout) -> tuple[Layout, dict[str, Change]]:
-    """Return the LoRA that a run starts from, and what it changes, by the published names of
-    weights.
-
-    Raises CheckpointError where the run can't train it."""
-    lora = read_layout(config.resume_lora)
-    changes = read_lora(lora, base, 1.0)
-    for weight, change in changes.items():
-        if not change.low_rank:
-            kind = ", ".join(change.parts)
-            raise CheckpointError(
-                f"{lora.path.name} holds {kind} for {weight}, which is no LoRA; only a LoRA can be"
-                " trained further. Merge it into the checkpoint: l2p merge"
-            )
-        if not re.fullmatch(LORA_TARGETS, weight.removesuffix(".weight")):
-            raise CheckpointError(
-                f"{lora.path.name} changes {weight}, which a LoRA run does not train. Merge it into"
-                " the checkpoint: l2p merge"
-            )
-        if (rank := len(change.parts["down"])) != config.lora_rank:
-            raise CheckpointError(
-                f"{lora.path.name} has rank {rank} for {weight}, and lora_rank is"
-                f" {config.lora_rank}; give lora_rank {rank}"
-            )
-    return lora, changes
-
-
-@torch.no_grad()
-def start_from_lora(trained: dict[str, nn.Parameter], changes: dict[str, Change]) -> None:
-    """Give the LoRA of `add_lora` the factors of another; alpha goes into the second factor."""
-    for weight, change in changes.items():
-        layer = weight.removesuffix(".weight")
-        up = change.factor(1.0) * change.parts["up"].float()
-        trained[f"{layer}.lora_A.default.weight"].copy_(change.parts["down"])
-        trained[f"{layer}.lora_B.default.weight"].copy_(up)
-
-
 def make_optimizer(
     trained: dict[str, nn.Parameter],
     config: TrainConfig,
@@ -185,12 +126,16 @@ def make_optimizer(
         "eps": 1e-8,
         "weight_decay": config.weight_decay,
     }
+    if config.optimizer == "muon":
+        return muon_and_adamw(trained, settings)
+    if config.optimizer == "prodigy":
+        return prodigy(trained, settings)
     if config.optimizer == "adamw" and not (
         config.offload_state or config.stochastic_rounding or config.step_in_backward
     ):
         # Unfused on a GPU, it holds a copy of all weights there.
         return torch.optim.AdamW(trained.values(), fused=on_gpu or None, **settings)
-    return FrugalAdamW(trained.values(), config, host, on_gpu, **settings)
+    return PerTensorOptimizer(trained.values(), config, host, on_gpu, **settings)
 
 
 def rate_at(step: int, config: TrainConfig) -> float:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from ..files.atomic import atomic_write
 from ..files.header import CheckpointError
 from ..files.save import save_tensors
+from .adapters import saved, saved_name
 from .config import TrainConfig, read_config, to_toml
 from .shard import as_split_as, is_split
 
@@ -36,6 +37,8 @@ FREE = (
     "cache",
     "checkpointing",
     "offload_activations",
+    "swap_blocks",
+    "compile_blocks",
     "shard",
 )  # of `batch` and `buckets`, `load_state` looks at what all processes take
 PATHS = (
@@ -76,12 +79,6 @@ def step_file(output: Path, step: int) -> Path:
     return output / f"step-{step}.safetensors"
 
 
-def saved_name(name: str) -> str:
-    """A trained tensor's name in a step file: the published one; a LoRA's as ai-toolkit and ComfyUI
-    have it."""
-    return f"diffusion_model.{name.replace('.default.', '.')}" if ".lora_" in name else name
-
-
 def save_step(
     output: Path,
     step: int,
@@ -93,7 +90,8 @@ def save_step(
     """Write step-N.safetensors and take away those before it that are more than `config.keep`
     behind."""
     tensors = {
-        saved_name(name): parameter.detach().to("cpu", dtype) for name, parameter in trained.items()
+        saved_name(name): saved(name, parameter.detach(), config).to("cpu", dtype)
+        for name, parameter in trained.items()
     }
     metadata = {
         "format": "pt",

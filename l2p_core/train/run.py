@@ -35,12 +35,13 @@ from ..files.atomic import WAIT, WriteError, atomic_write, locked, process_rank
 from ..files.header import hash_files
 from ..files.layout import Layout
 from ..files.load import load_model
-from ..flow import flow_matching_loss
+from ..flow import flow_matching_loss, loss_weights
 from ..interrupt import Noted, noted
 from ..pipeline import L2PPipeline
 from ..prefetch import ahead
 from ..text import encoder_files
 from ..tokenizer import find_tokenizer
+from .adapters import read_first_lora, start_from_lora
 from .boards import Boards, import_wandb
 from .buckets import planned_as_before, report, target_size
 from .config import OWN_RECIPES, TrainConfig, to_toml
@@ -53,9 +54,7 @@ from .prepare import (
     pinned,
     prepare,
     rate_at,
-    read_first_lora,
     refuse_quantized,
-    start_from_lora,
     trained_of,
 )
 from .record import Log, Row, draw_curves, samples_file, show_samples
@@ -312,7 +311,7 @@ class Run:
             self.held_out = Batches(held_out, self.encodings, one_by_one, layout.config.patch_size)
 
         if (
-            config.shard or config.quantize_frozen
+            config.shard or config.quantize_frozen or config.swap_blocks
         ):  # the device gets its part of each block, or linears one at a time
             self.pipe.transformer = load_model(layout, "cpu", self.dtype)
         self.trained = prepare(self.pipe.transformer, config, None if config.shard else self.device)
@@ -324,7 +323,7 @@ class Run:
                 dtype=self.dtype if self.dtype == torch.bfloat16 else None,
             )
             self.trained = trained_of(self.pipe.transformer)
-        start_from_lora(self.trained, lora_changes)
+        start_from_lora(self.trained, lora_changes, config)
         self.ema = (
             {name: parameter.detach().float().clone() for name, parameter in self.trained.items()}
             if config.ema
@@ -420,8 +419,12 @@ class Run:
 
     def loss(self, batch: Batch) -> Tensor:
         """What the gradient is taken of."""
+        weight = batch.weight
+        if self.config.loss_weighting != "none":
+            of_sigma = loss_weights(self.config.loss_weighting, batch.sigma)[:, None, None, None]
+            weight = of_sigma if weight is None else of_sigma * weight
         return flow_matching_loss(
-            self.model, batch.images, batch.captions, batch.noise, batch.sigma, batch.weight
+            self.model, batch.images, batch.captions, batch.noise, batch.sigma, weight
         )
 
     def train(self) -> Path:
