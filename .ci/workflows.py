@@ -28,6 +28,7 @@ from workflow_variants import (
     BUNDLED,
     INPUT_IMAGE,
     NAMES,
+    TITLES,
     WORKFLOWS,
     add_downloads,
     api,
@@ -40,51 +41,60 @@ from workflow_variants import (
 
 SIDE = 512
 SHAPES = [
-    "a large red circle on a blue background, left",
-    "a large yellow diamond on a purple background, right",
+    "a large red circle on a blue background, center",
+    "a large yellow diamond on a purple background, center",
     "a large green triangle on a white background, center",
-    "a large orange square on a black background, top",
+    "a large orange square on a black background, center",
 ]
+START = "a small red circle on a blue background, left"  # what is edited: it leaves half empty
 PROMPTS = {
     "text_to_image": SHAPES[1],
     "int8": SHAPES[2],
-    "lora": SHAPES[1],
     "4k_checkpoint": SHAPES[3],
-    "upscale_to_4k": SHAPES[1],
-    "image_to_image": "a large yellow circle on a green background, left",
-    "inpaint": "a large yellow diamond on a blue background, right",
-    "core_nodes": SHAPES[2],
+    "lora": "a large purple square on a yellow background, center",
+    "upscale_to_4k": "a large green circle on a black background, center",
+    "small_cards": "a large blue diamond on a white background, center",
+    "latent_draft": "a large orange circle on a purple background, center",
+    "core_nodes": "a large yellow triangle on a blue background, center",
+    "image_to_image": "a small yellow circle on a green background, left",
+    "inpaint": "a small yellow diamond on a blue background, right",
 }
 
 # Opens an API form as ComfyUI itself does, then puts each of its groups into a column of its own,
-# the note under the first.
-ARRANGE = """async (graph, note) => {
+# the notes under the first. All nodes are equally wide, and as high as what they show, previews
+# included.
+ARRANGE = """async (graph, notes, fixed) => {
   await app.loadApiJson(graph, 'workflow')
-  const width = {L2PTextEncode: 380, CLIPTextEncode: 380, L2PPromptList: 380, MarkdownNote: 320}
-  const height = {L2PKSampler: 700, L2PTextEncode: 260, CLIPTextEncode: 160, L2PPromptList: 180, LoadImage: 340, SaveImage: 420, PreviewImage: 320}
+  const width = 340, top = 90, gap = 60
+  const height = {L2PKSampler: 640, L2PTextEncode: 260, CLIPTextEncode: 160, L2PPromptList: 180, LoadImage: 340, SaveImage: 400}
   const groups = {}
   for (const [id, node] of Object.entries(graph)) (groups[node._meta.group] ??= []).push(app.graph.getNodeById(+id))
-  const text = LiteGraph.createNode('MarkdownNote')
-  app.graph.add(text)
-  text.title = 'About'
-  text.widgets[0].value = note
-  height.MarkdownNote = 80 + 21 * note.split('\\n').reduce((lines, line) => lines + Math.max(1, Math.ceil(line.length / 40)), 0)
+  const texts = notes.map(([title, note, lines]) => {
+    const text = LiteGraph.createNode('MarkdownNote')
+    app.graph.add(text)
+    text.title = title
+    text.widgets[0].value = note
+    text.lines = lines
+    return text
+  })
+  for (const node of app.graph.nodes)
+    for (const widget of node.widgets ?? [])
+      if (widget.name === 'control_after_generate') widget.value = fixed ? 'fixed' : 'randomize'
   let x = 0
   for (const [title, nodes] of Object.entries(groups)) {
-    const columns = x ? nodes : [...nodes, text]
-    const widest = Math.max(...columns.map(node => width[node.type] ?? 320))
     let y = 0, bottom = 0
-    for (const node of columns) {
-      node.setSize([widest, Math.max(height[node.type] ?? 0, Math.ceil(node.computeSize()[1] / 10) * 10)])
-      node.pos = [x, y + (node === text ? 40 : 0)]
-      if (node !== text) bottom = y + node.size[1]
-      y += node.size[1] + 60
+    for (const node of x ? nodes : [...nodes, ...texts]) {
+      const least = node.lines ? 70 + 17 * node.lines : height[node.type] ?? 0
+      node.setSize([width, Math.max(least, Math.ceil(node.computeSize()[1] / 10) * 10)])
+      node.pos = [x, y + (node.lines ? 40 : 0)]
+      if (!node.lines) bottom = y + node.size[1]
+      y += node.size[1] + gap
     }
     const group = new LiteGraph.LGraphGroup(title)
-    group.pos = [x - 20, -90]
-    group.size = [widest + 40, bottom + 110]
+    group.pos = [x - 20, -top]
+    group.size = [width + 40, bottom + top + 20]
     app.graph.add(group)
-    x += widest + 80
+    x += width + 80
   }
   return app.graph.serialize()
 }"""
@@ -105,16 +115,28 @@ def make_canvas(server: real_comfyui.Server, names: list[str]) -> None:
     browser = comfyui_browser.Browser(*comfyui_browser.find(), server.url)
     try:
         for name in names:
-            graph = browser.call(ARRANGE, api(name), notes()[name])
+            texts = [
+                [title, note, lines_of(note)]
+                for title, note in zip(("About", "说明"), notes()[name])
+            ]
+            graph = browser.call(ARRANGE, api(name), texts, name == "demo")
             graph["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"comfyui-l2p/{name}"))
             graph["extra"] = {}
             add_downloads(graph)
-            (WORKFLOWS / f"{name}.json").write_text(
-                json.dumps(without_nulls(graph), indent=1, ensure_ascii=False) + "\n"
+            (WORKFLOWS / f"{TITLES[name]}.json").write_text(
+                json.dumps(without_nulls(graph), indent=1, ensure_ascii=False) + "\n",
+                encoding="utf-8",
             )
             print("canvas", name, flush=True)
     finally:
         browser.close()
+
+
+def lines_of(note: str) -> int:
+    """Return about how many lines a note takes on the canvas; a Chinese character is as wide as two
+    letters."""
+    widths = (sum(2 if char > "⺀" else 1 for char in line) for line in note.splitlines())
+    return sum(max(1, -(-width // 46)) for width in widths)
 
 
 def without_nulls(value):
@@ -139,7 +161,7 @@ def make_thumbnails(server: real_comfyui.Server, names: list[str]) -> None:
         return [Image.open(io.BytesIO(file)).convert("RGB") for file in files]
 
     write_models(server.models, patch_64=False)
-    first = generate("core_nodes", prompt=SHAPES[0])[0]
+    first = generate("core_nodes", prompt=START)[0]
     server.upload(INPUT_IMAGE, input_image(first))
     for name in names:
         match name:
@@ -151,10 +173,12 @@ def make_thumbnails(server: real_comfyui.Server, names: list[str]) -> None:
                     (masked.width // 2, 0, *masked.size), fill=(127, 127, 127)
                 )
                 image = halves(masked, generate(name)[0])
-            case "lora":
-                image = halves(generate("text_to_image")[0], generate(name)[0])
-            case "upscale_to_4k":
-                image = halves(generate("text_to_image")[0], generate(name)[0])
+            case "lora" | "upscale_to_4k":
+                before = generate("text_to_image", prompt=PROMPTS[name])[0]
+                image = halves(before, generate(name)[0])
+            case "latent_draft":
+                before = generate("core_nodes", prompt=PROMPTS[name])[0]
+                image = halves(before, generate(name)[0])
             case "batch_of_prompts":
                 image = grid(
                     [
@@ -164,7 +188,7 @@ def make_thumbnails(server: real_comfyui.Server, names: list[str]) -> None:
                 )
             case _:
                 image = generate(name)[-1].resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-        path = WORKFLOWS / f"{name}.jpg"
+        path = WORKFLOWS / f"{TITLES[name]}.jpg"
         image.save(path, quality=85, optimize=True)
         print("thumbnail", name, path.stat().st_size, flush=True)
 
@@ -189,27 +213,47 @@ def grid(images: list[Image.Image]) -> Image.Image:
 
 
 def make_screenshots(server: real_comfyui.Server, names: list[str]) -> None:
-    """Write the screenshots in docs/."""
+    """Write the screenshots in docs/: the canvas of the demo after Run, the panel of missing models,
+    a node's help, and the template browser."""
     server.post("/settings", {"Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasMenu": False})
-    for name in {"demo", "text_to_image"} & set(names):
-        browser = comfyui_browser.Browser(*comfyui_browser.find(), server.url, 2200, 1000)
-        try:
-            browser.open(canvas(name), name)
-            if name == "demo":
-                browser.run()
-            left, top = 120, 120
-            width, height = browser.call(PLACE, left, top)
-            browser.page.wait_for_timeout(1500)
-            path = ROOT / "docs" / f"canvas-{name.replace('_', '-')}.png"
-            png = browser.page.screenshot(
-                clip={"x": left, "y": top, "width": width, "height": height}
-            )
-            Image.open(io.BytesIO(png)).convert("RGB").quantize(255, dither=Image.Dither.NONE).save(
-                path, optimize=True
-            )
-            print("screenshot", path.name, path.stat().st_size, (width, height))
-        finally:
-            browser.close()
+    browser = comfyui_browser.Browser(*comfyui_browser.find(), server.url, 2200, 1200)
+    page = browser.page
+    page.set_default_timeout(60_000)
+
+    def save(name: str, clip: dict | None = None) -> None:
+        page.wait_for_timeout(3000)
+        png = Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB")
+        path = ROOT / "docs" / f"{name}.png"
+        png.quantize(255, dither=Image.Dither.NONE).save(path, optimize=True)
+        print("screenshot", path.name, path.stat().st_size, png.size, flush=True)
+
+    try:
+        browser.open(canvas("demo"), TITLES["demo"])
+        browser.run()
+        left, top = 120, 120
+        width, height = browser.call(PLACE, left, top)
+        save("canvas-demo", {"x": left, "y": top, "width": width, "height": height})
+
+        page.set_viewport_size({"width": 1500, "height": 800})
+        browser.call(
+            "type => app.canvas.selectNode(app.graph.nodes.find(node => node.type === type))",
+            "L2PKSampler",
+        )
+        page.get_by_test_id("info-button").click()
+        save("canvas-help")
+
+        browser.open(canvas("text_to_image"), TITLES["text_to_image"])
+        page.get_by_text("View details").first.click()
+        save("canvas-missing-models")
+
+        browser.clear()
+        browser.call("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+        page.get_by_role("dialog").get_by_text("ComfyUI-L2P", exact=True).first.click()
+        page.get_by_test_id("template-filter-bar").get_by_text("Default").click()
+        page.get_by_text("Alphabetical (A-Z)").last.click()
+        save("canvas-templates")
+    finally:
+        browser.close()
 
 
 TASKS = {"canvas": make_canvas, "thumbnails": make_thumbnails, "screenshots": make_screenshots}

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from comfyui_l2p.l2p_core import L2PPipeline
 from comfyui_l2p.l2p_core.images import to_pixels
+from comfyui_l2p.l2p_core.settings import REFINEMENTS
 from comfyui_l2p.l2p_core.shapes.scenes import test_scenes
 from comfyui_l2p.l2p_core.shapes.score import score
-from comfyui_l2p.l2p_core.stages import REDRAWS, enlarge, windows
+from comfyui_l2p.l2p_core.stages import enlarge, windows
 from PIL import Image
 from torch import Tensor
 
@@ -123,7 +124,7 @@ def main() -> None:
     row(f"as drawn at {trained}, enlarged", start)
     for shift in args.shifts:
         row(f"drawn at {side} at once, shift {shift:g}", draw(height=side, width=side, shift=shift))
-    for redraw in REDRAWS:
+    for redraw in REFINEMENTS:
         for strength in args.strengths:
             row(
                 f"{redraw}, strength {strength:g}",

@@ -31,7 +31,7 @@ from .images import (
 )
 from .outputs import output_files
 from .pipeline import L2PPipeline, check_mask
-from .settings import MAX_BATCH, CompleteSettings, Settings, checked
+from .settings import MAX_BATCH, CompleteSettings, Settings, checked, current_word
 from .text import encoder_files
 
 
@@ -311,7 +311,9 @@ def is_generated(output: Path, wanted: dict) -> bool:
             "batch_guidance",
         ):  # the same file may have another name
             continue
-        was, now = (each.get(name, defaults.get(name)) for each in (settings, wanted))
+        was, now = (
+            current_word(name, each.get(name, defaults.get(name))) for each in (settings, wanted)
+        )
         if was != now:
             raise ValueError(
                 f"{output} exists, generated with other settings ({name} {was!r}, now {now!r});"

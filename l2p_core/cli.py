@@ -107,7 +107,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.set_defaults(
         when_full=(
-            "Try --free-text-encoder, --offload, a smaller --batch or size, --redraw windows, or"
+            "Try --free-text-encoder, --offload, a smaller --batch or size, --redraw tiled, or"
             " the INT8 checkpoint; --estimate tells what each takes"
         )
     )

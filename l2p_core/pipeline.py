@@ -371,7 +371,7 @@ class L2PPipeline:
         if warning := misfit(plan, self.layout.trained_size):
             warnings.warn(warning, stacklevel=2)
         if chosen.cache_threshold and any(stage.window for stage in plan):
-            warnings.warn("cache_threshold has no effect in tiles (redraw windows)", stacklevel=2)
+            warnings.warn("cache_threshold has no effect in tiles (redraw tiled)", stacklevel=2)
         done, in_all = 0, sum(stage.steps for stage in plan)
 
         def generate(

@@ -13,17 +13,18 @@ MAX_SIDE = 16384  # pixels; the largest published model generates 10240
 MAX_BATCH = 4096  # images at a time
 MAX_COUNT = 1_000_000  # images of one run
 HALF_A_CHARACTER = ", which holds half of a character such as an emoji (a lone surrogate)"
-REFINEMENTS = SQUEEZED, WINDOWS, WHOLE = "squeezed", "windows", "whole"  # the first is the default
+# How an image above the trained resolution is refined; the first is the default.
+REFINEMENTS = INTERPOLATED, TILED, EXTRAPOLATED = "interpolated", "tiled", "extrapolated"
 
 
 def setting(default: object, help: str, **about: object) -> Any:
     """A field of `Settings`; for a type checker a value of any type, as `dataclasses.field` is.
 
     help: one line for flags, tooltips and docs, without the default. low, high: bounds, included.
-    above: a bound that is not included. choices: the words it may be. flag: its flag, where that is
-    not the name. metavar: of the flag. inputs: the inputs of a ComfyUI graph that it fills, INPUT
-    or CLASS.INPUT; by default of its own name. unset: what takes its place in words where the
-    default is None."""
+    above: a bound that is not included. choices: the words it may be. aliases: older words for
+    them. flag: its flag, where that is not the name. metavar: of the flag. inputs: the inputs of a
+    ComfyUI graph that it fills, INPUT or CLASS.INPUT; by default of its own name. unset: what takes
+    its place in words where the default is None."""
     return field(default=default, metadata={"help": help, **about})
 
 
@@ -117,11 +118,13 @@ class Settings:
         inputs=("stage_denoise",),
     )
     redraw: str = setting(
-        SQUEEZED,
-        "how a stage, or an input image, above the trained resolution is refined. squeezed: in one"
-        " pass with interpolated RoPE positions; windows: in overlapping tiles of the trained"
-        " resolution; whole: in one pass as it is",
+        INTERPOLATED,
+        "how a stage, or an input image, above the trained resolution is refined. interpolated: in"
+        " one pass, with RoPE positions interpolated to the trained range; tiled: in overlapping"
+        " tiles of the trained resolution; extrapolated: in one pass, with positions beyond the"
+        " trained range",
         choices=REFINEMENTS,
+        aliases={"squeezed": INTERPOLATED, "windows": TILED, "whole": EXTRAPOLATED},
     )
     rand_device: str = setting(
         "cpu", "where the noise is generated; a GPU gives other noise for the same seed", inputs=()
@@ -186,8 +189,10 @@ def checked(name: str, value: object) -> str | int | float:
         raise ValueError(f"{name} is {value!r}{HALF_A_CHARACTER}") from None
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name} is {value!r}; expected {expected(name)}") from None
-    if "choices" in about and result not in about["choices"]:
-        raise ValueError(f"{name} is {value!r}; expected {expected(name)}")
+    if "choices" in about:
+        result = current_word(name, result)
+        if result not in about["choices"]:
+            raise ValueError(f"{name} is {value!r}; expected {expected(name)}")
     if kind(name) is not str:
         too_low = result < about.get("low", -math.inf) or result <= about.get("above", -math.inf)
         if too_low or result > about["high"]:
@@ -203,6 +208,12 @@ def checked_text(name: str, value: object) -> str:
         raise ValueError(f"{name} is {value!r}{HALF_A_CHARACTER}") from None
     except (TypeError, ValueError):
         raise ValueError(f"{name} is {value!r}; expected text") from None
+
+
+def current_word(name: str, value: object) -> Any:
+    """Return a setting's value, an older word for one of its choices as today's."""
+    aliases = FIELDS[name].metadata.get("aliases", {}) if name in FIELDS else {}
+    return aliases.get(value, value) if isinstance(value, str) else value
 
 
 def graph_inputs(name: str) -> tuple[str, ...]:

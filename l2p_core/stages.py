@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .flow import Velocity
 from .images import to_images, to_pixels
-from .settings import SQUEEZED, WINDOWS, CompleteSettings
+from .settings import INTERPOLATED, TILED, CompleteSettings
 
 OVERLAP = 4  # neighbouring windows share a quarter of their side
 SMALLEST, LARGEST = (
@@ -60,8 +60,8 @@ def plan_stages(settings: CompleteSettings, trained: tuple[int, int], multiple: 
             strength < 1
         )  # something of what it starts from is kept, so its composition is given
         above = math.sqrt(math.prod(size) / math.prod(trained)) if refines else 1.0
-        tiled = settings.redraw == WINDOWS and refines and max(size) > max(trained)
-        interpolated = settings.redraw == SQUEEZED and above > 1
+        tiled = settings.redraw == TILED and refines and max(size) > max(trained)
+        interpolated = settings.redraw == INTERPOLATED and above > 1
         plan.append(
             Stage(
                 size[0],
@@ -142,7 +142,7 @@ def misfit(plan: list[Stage], trained: tuple[int, int]) -> str | None:
                 + (
                     "Generate an image nearer to a square"
                     if stage.strength == 1
-                    else "Redraw in windows"
+                    else "Set redraw to tiled"
                 )
             )
     return None

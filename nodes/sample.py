@@ -5,8 +5,6 @@ A pixel LATENT is (B, 3, H, W) in [-1, 1], an IMAGE (B, H, W, 3) in [0, 1].
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import comfy.model_management
 import comfy.model_sampling
@@ -21,10 +19,22 @@ from torch import Tensor
 from ..l2p_core.flow import ab2, schedule
 from ..l2p_core.images import check_size, size_for, to_images
 from ..l2p_core.model import L2PTransformer
-from ..l2p_core.settings import FIELDS, SQUEEZED, Settings, expected, kind
-from ..l2p_core.stages import LARGEST, Stage, by_windows, misfit, plan_stages, run_stages
+from ..l2p_core.settings import Settings
+from ..l2p_core.stages import LARGEST, Stage, misfit, plan_stages, run_stages
 from . import comfyui
+from .inputs import check_numbers, setting
 from .prompt import note
+from .stages import (
+    HIDDEN,
+    ONE_STAGE,
+    REDRAW_AND_OLDER,
+    STAGES,
+    counting_windows,
+    for_stage,
+    note_on_older_inputs,
+    shortage,
+    stages_of,
+)
 
 EXACT = "l2p"
 # ComfyUI's samplers that do not suit L2P models at the usual guidance: docs/comfyui.md, Samplers.
@@ -51,25 +61,6 @@ OWN_SIZE = (
     "0: the image's, of no more than twice the pixels of the trained resolution; without an image"
     " the trained resolution"
 )
-
-
-def setting(name: str, input_name: str | None = None, **options):
-    """A node input of one of `settings.Settings`: its type, default, range, choices and help.
-
-    input_name: where the node calls it otherwise. options: what the node says otherwise, such as a
-    default."""
-    field = FIELDS[name]
-    about = field.metadata
-    help = about["help"][0].upper() + about["help"][1:]
-    given = {"default": field.default, "tooltip": f"{help}.", **options}
-    if "choices" in about:
-        return io.Combo.Input(input_name or name, **{"options": list(about["choices"]), **given})
-    ranges = {"min": about.get("low", about.get("above")), "max": about["high"]}
-    if kind(name) is int:
-        return io.Int.Input(input_name or name, **{**ranges, **given})
-    if "above" in about:
-        ranges["min"] = 0.01
-    return io.Float.Input(input_name or name, **{**ranges, "step": 0.01, **given})
 
 
 def side(name: str, default: int = 1024, **options):
@@ -177,9 +168,15 @@ class L2PKSampler(io.ComfyNode):
                         "Generate only where it is white; the rest of the image is kept exactly."
                     ),
                 ),
-                setting("stages", optional=True, advanced=True),
-                setting("stage_strength", "stage_denoise", optional=True, advanced=True),
-                setting("redraw", optional=True, advanced=True),
+                # Those of older workflows, whose widgets are told apart by their place.
+                setting("stages", optional=True, extra_dict=HIDDEN),
+                setting("stage_strength", "stage_denoise", optional=True, extra_dict=HIDDEN),
+                setting("redraw", optional=True, options=REDRAW_AND_OLDER, extra_dict=HIDDEN),
+                STAGES.Input(
+                    "stage_options",
+                    optional=True,
+                    tooltip="From L2P Stages, for sizes above the trained resolution.",
+                ),
             ],
             outputs=[io.Image.Output(), io.Latent.Output()],
             hidden=[io.Hidden.unique_id],
@@ -203,13 +200,14 @@ class L2PKSampler(io.ComfyNode):
         denoise,
         image=None,
         mask=None,
-        stages=1,
-        stage_denoise=FIELDS["stage_strength"].default,
-        redraw=SQUEEZED,
+        stages=ONE_STAGE.stages,
+        stage_denoise=ONE_STAGE.stage_strength,
+        redraw=ONE_STAGE.redraw,
+        stage_options=None,
     ) -> io.NodeOutput:
         """Generate. Returns the IMAGE and its pixel latent."""
         check_numbers(cfg_scale=cfg, shift=shift, denoising_strength=denoise)
-        check_numbers(stage_strength=stage_denoise)
+        of_stages = stage_options or stages_of(stages, stage_denoise, redraw)
         multiple, cap_feat_dim, trained = sizes_of(model)
         batch_size = max(batch_size, 0 if image is None else len(image))
         height, width = drawn_size(image, height, width, trained, multiple)
@@ -224,9 +222,7 @@ class L2PKSampler(io.ComfyNode):
             width=width,
             num_inference_steps=steps,
             denoising_strength=denoise,
-            stages=stages,
-            stage_strength=stage_denoise,
-            redraw=redraw,
+            **of_stages._asdict(),
         )
         plan = plan_stages(settings, trained, multiple)
         have = comfy.model_management.get_total_memory(model.load_device)
@@ -235,6 +231,7 @@ class L2PKSampler(io.ComfyNode):
             *notes_on(image, mask, denoise, height, width),
             note_on_sampler(sampler_name),
             note_on_model_sampling(model, shift),
+            None if stage_options else note_on_older_inputs(of_stages),
             misfit(plan, trained),
             shortage(model, plan, batch_size, have),
         )
@@ -275,15 +272,6 @@ class L2PKSampler(io.ComfyNode):
             plan, generate, None if image is None else image_at, None if mask is None else mask_at
         )
         return io.NodeOutput(to_image(samples), {"samples": samples})
-
-
-def check_numbers(**numbers: float) -> None:
-    """Raise ValueError for NaN, which ComfyUI lets through. numbers: by the names of `Settings`."""
-    for name, value in numbers.items():
-        if math.isnan(value):
-            field = FIELDS[name].metadata
-            node_input = field.get("inputs", (name,))[0]
-            raise ValueError(f"{node_input} is NaN; expected {expected(name)}. Type it again")
 
 
 def areas_as_shares(conditioning: list, height: int, width: int) -> list:
@@ -500,41 +488,6 @@ class L2PLatentToImage(io.ComfyNode):
         return io.NodeOutput(to_image(samples))
 
 
-def for_stage(model, stage: Stage, multiple: int):
-    """The model as it generates this stage."""
-    model = model.clone()
-    if stage.rope_scale != 1:
-        options = model.model_options["transformer_options"]
-        rope = options.get("rope_options", {})  # a ScaleROPE node's
-        options["rope_options"] = rope | {
-            name: rope.get(name, 1.0) * stage.rope_scale for name in ("scale_x", "scale_y")
-        }
-    if stage.window:
-        wrapped = model.model_options.get(
-            "model_function_wrapper",
-            lambda apply, given: apply(given["input"], given["timestep"], **given["c"]),
-        )
-        model.set_model_unet_function_wrapper(
-            lambda apply, given: by_windows(
-                lambda part: wrapped(apply, {**given, "input": part}),
-                given["input"],
-                stage.window,
-                multiple,
-            )
-        )
-    return model
-
-
-@contextmanager
-def counting_windows(model, window: int) -> Iterator[None]:
-    """Have the memory of a pass counted as that of a window, 0 for the whole image."""
-    model.model.window = window
-    try:
-        yield
-    finally:
-        model.model.window = 0
-
-
 def sample(
     model,
     positive,
@@ -639,32 +592,6 @@ def drawn_size(
     )
     check_size(height, width, multiple)
     return height, width
-
-
-def shortage(model, plan: list[Stage], batch_size: int, have: int) -> str | None:
-    """What is wrong, and what to do, where a device of so many bytes can't hold the largest pass;
-    None where it can."""
-
-    def need(stage: Stage) -> int:
-        with counting_windows(model, stage.window):
-            return model.memory_required([batch_size, 3, *stage[:2]])
-
-    largest = max(plan, key=need)
-    if need(largest) <= have:
-        return None
-    advice = [
-        *["a smaller batch_size"] * (batch_size > 1),
-        (
-            "redraw in windows"
-            if largest.strength < 1 and not largest.window
-            else "a smaller size, or more stages with redraw in windows"
-        ),
-    ]
-    return (
-        f"generating {batch_size} x {largest.width} x {largest.height} holds about"
-        f" {need(largest) / 1e9:.1f} GB beside the model, and the device has {have / 1e9:.1f} GB:"
-        f" it will run out of memory, or be very slow. Take {', or '.join(advice)}"
-    )
 
 
 def check_conditioning(conditioning: list, cap_feat_dim: int) -> None:

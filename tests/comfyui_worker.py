@@ -623,6 +623,12 @@ def choices() -> list[list[str]]:
     return [list(comfy.samplers.KSampler.SAMPLERS), list(comfy.samplers.KSampler.SCHEDULERS)]
 
 
+def warned_samplers() -> list[list[str]]:
+    """Those that L2P KSampler says do not suit, and those it says leave noise."""
+    sample = of_pack("nodes.sample")
+    return [list(sample.UNUSABLE_SAMPLERS), list(sample.GRAINY_SAMPLERS)]
+
+
 @functools.cache
 def bundled(prompt: str) -> tuple:
     """The bundled small model, with the prompt and the empty prompt encoded."""

@@ -11,6 +11,7 @@ Run as a program it tests several versions, each a folder with a checkout and it
 import argparse
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -61,9 +62,8 @@ class Worker:
     answer."""
 
     def __init__(self, root: Path, python: Path, folder: Path):
-        version = {}
-        exec((root / "comfyui_version.py").read_text(), version)
-        self.version = tuple(map(int, version["__version__"].split(".")[:2]))
+        version = re.search(r"(\d+)\.(\d+)\.", (root / "comfyui_version.py").read_text())
+        self.version = tuple(map(int, version.groups()))
         base, link = install_pack(folder)
         self.log = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(

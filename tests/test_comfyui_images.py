@@ -199,7 +199,7 @@ def test_inpaint_keeps_what_is_not_masked(comfyui_server, pipe, image, mask, sam
     assert (levels(found[0]) == levels(image))[:48].all()
 
 
-@pytest.mark.parametrize("redraw", ["squeezed", "windows", "whole"])
+@pytest.mark.parametrize("redraw", ["interpolated", "tiled", "extrapolated"])
 def test_stages(comfyui_server, pipe, redraw):
     expected = pipe(
         PROMPT,

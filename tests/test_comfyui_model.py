@@ -153,9 +153,9 @@ def test_a_stage_in_windows_asks_for_the_memory_of_one(comfyui):
             **options,
         )
 
-    windows = asked(192, stages=2, redraw="windows")
+    windows = asked(192, stages=2, redraw="tiled")
     assert windows - asked(96) == pytest.approx(14 * 3 * (192**2 - 96**2) * 4, abs=1)
-    assert windows < asked(192, stages=2, redraw="whole")
+    assert windows < asked(192, stages=2, redraw="extrapolated")
 
 
 def test_unmarked_rotated_int8_is_read_as_the_loader_is_told(
@@ -362,11 +362,11 @@ def test_comfyui_is_told_the_memory_that_a_pass_takes(comfyui, patch, size, dtyp
 @pytest.mark.parametrize(
     "have, batch_size, stages, redraw, words",
     [
-        (10**12, 1, 1, "squeezed", None),
-        (10**8, 1, 1, "squeezed", "Take a smaller size"),
-        (10**8, 2, 1, "squeezed", "Take a smaller batch_size, or"),
-        (10**8, 1, 2, "squeezed", "Take redraw in windows"),
-        (10**9, 1, 6, "windows", None),
+        (10**12, 1, 1, "interpolated", None),
+        (10**8, 1, 1, "interpolated", "Take a smaller size"),
+        (10**8, 2, 1, "interpolated", "Take a smaller batch_size, or"),
+        (10**8, 1, 2, "interpolated", "Take redraw tiled"),
+        (10**9, 1, 6, "tiled", None),
     ],
 )
 def test_what_a_device_cannot_hold_is_told_with_figures(

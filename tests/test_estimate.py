@@ -48,7 +48,7 @@ def test_the_estimate_is_what_drawing_holds(batch, side, cfg_scale):
 def test_windows_hold_little_and_ask_often():
     pipe = L2PPipeline.from_pretrained()
     whole, windows = (
-        replace(image(384, 2.0), stages=3, redraw=redraw) for redraw in ("squeezed", "windows")
+        replace(image(384, 2.0), stages=3, redraw=redraw) for redraw in ("interpolated", "tiled")
     )
     (whole, whole_passes), (windows, windows_passes) = (
         estimate(pipe, each, 1, free_text_encoder=False) for each in (whole, windows)

@@ -8,20 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from workflow_variants import TITLES
 
 ROOT = Path(__file__).parents[1]
-WORKFLOWS = {
-    "demo",
-    "text_to_image",
-    "int8",
-    "image_to_image",
-    "inpaint",
-    "lora",
-    "4k_checkpoint",
-    "upscale_to_4k",
-    "batch_of_prompts",
-    "core_nodes",
-}
+WORKFLOWS = set(TITLES.values())
 HELP = {
     "": "Workflows: ",
     "zh": "工作流：",
@@ -126,7 +116,7 @@ def test_a_help_page_explains_every_input_and_no_other(node_id, language):
 def test_a_help_page_names_workflows_that_there_are(node_id, language):
     last = help_page(node_id, language).splitlines()[-1]
     assert last.startswith(HELP[language])
-    named = re.findall(r"`(\w+)`", last)
+    named = re.findall(r"`([^`]+)`", last)
     assert named and set(named) <= WORKFLOWS
 
 

@@ -1,9 +1,11 @@
 """What the package promises about itself."""
 
 import ast
+import io
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import comfyui_l2p
@@ -43,6 +45,35 @@ def test_public_names_stay_what_they_are():
 def test_the_version_is_the_same_everywhere():
     written = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert comfyui_l2p.__version__ == written[1]
+
+
+def test_the_registry_finds_what_it_shows():
+    written = (ROOT / "pyproject.toml").read_text()
+    for field in ("Repository", "PublisherId", "DisplayName", "Icon", "Banner", "requires-comfyui"):
+        assert re.search(rf'^{field} = "\S+"$', written, re.MULTILINE), field
+    for field, most in (("Icon", 400), ("Banner", 2000)):
+        path = re.search(rf'^{field} = "https://.+/main/(.+)"$', written, re.MULTILINE)[1]
+        picture = (ROOT / path).read_text()
+        sides = re.search(r'<svg [^>]*width="(\d+)" height="(\d+)"', picture).groups()
+        assert max(map(int, sides)) <= most and len(picture) < 8_000
+
+
+def test_the_registrys_archive_holds_what_an_artist_needs():
+    """`.comfyignore` has git's syntax."""
+    git = ["git", "-C", str(ROOT), "ls-files", "--cached"]
+    if subprocess.run(git, capture_output=True).returncode:
+        pytest.skip("no git checkout")
+    every, left_out = (
+        subprocess.run([*git, *more], capture_output=True, text=True, check=True).stdout.split("\n")
+        for more in ([], ["--ignored", f"--exclude-from={ROOT / '.comfyignore'}"])
+    )
+    kept = {name.strip('"') for name in set(every) - set(left_out) if (ROOT / name).is_file()}
+    assert not [name for name in kept if name.startswith(("tests/", "benchmarks/", ".ci/"))]
+    assert {"__init__.py", "nodes/sample.py", "web/docs/L2PKSampler.md", "LICENSE"} <= kept
+    with zipfile.ZipFile(archive := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in kept:
+            packed.write(ROOT / name, name)
+    assert len(archive.getvalue()) < 9_000_000
 
 
 def test_the_package_runs_as_a_program():

@@ -7,8 +7,17 @@ import numpy as np
 import pytest
 import torch
 from comfyui_l2p.l2p_core import L2PPipeline
+from comfyui_l2p.l2p_core.batch import is_drawn
+from comfyui_l2p.l2p_core.images import save_image
 from comfyui_l2p.l2p_core.model import rope_of_image
-from comfyui_l2p.l2p_core.settings import REFINEMENTS, SQUEEZED, WHOLE, WINDOWS, Settings, checked
+from comfyui_l2p.l2p_core.settings import (
+    EXTRAPOLATED,
+    INTERPOLATED,
+    REFINEMENTS,
+    TILED,
+    Settings,
+    checked,
+)
 from comfyui_l2p.l2p_core.stages import Stage, by_windows, misfit, plan_stages, windows
 from PIL import Image
 
@@ -28,12 +37,12 @@ def plan(height, width, trained=(1024, 1024), **settings):
 
 
 def test_each_stage_is_twice_the_one_before_it():
-    assert plan(4096, 2048, stages=3, stage_strength=0.3, redraw="windows") == [
+    assert plan(4096, 2048, stages=3, stage_strength=0.3, redraw="tiled") == [
         Stage(1024, 512, 30, 1.0, 0, 1.0),
         Stage(2048, 1024, 9, 0.3, 1024, 1.0),
         Stage(4096, 2048, 9, 0.3, 1024, 1.0),
     ]
-    assert plan(4096, 4096, stages=3, stage_strength=0.3, redraw="squeezed") == [
+    assert plan(4096, 4096, stages=3, stage_strength=0.3, redraw="interpolated") == [
         Stage(1024, 1024, 30, 1.0, 0, 1.0),
         Stage(2048, 2048, 9, 0.3, 0, 0.5),
         Stage(4096, 4096, 9, 0.3, 0, 0.25),
@@ -45,7 +54,7 @@ def test_each_stage_is_twice_the_one_before_it():
         denoising_strength=0.5,
         stages=2,
         stage_strength=0.1,
-        redraw="whole",
+        redraw="extrapolated",
     ) == [Stage(512, 512, 4, 0.5, 0, 1.0), Stage(1040, 1040, 1, 0.1, 0, 1.0)]
 
 
@@ -66,7 +75,7 @@ def test_more_stages_than_the_size_has_are_rejected():
     [
         ("stages", 0, "stages is 0; expected a whole number from 1 to 8"),
         ("stage_strength", 0.0, "stage_strength is 0.0; expected a number above 0 to 1"),
-        ("redraw", "twice", "redraw is 'twice'; expected one of squeezed, windows, whole"),
+        ("redraw", "twice", "redraw is 'twice'; expected one of interpolated, tiled, extrapolated"),
     ],
 )
 def test_settings_of_stages_that_do_not_fit_are_rejected(pipe, name, value, message):
@@ -166,6 +175,21 @@ def test_a_stage_redraws_the_one_before_it_enlarged(pipe, redraw):
     assert calls == [(done, 9) for done in range(9)]
 
 
+OLDER = {"squeezed": "interpolated", "windows": "tiled", "whole": "extrapolated"}
+
+
+@pytest.mark.parametrize("before, now", OLDER.items())
+def test_older_words_of_redraw_still_work(tmp_path, before, now):
+    """In flags and tables, and in the record of an image that an older program generated."""
+    assert checked("redraw", before) == now
+    save_image(Image.new("RGB", (16, 16)), tmp_path / "old.png", {"redraw": before})
+    assert is_drawn(tmp_path / "old.png", {"redraw": now})
+    with pytest.raises(ValueError, match="generated with other settings .redraw"):
+        is_drawn(
+            tmp_path / "old.png", {"redraw": next(each for each in REFINEMENTS if each != now)}
+        )
+
+
 def test_each_way_draws_another_image(pipe):
     start = Image.new("RGB", (192, 192), (40, 80, 225))
     drawn = {
@@ -175,12 +199,14 @@ def test_each_way_draws_another_image(pipe):
     assert len(drawn) == 3
 
 
-@pytest.mark.parametrize("redraw, told", [(SQUEEZED, False), (WINDOWS, False), (WHOLE, True)])
+@pytest.mark.parametrize(
+    "redraw, told", [(INTERPOLATED, False), (TILED, False), (EXTRAPOLATED, True)]
+)
 def test_a_redrawing_beyond_the_table_of_positions_is_told(redraw, told):
     stages = plan(
         1600, 1600, (96, 96), num_inference_steps=4, denoising_strength=0.2, redraw=redraw
     )
-    assert ("Redraw in windows" in (misfit(stages, (96, 96)) or "")) == told
+    assert ("Set redraw to tiled" in (misfit(stages, (96, 96)) or "")) == told
 
 
 def test_inpainting_in_stages_keeps_the_image(pipe):

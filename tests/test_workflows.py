@@ -2,7 +2,10 @@
 its page."""
 
 import io
+import json
 import re
+from pathlib import Path
+from urllib.parse import quote
 
 import comfyui_browser
 import pytest
@@ -12,6 +15,7 @@ from workflow_variants import (
     DOWNLOADS,
     INPUT_IMAGE,
     NAMES,
+    TITLES,
     WORKFLOWS,
     api,
     canvas,
@@ -24,6 +28,8 @@ from workflow_variants import (
 ROOT = WORKFLOWS.parent
 THUMBNAIL_BYTES = 60_000
 CANVAS_ONLY = {"MarkdownNote"}
+CHINESE = re.compile("[一-鿿]")
+OLD = Path(__file__).with_name("old_workflows")  # as they were before L2P Stages
 MODEL_FILE = re.compile(r"[\w.-]+\.(safetensors|png)")
 FRONTEND_VALUES = {
     "fixed",
@@ -52,18 +58,16 @@ def links_of(graph: dict) -> dict[tuple[str, str], tuple[str, int]]:
 
 
 def test_the_docs_list_every_workflow_and_each_has_both_forms_and_a_note():
-    """ComfyUI lists all files of workflows/ as templates."""
+    """ComfyUI lists all files of workflows/ as templates, by their names, so these are in order."""
     table = (ROOT / "docs" / "comfyui.md").read_text().split("## Workflows")[1].split("##")[0]
-    listed = set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
-    assert len(listed) >= 10
-    for found in (
-        {path.stem for path in WORKFLOWS.glob("*.json")},
-        {path.stem for path in (WORKFLOWS / "api").glob("*.json")},
-        {path.stem for path in WORKFLOWS.glob("*.jpg")},
-        set(notes()),
-        set(NAMES),
-    ):
-        assert found == listed
+    listed = re.findall(r"^\| (.+?) \| `(\w+)` \|", table, re.MULTILINE)
+    assert [(title, name) for name, title in TITLES.items()] == listed == sorted(listed)
+    assert len(listed) >= 12
+    assert {path.stem for path in (WORKFLOWS / "api").glob("*.json")} == set(TITLES)
+    for ending in ("json", "jpg"):
+        assert {path.stem for path in WORKFLOWS.glob(f"*.{ending}")} == set(TITLES.values())
+    headings = re.findall(r"^## (.+)$", (WORKFLOWS / "README.md").read_text(), re.MULTILINE)
+    assert headings == list(TITLES.values())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -86,8 +90,32 @@ def test_the_canvas_form_is_the_api_form(name):
         values = [value for value in node["inputs"].values() if not isinstance(value, list)]
         missing = [value for value in values if value not in nodes[key]["widgets_values"]]
         assert not missing, (node["class_type"], missing)
-    (note,) = (node for node in page["nodes"] if node["type"] in CANVAS_ONLY)
-    assert note["widgets_values"] == [notes()[name]]
+    shown = [node for node in page["nodes"] if node["type"] in CANVAS_ONLY]
+    assert [node["widgets_values"][0] for node in shown] == notes()[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_the_page_does_not_translate_is_in_both_languages(name):
+    """Titles of groups, titles that nodes have of their own, and notes. ComfyUI translates a
+    node's title only where the workflow gives none."""
+    english, chinese = notes()[name]
+    assert not CHINESE.search(english) and CHINESE.search(chinese)
+    files = [re.findall(r"`[\w.-]+\.safetensors`", text) for text in (english, chinese)]
+    assert files[0] == files[1]
+    page = canvas(name)
+    titles = [each["title"] for each in (*page["groups"], *page["nodes"]) if "title" in each]
+    assert len(page["groups"]) >= 3
+    assert [title for title in titles if not CHINESE.search(title)] == ["About"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nodes_are_equally_wide(name):
+    assert len({node["size"][0] for node in canvas(name)["nodes"]}) == 1
+
+
+def test_the_demo_gives_the_same_image_again():
+    (sampler,) = (node for node in canvas("demo")["nodes"] if node["type"] == "L2PKSampler")
+    assert "fixed" in sampler["widgets_values"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -111,13 +139,13 @@ def test_nodes_do_not_overlap(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_files_are_named_without_folders(name):
-    for form in (WORKFLOWS / f"{name}.json", WORKFLOWS / "api" / f"{name}.json"):
+    for form in (WORKFLOWS / f"{TITLES[name]}.json", WORKFLOWS / "api" / f"{name}.json"):
         assert not re.search(r'"(/|[A-Za-z]:\\|~)|/home/|/root/|/tmp/', form.read_text())
     for node in api(name).values():
         for value in node["inputs"].values():
             if isinstance(value, str) and value.endswith((".safetensors", ".png")):
                 assert MODEL_FILE.fullmatch(value)
-                assert value == "example.png" or value in notes()[name]
+                assert value == "example.png" or value in notes()[name][0]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -140,7 +168,7 @@ def test_every_loader_says_where_its_files_are_downloaded(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_thumbnails(name):
-    path = WORKFLOWS / f"{name}.jpg"
+    path = WORKFLOWS / f"{TITLES[name]}.jpg"
     assert path.stat().st_size <= THUMBNAIL_BYTES
     with Image.open(path) as image:
         assert image.format == "JPEG" and image.size == (512, 512)
@@ -207,10 +235,18 @@ def test_every_workflow_runs_with_the_small_model(server, name):
     )
     files = server.run(small(name, prompt=prompt))
     images = [Image.open(io.BytesIO(file)) for file in files]
-    side = {"demo": 384, "upscale_to_4k": 384, "4k_checkpoint": 128}.get(name, 96)
+    sides = {"demo": 384, "upscale_to_4k": 384, "small_cards": 192, "4k_checkpoint": 128}
+    side = sides.get(name, 96)
     assert len(images) == (2 if name == "batch_of_prompts" else 1)
     assert images[-1].size == (side, side)
     assert any(low < high for low, high in images[-1].convert("RGB").getextrema())
+
+
+def test_stages_of_an_older_workflow_give_the_same_image(server):
+    """When L2P KSampler had the inputs that L2P Stages has now, and other words for redraw."""
+    old = json.loads((OLD / "api" / "upscale_to_4k.json").read_text())
+    assert old["4"]["inputs"]["redraw"] == "squeezed"
+    assert server.run(small(old)) == server.run(small("upscale_to_4k"))
 
 
 def test_inpainting_keeps_what_is_not_masked(server):
@@ -231,8 +267,8 @@ def test_the_lora_changes_the_image(server):
 
 def test_templates_are_listed_with_images(server):
     ((pack, names),) = server.get("/workflow_templates").items()
-    assert sorted(names) == NAMES
-    for name in names:
+    assert sorted(names) == list(TITLES.values())
+    for name in map(quote, names):
         assert server.get(f"/api/workflow_templates/{pack}/{name}.json")["nodes"]
         assert server.get(f"/api/workflow_templates/{pack}/{name}.jpg")[:2] == b"\xff\xd8"
 
@@ -260,6 +296,10 @@ ON_PAGE = """() => {
 }"""
 
 
+VISIBLE = """() => app.graph.nodes.find(node => node.type === 'L2PKSampler')
+  .widgets.filter(widget => !widget.hidden).map(widget => widget.name)"""
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_opens_in_the_page(browser, name):
     graph = canvas(name)
@@ -279,9 +319,23 @@ def test_opens_in_the_page(browser, name):
     assert not browser.errors
 
 
+def test_an_older_workflow_opens_as_it_was(browser):
+    """Values of widgets are stored by their place, so those of stages remain, unseen."""
+    browser.open(json.loads((OLD / "upscale_to_4k.json").read_text()), "old")
+    old = json.loads((OLD / "api" / "upscale_to_4k.json").read_text())
+    found = browser.call("async () => (await app.graphToPrompt()).output")
+    assert {key: node["inputs"] for key, node in found.items()} == {
+        key: node["inputs"] for key, node in old.items()
+    }
+    assert browser.call(VISIBLE) == [
+        *("width", "height", "batch_size", "seed", "control_after_generate", "steps", "cfg"),
+        *("sampler_name", "scheduler", "shift", "denoise"),
+    ]
+
+
 def test_the_demo_runs_from_the_template_browser(browser):
     browser.clear()
-    browser.open_template("ComfyUI-L2P", "demo")
+    browser.open_template("ComfyUI-L2P", TITLES["demo"])
     assert (
         browser.call("() => app.graph.nodes.filter(node => node.has_errors).map(node => node.type)")
         == []

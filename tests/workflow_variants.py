@@ -14,7 +14,23 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 WORKFLOWS = Path(__file__).parents[1] / "workflows"
-NAMES = sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
+# API form → title: the name of the canvas form, under which the template browser shows it.
+TITLES = {
+    "demo": "01 Demo, nothing to download",
+    "text_to_image": "02 Text to image",
+    "image_to_image": "03 Image to image",
+    "inpaint": "04 Inpaint",
+    "lora": "05 LoRA",
+    "batch_of_prompts": "06 Batch of prompts",
+    "upscale_to_4k": "07 Upscale to 4K",
+    "4k_checkpoint": "08 4K checkpoint",
+    "int8": "09 INT8 model",
+    "small_cards": "10 Small cards",
+    "latent_draft": "11 Latent draft, pixel finish",
+    "core_nodes": "12 Core nodes",
+}
+NAMES = list(TITLES)
+CHINESE = "### 中文"  # the heading of a note's Chinese part
 BUNDLED = "L2P shapes (bundled small model)"
 SMALL, TINY_4K, LORA, INPUT_IMAGE = (
     "l2p_shapes.safetensors",
@@ -37,27 +53,38 @@ DOWNLOADS = {
         f"{HUB}/HaojunChen/PixVerve-L2P/resolve/main/l2p_4k_sft.safetensors",
         "diffusion_models",
     ),
-    "qwen_3_4b.safetensors": (
-        f"{HUB}/Comfy-Org/z_image_turbo/resolve/main/split_files/text_encoders/qwen_3_4b.safetensors",
-        "text_encoders",
-    ),
+    **{
+        name: (f"{HUB}/Comfy-Org/z_image_turbo/resolve/main/split_files/{folder}/{name}", folder)
+        for name, folder in (
+            ("qwen_3_4b.safetensors", "text_encoders"),
+            ("qwen_3_4b_fp8_mixed.safetensors", "text_encoders"),
+            ("z_image_turbo_bf16.safetensors", "diffusion_models"),
+            ("ae.safetensors", "vae"),
+        )
+    },
 }
-SIDES = {1024: 96, 4096: 384}
+SIDES = {1024: 96, 2048: 192, 4096: 384}
 PROMPT = "a large red circle on a blue background, left"
 
 
 def api(name: str) -> dict:
-    return json.loads((WORKFLOWS / "api" / f"{name}.json").read_text())
+    return json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def canvas(name: str) -> dict:
-    return json.loads((WORKFLOWS / f"{name}.json").read_text())
+    return json.loads((WORKFLOWS / f"{TITLES[name]}.json").read_text(encoding="utf-8"))
 
 
-def notes() -> dict[str, str]:
-    """What the note on each canvas says: its section in workflows/README.md."""
-    sections = re.split(r"^## (.+)$", (WORKFLOWS / "README.md").read_text(), flags=re.MULTILINE)[1:]
-    return {name: text.strip() for name, text in zip(sections[::2], sections[1::2])}
+def notes() -> dict[str, list[str]]:
+    """What the notes on each canvas say, English and Chinese: its section in
+    workflows/README.md."""
+    page = (WORKFLOWS / "README.md").read_text(encoding="utf-8")
+    _, *sections = re.split(r"^## (.+)$", page, flags=re.MULTILINE)
+    texts = dict(zip(sections[::2], sections[1::2]))
+    return {
+        name: [part.strip() for part in texts[title].split(CHINESE)]
+        for name, title in TITLES.items()
+    }
 
 
 def add_downloads(graph: dict) -> None:
@@ -120,11 +147,12 @@ def input_image(image: Image.Image) -> bytes:
 
 
 def small(
-    name: str, steps: int = 2, prompt: str = PROMPT, model_4k: str = TINY_4K, **inputs
+    name: str | dict, steps: int = 2, prompt: str = PROMPT, model_4k: str = TINY_4K, **inputs
 ) -> dict:
-    """That workflow with the small model, its sizes, so many steps and that prompt. inputs: more of
-    the samplers' inputs."""
-    graph = copy.deepcopy(api(name))
+    """That workflow with the small model, its sizes, so many steps and that prompt.
+
+    name: or a graph in API form. inputs: more of the samplers' inputs."""
+    graph = copy.deepcopy(name if isinstance(name, dict) else api(name))
     for node in graph.values():
         values = node["inputs"]
         for key, value in values.items():
@@ -135,6 +163,8 @@ def small(
                     values[key] = SMALL
                 case "L2PTextEncoderLoader", "text_encoder":
                     values[key] = BUNDLED
+                case "VAELoader", "vae_name":
+                    values[key] = "pixel_space"
                 case "LoraLoaderModelOnly", "lora_name":
                     values[key] = LORA
                 case "LoadImage", "image":
