@@ -52,7 +52,7 @@ PROMPTS = {
     "int8": SHAPES[2],
     "4k_checkpoint": SHAPES[3],
     "lora": "a large purple square on a yellow background, center",
-    "upscale_to_4k": "a large green circle on a black background, center",
+    "upscale_to_4k": "a large white diamond on a blue background, center",
     "small_cards": "a large blue diamond on a white background, center",
     "latent_draft": "a large orange circle on a purple background, center",
     "core_nodes": "a large yellow triangle on a blue background, center",

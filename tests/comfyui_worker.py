@@ -580,19 +580,21 @@ def draw_by(
     steps: int,
     denoise: float = 1.0,
     node: str = "L2PKSampler",
+    side: int = 96,
     output: str | None = None,
     prompt: str = "a large red circle on a blue background, left",
 ) -> float | None:
-    """Generate with the bundled small model by ComfyUI's KSampler or ours, at seed 7 and cfg 2.
+    """Generate a square with the bundled small model by ComfyUI's KSampler or ours, at seed 7 and
+    cfg 2.
 
     With an output, save the latent. Otherwise return the largest difference between the two nodes,
     None where neither gives finite numbers."""
     model, positive, negative = bundled(prompt)
-    start = torch.zeros(1, 96, 96, 3) + 0.5
+    start = torch.zeros(1, side, side, 3) + 0.5
 
     def ours() -> torch.Tensor:
         image = {"image": start} if denoise < 1 else {}
-        options = (96, 96, 1, 7, steps, 2.0, sampler_name, scheduler, 3.0, denoise)
+        options = (side, side, 1, 7, steps, 2.0, sampler_name, scheduler, 3.0, denoise)
         node_class = nodes.NODE_CLASS_MAPPINGS["L2PKSampler"]
         return node_class.execute(model, positive, negative, *options, **image)[1]["samples"]
 
@@ -611,7 +613,7 @@ def draw_by(
         found = ours()
     except ValueError as error:
         assert "NaN" in str(error)
-        found = torch.full((1, 3, 96, 96), torch.nan)
+        found = torch.full((1, 3, side, side), torch.nan)
     expected = cores()
     if not expected.isfinite().all():
         return None if not found.isfinite().all() else float("inf")
