@@ -215,7 +215,14 @@ def grid(images: list[Image.Image]) -> Image.Image:
 def make_screenshots(server: real_comfyui.Server, names: list[str]) -> None:
     """Write the screenshots in docs/: the canvas of the demo after Run, the panel of missing models,
     a node's help, and the template browser."""
-    server.post("/settings", {"Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasMenu": False})
+    server.post(
+        "/settings",
+        {
+            "Comfy.Minimap.Visible": False,
+            "Comfy.Graph.CanvasMenu": False,
+            "Comfy.Templates.SortBy": "alphabetical",
+        },
+    )
     browser = comfyui_browser.Browser(*comfyui_browser.find(), server.url, 2200, 1200)
     page = browser.page
     page.set_default_timeout(60_000)
@@ -249,8 +256,6 @@ def make_screenshots(server: real_comfyui.Server, names: list[str]) -> None:
         browser.clear()
         browser.call("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
         page.get_by_role("dialog").get_by_text("ComfyUI-L2P", exact=True).first.click()
-        page.get_by_test_id("template-filter-bar").get_by_text("Default").click()
-        page.get_by_text("Alphabetical (A-Z)").last.click()
         save("canvas-templates")
     finally:
         browser.close()
