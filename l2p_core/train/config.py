@@ -46,7 +46,8 @@ class TrainConfig:
     data: tuple[str, ...] = knob(
         (),
         "folders of images: each with metadata.csv or metadata.jsonl, or with a caption in a .txt"
-        " beside each image. FOLDER:10 takes its images 10 times an epoch",
+        " beside each image; or data sets of Hugging Face, as hf://OWNER/NAME or folders."
+        " FOLDER:10 takes its images 10 times an epoch",
     )
     output: str = knob(
         "", "the run's folder: configuration, log, samples, step-N.safetensors, resume.pt"

@@ -30,6 +30,7 @@ from ..settings import checked
 from ..tables import read_rows, read_text
 from .buckets import bucket_size, target_size, too_few
 from .config import TrainConfig
+from .hub import as_folder, is_dataset
 
 METADATA = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.json")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff")
@@ -368,19 +369,25 @@ def raise_faults(source: Path, faults: list[str]) -> None:
         )
 
 
-def folders_of(data: tuple[str, ...]) -> list[tuple[Path, int]]:
+def folders_of(
+    data: tuple[str, ...], written: Path | None = None, progress: bool = False
+) -> list[tuple[Path, int]]:
     """Return (folder, repeats) of FOLDER or FOLDER:REPEATS.
 
     A folder without images of its own stands for its subfolders called REPEATS_NAME, as kohya's
-    trainers take them."""
+    trainers take them. A data set of Hugging Face becomes a folder in `written`; None where there
+    is to be none."""
     found = []
     for given in data:
         path, _, number = given.rpartition(":")
         repeated = bool(path) and number.isascii() and number.isdigit() and not Path(given).exists()
         if repeated and not int(number):
             raise ValueError(f"data is {given!r}; expected 1 or more repeats")
-        folder, repeats = (Path(path), int(number)) if repeated else (Path(given), 1)
-        found += [(each, repeats * times) for each, times in subfolders(folder)]
+        name, repeats = (path, int(number)) if repeated else (given, 1)
+        if written and is_dataset(name):
+            found.append((as_folder(name, written, progress), repeats))
+        else:
+            found += [(each, repeats * times) for each, times in subfolders(Path(name))]
     return found
 
 
@@ -447,11 +454,11 @@ def read_data(
     step = config.size_step or multiple
     main = [
         (*scan(folder, fixed, max_pixels, step, reading), times)
-        for folder, times in folders_of(config.data)
+        for folder, times in folders_of(config.data, written_to(config), progress)
     ]
     extra = [
         scan(folder, fixed, max_pixels, step, replace(reading, trigger=""))
-        for folder, _ in folders_of(config.regularization)
+        for folder, _ in folders_of(config.regularization, written_to(config), progress)
     ]
     scanned = Data(
         [each for _, examples, _ in main for each in examples],
@@ -499,7 +506,12 @@ def nothing_left(held_out: int, count: int) -> ValueError:
 
 def cache_folder(config: TrainConfig) -> Path:
     """Return the folder of prompt embeddings: `cache`, or encodings/ in the first data folder."""
-    return Path(config.cache or folders_of(config.data)[0][0] / "encodings")
+    return Path(config.cache or folders_of(config.data, written_to(config))[0][0] / "encodings")
+
+
+def written_to(config: TrainConfig) -> Path:
+    """Return where data sets of Hugging Face are written as folders."""
+    return Path(config.output) / "datasets"
 
 
 def hold_out(examples: list[Example], count: int, seed: int) -> tuple[list[Example], list[Example]]:
