@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -257,6 +258,7 @@ def in_comfyui(config: L2PConfig, size: int, prompts: tuple[int, int]) -> Counte
 
 PROGRAMS: dict[str, Callable[..., Counter]] = {
     "ours": ours,
+    "ours, batched guidance": partial(ours, batch_guidance=True),
     "ours in ComfyUI": in_comfyui,
     "diffusers' transformer": diffusers_backbone,
 }
