@@ -4,7 +4,10 @@ them, comparisons against scikit-image's figures."""
 import json
 import math
 import re
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from urllib.parse import unquote
 
 import numpy as np
@@ -332,7 +335,12 @@ def test_the_shapes_judge_runs_through_the_same_rules(ideal, capsys):
 
 
 @pytest.mark.slow
-def test_compare_tells_what_a_change_costs(tmp_path, capsys):
+def test_compare_tells_what_a_change_costs(tmp_path, capsys, monkeypatch):
+    stand_in = ModuleType("lpips")  # a distance of its form: of (1, 3, H, W) in [-1, 1]
+    stand_in.__spec__ = ModuleSpec("lpips", None)
+    distance = SimpleNamespace(eval=lambda: lambda one, other: (one - other).abs().mean())
+    stand_in.LPIPS = lambda net, verbose: distance
+    monkeypatch.setitem(sys.modules, "lpips", stand_in)
     variants = ["bundled", "bundled:batch-guidance=true", "bundled:steps=2,dtype=float32"]
     more = ["--prompts", "shapes", "--limit", "2", "--batch", "2", "--dtype", "bfloat16", *FEW]
     output = tmp_path / "out"
@@ -352,6 +360,8 @@ def test_compare_tells_what_a_change_costs(tmp_path, capsys):
     assert rows[2]["psnr"] == pytest.approx(10 * math.log10(255**2 / np.mean(errors)))
     assert rows[2]["worst_psnr"] == pytest.approx(10 * math.log10(255**2 / max(errors)))
     assert rows[2]["images"] == 2 and rows[2]["same"] == 0
+    apart = np.mean([np.abs(one - other).mean() for one, other in pairs]) / 127.5
+    assert rows[2]["lpips"] == pytest.approx(apart, rel=1e-4)
     assert Image.open(output / "worst-2.png").size[0] > 3 * 256
 
     capsys.readouterr()

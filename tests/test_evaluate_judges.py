@@ -88,6 +88,8 @@ def test_a_mask2former_of_transformers_becomes_detections(tmp_path, monkeypatch)
     # A score is the class's probability times the mean of the mask's: sigmoid(4) = 0.98201.
     assert cat.score == pytest.approx(math.e**2 / (math.e**2 + 3) * 0.98201, abs=1e-4)
     assert mouse.score == pytest.approx(math.e**3 / (math.e**3 + 3) * 0.98201, abs=1e-4)
+    nothing = torch.tensor([[0.0, 0, 0, 9]])
+    assert not len(judges.instances(nothing, masks[0], torch.ones(32, 64), (64, 32))[0])
     # An input of 48 x 32 that was padded to 64 x 32: the left half is 32 of 48 pixels.
     inside = torch.zeros(32, 64, dtype=torch.bool)
     inside[:, :48] = True

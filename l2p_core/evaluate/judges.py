@@ -87,11 +87,10 @@ def load_detector(path: str, device: torch.device) -> Detector:
         scores, labels, masks = instances(
             outputs.class_queries_logits[0], outputs.masks_queries_logits[0], inside, image.size
         )
-        found = []
-        for score, label, mask in zip(scores.tolist(), labels.tolist(), masks.cpu().numpy()):
-            if score >= MIN_SCORE:
-                found.append(Found(Detection(names[label], score, mask_box(mask)), mask))
-        return found
+        return [
+            Found(Detection(names[label], score, mask_box(mask)), mask)
+            for score, label, mask in zip(scores.tolist(), labels.tolist(), masks.cpu().numpy())
+        ]
 
     return detect
 
@@ -104,9 +103,13 @@ def instances(
     class_logits: (queries, classes + 1), of no object last. mask_logits: (queries, h, w), of the
     padded input. inside: (H, W), where that input is the image. size: width and height of the
     image. A score is the class's probability times the mask's mean probability, and the best
-    MAX_INSTANCES pairs of query and class count, as in Mask2Former's own evaluation."""
+    MAX_INSTANCES pairs of query and class count, as in Mask2Former's own evaluation. Those whose
+    score can't reach MIN_SCORE are left out."""
     shares = class_logits.softmax(-1)[:, :-1]
     best, chosen = shares.flatten().topk(min(MAX_INSTANCES, shares.numel()))
+    best, chosen = best[best >= MIN_SCORE], chosen[best >= MIN_SCORE]
+    if not len(best):
+        return best, chosen, inside.new_zeros(0, *size[::-1])
     labels = chosen % shares.shape[1]
     logits = mask_logits[chosen // shares.shape[1]][None]  # (1, N, h, w)
     logits = F.interpolate(logits, inside.shape, mode="bilinear", align_corners=False)

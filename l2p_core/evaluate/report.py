@@ -151,7 +151,7 @@ def save_sheet(pairs: Sequence[Pair], file: Path) -> None:
 
 def card_table(card: dict[str, Any], name: str = "What generated the images") -> Table:
     """Return a card as a table."""
-    return Table(name, [("", ""), *card.items()])
+    return Table(name, [("setting", "value"), *card.items()])
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:

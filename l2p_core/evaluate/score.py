@@ -68,6 +68,20 @@ def score_geneval(args: argparse.Namespace, folder: Path) -> Scored:
         texts.append(
             "Not all six tasks are there: the overall score is the mean of those that are."
         )
+    figures = []
+    for each in results:
+        path = Path(each.image) if official else file.parent / each.image
+        if args.input.is_dir() and not official:
+            path = folder / each.image
+        if path.is_file():
+            figures.append(Figure(path, each.prompt, each.fault))
+    content = {"judge": judge, "official": official, **scores}
+    return content, texts, geneval_tables(scores, judge), figures
+
+
+def geneval_tables(scores: dict[str, Any], judge: str) -> list[Table]:
+    """Return the table of the paper, and the counts behind it."""
+    tasks = scores["tasks"]
     row = [judge, f"{scores['overall']:.2f}", *(f"{task['score']:.2f}" for task in tasks.values())]
     names = [name.replace("_", " ") for name in tasks]
     counts = [(name, task["right"], task["images"]) for name, task in zip(names, tasks.values())]
@@ -77,19 +91,11 @@ def score_geneval(args: argparse.Namespace, folder: Path) -> Scored:
         ("images that are right", f"{scores['right_images']:.2%}"),
         ("prompts with an image that is right", f"{scores['right_prompts']:.2%}"),
     ]
-    tables = [
+    return [
         Table("Score", [("judge", "overall", *names), row]),
         Table("Images", [("task", "right", "of"), *counts]),
-        Table("In all", [("", ""), *summary]),
+        Table("In all", [("figure", "value"), *summary]),
     ]
-    figures = []
-    for each in results:
-        path = Path(each.image) if official else file.parent / each.image
-        if args.input.is_dir() and not official:
-            path = folder / each.image
-        if path.is_file():
-            figures.append(Figure(path, each.prompt, each.fault))
-    return {"judge": judge, "official": official, **scores}, texts, tables, figures
 
 
 def detect(args: argparse.Namespace, folder: Path, file: Path) -> None:
@@ -152,6 +158,15 @@ def score_dpg(args: argparse.Namespace, folder: Path) -> Scored:
         for name, form in forms.items()
         for item, fault in form.left_out.items()
     ]
+    figures = []
+    if args.input.is_dir():
+        figures = [figure_of(each) for each in read_folder(folder)]
+    scores = {name: dpg.as_json(form) for name, form in forms.items()}
+    return {"judge": judge, **scores}, texts, dpg_tables(forms), figures
+
+
+def dpg_tables(forms: dict[str, dpg.Scores]) -> list[Table]:
+    """Return the scores by form, as in the paper, and by detailed category."""
     names = sorted({name for form in forms.values() for name in form.broad})
     head = ("form", "prompts", "DPG-Bench", *names)
     rows = [
@@ -168,15 +183,10 @@ def score_dpg(args: argparse.Namespace, folder: Path) -> Scored:
         (each, *(f"{100 * form.detailed.get(each, 0):.2f}" for form in forms.values()))
         for each in detailed
     ]
-    tables = [
+    return [
         Table("Score", [head, *rows]),
         Table("Categories", [("category", *forms), *categories]),
     ]
-    figures = []
-    if args.input.is_dir():
-        figures = [figure_of(each) for each in read_folder(folder)]
-    scores = {name: dpg.as_json(form) for name, form in forms.items()}
-    return {"judge": judge, **scores}, texts, tables, figures
 
 
 def score_shapes(args: argparse.Namespace, folder: Path) -> Scored:

@@ -18,7 +18,7 @@ from ..outputs import is_one_image
 from ..pipeline import BUNDLED_MODEL, L2PPipeline
 from ..settings import Settings, checked
 from .command import GENERAL
-from .layout import CARD, EVALSCOPE, GRIDS, Item, Task, read_task
+from .layout import CARD, EVALSCOPE, GRIDS, Item, Task, read_card, read_task
 
 OF_ONE_IMAGE = ("prompt", "completed_prompt", "seed")  # of a PNG's record, and no part of a card
 
@@ -76,7 +76,8 @@ def next_command(benchmark: str, folder: Path) -> str:
             " results.jsonl --model-path DETECTOR"
         )
     if benchmark == "dpg":
-        return f"DPG-Bench's own program: bash dpg_bench/dist_eval.sh {folder / GRIDS} RESOLUTION"
+        width = read_card(folder)["width"]
+        return f"DPG-Bench's own program: bash dpg_bench/dist_eval.sh {folder / GRIDS} {width}"
     if benchmark == "shapes":
         return f"Score: l2p evaluate score shapes {folder}"
     return f"EvalScope's general_t2i reads {folder / 'evalscope.jsonl'}"
