@@ -54,16 +54,26 @@ class LocalDecoder(nn.Module):
             channels = level.dec
         self.out_conv = conv(channels, 3, 1)
 
-    def forward(self, image: Tensor, features: Tensor, tile: int | None = None) -> Tensor:
+    def forward(
+        self, image: Tensor, features: Tensor | list[Tensor], tile: int | None = None
+    ) -> Tensor | list[Tensor]:
         """image: (B, 3, H, W), H and W multiples of 2^levels. features: (B, D, h, w), one for each
         innermost pixel, or resized to that by nearest (patch 160 has tokens of 160 pixels and
-        innermost pixels of 64). tile: side in pixels of the squares that are computed one after
+        innermost pixels of 64); or a list of them, for which a list is returned and the image's
+        half is computed once. tile: side in pixels of the squares that are computed one after
         another, rounded up to a multiple of 2^levels; 0 for the whole at once; None for
         `tile_side`, or 0 where gradients are kept. The result is the same."""
+        if isinstance(features, Tensor):
+            return self._each(image, [features], tile)[0]
+        return self._each(image, features, tile)
+
+    def _each(self, image: Tensor, features: list[Tensor], tile: int | None) -> list[Tensor]:
         height, width = image.shape[-2:]
         step = 2 ** len(self.names)
-        if features.shape[-2:] != (height // step, width // step):
-            features = self.resize(features, (height // step, width // step))
+        inner = height // step, width // step
+        features = [
+            each if each.shape[-2:] == inner else self.resize(each, inner) for each in features
+        ]
         if tile is None:
             tile = (
                 0
@@ -73,34 +83,46 @@ class LocalDecoder(nn.Module):
         assert tile >= 0
         if not tile:
             return self._whole(image, features)
-        output = torch.empty_like(image)
+        outputs = [torch.empty_like(image) for _ in features]
         for i, rows, columns in product(
             range(len(image)), cuts(height, tile, step), cuts(width, tile, step)
         ):
-            output[i : i + 1, :, rows.kept, columns.kept] = self._whole(
+            parts = self._whole(
                 image[i : i + 1, :, rows.read, columns.read],
-                features[i : i + 1, :, rows.innermost, columns.innermost],
-            )[:, :, rows.inside, columns.inside]
-        return output
+                [each[i : i + 1, :, rows.innermost, columns.innermost] for each in features],
+            )
+            for output in outputs:  # each part is freed before the next tile is computed
+                part = parts.pop(0)[:, :, rows.inside, columns.inside]
+                output[i : i + 1, :, rows.kept, columns.kept] = part
+            del part
+        return outputs
 
     def resize(self, features: Tensor, size: tuple[int, int]) -> Tensor:
         """Resize features to height and width, by nearest."""
         return F.interpolate(features, size, mode="nearest")
 
-    def _whole(self, image: Tensor, features: Tensor) -> Tensor:
+    def _whole(self, image: Tensor, features: list[Tensor]) -> list[Tensor]:
         """Frees each map as soon as nothing needs it; `decoder_bytes` counts along. Maps lie with
         their channels together, as the features come, which is faster on a CPU than planes."""
         x, skips = image.contiguous(memory_format=torch.channels_last), []
         for name in self.names:
             skips.append(self.get_submodule(f"enc{name}")(x))
             x = F.max_pool2d(skips[-1], 2)
-        x = torch.cat([x, features], dim=1)
-        x = self.bottleneck(x)
-        for name in reversed(self.names):
-            x = self.get_submodule(f"up{name}")(x)
-            x = torch.cat([x, skips.pop()], dim=1)
-            x = self.get_submodule(f"dec{name}")(x)
-        return self.out_conv(x)
+        outputs = []
+        for number, each in enumerate(features):
+            last = number == len(features) - 1
+            maps = skips if last else list(skips)
+            y = torch.cat([x, each], dim=1)
+            if last:
+                del x
+            y = self.bottleneck(y)
+            for name in reversed(self.names):
+                y = self.get_submodule(f"up{name}")(y)
+                y = torch.cat([y, maps.pop()], dim=1)
+                y = self.get_submodule(f"dec{name}")(y)
+            outputs.append(self.out_conv(y))
+            del y
+        return outputs
 
 
 class Cut(NamedTuple):

@@ -70,12 +70,13 @@ def guided_velocity(
 
     def hooks() -> Hooks:
         if not settings.cache_threshold:
-            return Hooks(rope_scale=scales, decoder_tile=decoder_tile)
+            return Hooks(rope_scale=scales, decoder_tile=decoder_tile, same_prompts=True)
         return StepCache(
             settings.cache_threshold,
             model.config.n_layers,
             rope_scale=scales,
             decoder_tile=decoder_tile,
+            same_prompts=True,
         )
 
     of_positive, of_negative, of_both = hooks(), hooks(), hooks()
@@ -95,8 +96,8 @@ def guided_velocity(
                 2
             )
         else:
-            positive = model(image, t, prompt_embeds, of_positive)
-            negative = model(image, t, negative_prompt_embeds, of_negative)
+            others = [(negative_prompt_embeds, of_negative)]
+            positive, negative = model(image, t, prompt_embeds, of_positive, others)
         guided = negative + scale * (positive - negative)
         if settings.cfg_normalization:  # as diffusers' ZImagePipeline does
             norm, limit = (each.float().flatten(1).norm(dim=1) for each in (guided, positive))

@@ -10,8 +10,8 @@ come from, with their device and dtype, and what ComfyUI does in its own way is 
 as `Hooks`."""
 
 import math
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -38,13 +38,17 @@ class Hooks:
         rope_scale: tuple[float, float] = (1.0, 1.0),
         rope_shift: tuple[float, float] = (0.0, 0.0),
         decoder_tile: int | None = None,
+        same_prompts: bool = False,
     ):
         """rope_scale: RoPE interpolation of rows and columns, below 1 for images above the trained
         resolution. rope_shift: added to the scaled rows and columns. decoder_tile: as
-        `LocalDecoder.forward` takes it."""
+        `LocalDecoder.forward` takes it. same_prompts: all passes with these hooks have the same
+        prompts and weights, so that prompts are refined once."""
         self.rope_scale = rope_scale
         self.rope_shift = rope_shift
         self.decoder_tile = decoder_tile
+        self.same_prompts = same_prompts
+        self._refined: Tensor | None = None
 
     def run_block(
         self,
@@ -53,12 +57,20 @@ class Hooks:
         block: "Block",
         x: Tensor,
         rope: Tensor,
-        mask: Tensor | None,
+        lengths: Tensor | None,
         time: Tensor | None,
     ) -> Tensor:
         """Run one block of a stack: noise_refiner, context_refiner or layers. Returns the new x,
         (B, S, D)."""
-        return block(x, rope, mask, time, self)
+        return block(x, rope, lengths, time, self)
+
+    def refine_prompts(self, refine: Callable[[], Tensor]) -> Tensor:
+        """Return what `refine` does, (B, M, D), or what it did for the same prompts before."""
+        if not self.same_prompts:
+            return refine()
+        if self._refined is None:
+            self._refined = refine()
+        return self._refined
 
     def project(self, x: Tensor, layers: tuple[nn.Module, ...]) -> list[Tensor]:
         """Apply several linear layers to the same input."""
@@ -72,10 +84,16 @@ class Hooks:
         rotated = rotate(attention.norm_q(q), rope).to(q.dtype)
         return rotated, rotate(attention.norm_k(k), rope).to(k.dtype)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention over (B, heads, S, head) → (B, S, D). mask: True where a key may be attended
-        to; None for all."""
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
+        """Attention over (B, heads, S, head) → (B, S, D). lengths: see `member_lengths`."""
+        if lengths is None:
+            return attention(q, k, v)
+        if not torch.compiler.is_compiling():
+            return attend_by_length(attention, q, k, v, lengths)
+        if not torch.is_grad_enabled():  # an operator, whose graph does not depend on the lengths
+            return torch.ops.comfyui_l2p.attend_by_length(q, k, v, lengths)
+        own = torch.arange(k.shape[2]) < lengths[:, None]  # (B, S)
+        return attention(q, k, v, own[:, None, None].to(q.device))
 
 
 PUBLISHED = Hooks()
@@ -129,77 +147,122 @@ class L2PTransformer(nn.Module):
         return self.x_pad_token.device
 
     def forward(
-        self, image: Tensor, t: Tensor, prompt_embeds: list[Tensor], hooks: Hooks = PUBLISHED
-    ) -> Tensor:
+        self,
+        image: Tensor,
+        t: Tensor,
+        prompt_embeds: list[Tensor],
+        hooks: Hooks = PUBLISHED,
+        others: Sequence[tuple[list[Tensor], Hooks]] = (),
+    ) -> Tensor | list[Tensor]:
         """Predict image - noise.
 
         image: (B, 3, H, W) in about [-1, 1], H and W multiples of `config.size_multiple`. t: (B,)
         in 0..1, 0 = noise. prompt_embeds: B tensors (L_i, cap_feat_dim), L_i at least 1. Returns
-        (B, 3, H, W) in the model's dtype. Raises ValueError where these do not fit each other or
-        the model."""
-        self._check(image, t, prompt_embeds)
-        return self.predict(image.to(self.dtype), t, prompt_embeds, hooks)
+        (B, 3, H, W) in the model's dtype. others: further prompts for the same images, each with
+        its hooks, such as negative ones; then a list of predictions is returned, and what does not
+        depend on the prompt is computed once. Raises ValueError where these do not fit each other
+        or the model."""
+        for each in (prompt_embeds, *(prompts for prompts, _ in others)):
+            self._check(image, t, each)
+        prompts = ((prompt_embeds, hooks), *others)
+        predicted = self.predict_each(image.to(self.dtype), t, prompts)
+        return predicted if others else predicted[0]
 
     def predict(
         self, image: Tensor, t: Tensor, prompt_embeds: list[Tensor], hooks: Hooks = PUBLISHED
     ) -> Tensor:
         """`forward` without its checks, in the image's own dtype."""
-        features = self.features(image, t, prompt_embeds, hooks)
-        return self.local_decoder(image, features, hooks.decoder_tile)
+        return self.predict_each(image, t, ((prompt_embeds, hooks),))[0]
+
+    def predict_each(
+        self, image: Tensor, t: Tensor, prompts: Sequence[tuple[list[Tensor], Hooks]]
+    ) -> list[Tensor]:
+        """`predict` for each of several prompts. Their hooks agree in all but the prompts."""
+        features = self.features_each(image, t, prompts)
+        return self.local_decoder(image, features, prompts[0][1].decoder_tile)
 
     def features(
         self, image: Tensor, t: Tensor, prompt_embeds: list[Tensor], hooks: Hooks = PUBLISHED
     ) -> Tensor:
         """Run the transformer without its decoder: (B, D, h, w)."""
-        patch, dtype, device = self.config.patch_size, image.dtype, image.device
-        h, w = image.shape[-2] // patch, image.shape[-1] // patch
-        time = self.t_embedder(t, dtype)  # (B, t_dim)
+        return self.features_each(image, t, ((prompt_embeds, hooks),))[0]
 
+    def features_each(
+        self, image: Tensor, t: Tensor, prompts: Sequence[tuple[list[Tensor], Hooks]]
+    ) -> list[Tensor]:
+        """`features` for each of several prompts.
+
+        The noise refiner runs once where it can: a prompt's length moves all image tokens alike
+        along the first axis of RoPE, which changes nothing between them (3e-7 in float32). Only
+        tokens that pad the image stay where they are."""
+        device, patch = image.device, self.config.patch_size
+        h, w = image.shape[-2] // patch, image.shape[-1] // patch
+        unpadded = h * w == padded(h * w)
+        time = self.t_embedder(t, image.dtype)  # (B, t_dim)
+        features: list[Tensor] = []
+        x: Tensor | None = None  # image tokens, refined
+        refined_with: list[int] = []
+        for number, (prompt_embeds, hooks) in enumerate(prompts):
+            lengths = [padded(len(embeds)) for embeds in prompt_embeds]
+            rope_x, rope_prompt = self._rope(h, w, lengths, hooks, device)
+
+            prompt = hooks.refine_prompts(
+                partial(self._refine_prompts, prompt_embeds, rope_prompt, image, hooks)
+            )  # (B, M, D)
+            if x is None or not unpadded and lengths != refined_with:
+                x, refined_with = self._embed_image(image), lengths  # (B, N, D)
+                rope = torch.stack([rope_x[0]]) if unpadded else rope_x
+                for index, block in enumerate(self.noise_refiner):
+                    x = hooks.run_block("noise_refiner", index, block, x, rope, None, time)
+
+            tokens = torch.cat([x, prompt], dim=1)  # (B, S, D)
+            if number == len(prompts) - 1:
+                x = None
+            rope = torch.cat([rope_x, rope_prompt.expand(len(rope_x), -1, -1, -1)], dim=1)
+            own = member_lengths(lengths, padded(h * w))
+            for index, block in enumerate(self.layers):
+                tokens = hooks.run_block("layers", index, block, tokens, rope, own, time)
+            features.append(tokens[:, : h * w].transpose(1, 2).unflatten(2, (h, w)))
+        return features
+
+    def _embed_image(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) → (B, N, D)."""
+        patch = self.config.patch_size
         x = F.pixel_unshuffle(image, patch)  # (B, 3 * p * p, h, w), channel slowest
         x = (
             x.unflatten(1, (image.shape[1], -1)).permute(0, 3, 4, 2, 1).flatten(3).flatten(1, 2)
         )  # (B, h * w, p * p * 3)
-        x = pad_tokens(self.all_x_embedder[f"{patch}-1"](x), self.x_pad_token)  # (B, N, D)
+        return pad_tokens(self.all_x_embedder[f"{patch}-1"](x), self.x_pad_token)
 
-        lengths = torch.tensor([len(embeds) for embeds in prompt_embeds], device=device)
+    def _refine_prompts(
+        self, prompt_embeds: list[Tensor], rope: Tensor, image: Tensor, hooks: Hooks
+    ) -> Tensor:
+        """B tensors (L_i, cap_feat_dim) → (B, M, D), in the image's dtype."""
+        lengths = torch.tensor([len(embeds) for embeds in prompt_embeds], device=image.device)
         prompt = self.cap_embedder(
-            nn.utils.rnn.pad_sequence(prompt_embeds, batch_first=True).to(dtype)
+            nn.utils.rnn.pad_sequence(prompt_embeds, batch_first=True).to(image.dtype)
         )
-        prompt = pad_tokens(prompt, self.cap_pad_token)  # (B, M, D)
-        real = torch.arange(prompt.shape[1], device=device) < lengths[:, None]  # (B, M)
+        prompt = pad_tokens(prompt, self.cap_pad_token)
+        real = torch.arange(prompt.shape[1], device=image.device) < lengths[:, None]  # (B, M)
         prompt = torch.where(real[..., None], prompt, self.cap_pad_token.to(prompt))
-
-        padded_lengths = [padded(len(embeds)) for embeds in prompt_embeds]
-        rope_x, rope_prompt = self._rope(h, w, padded_lengths, hooks, device)
-        mask, prompt_mask = masks(h * w, padded_lengths, device)
-
+        own = member_lengths([padded(len(embeds)) for embeds in prompt_embeds])
         for index, block in enumerate(self.context_refiner):
-            prompt = hooks.run_block(
-                "context_refiner", index, block, prompt, rope_prompt, prompt_mask, None
-            )
-        for index, block in enumerate(self.noise_refiner):
-            x = hooks.run_block("noise_refiner", index, block, x, rope_x, None, time)
-
-        x = torch.cat([x, prompt], dim=1)  # (B, S, D)
-        rope = torch.cat([rope_x, rope_prompt], dim=1)
-        for index, block in enumerate(self.layers):
-            x = hooks.run_block("layers", index, block, x, rope, mask, time)
-        return x[:, : h * w].transpose(1, 2).unflatten(2, (h, w))
+            prompt = hooks.run_block("context_refiner", index, block, prompt, rope, own, None)
+        return prompt
 
     def _rope(
         self, h: int, w: int, lengths: list[int], hooks: Hooks, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """Rotations of image and prompt tokens: (B or 1, N, head/2, 2) and (B or 1, M, head/2, 2).
+        """Rotations of image and prompt tokens: (B or 1, N, head/2, 2) and (1, M, head/2, 2).
 
         lengths: of each prompt, padded. B is 1 where all are the same."""
         axes = self.config.axes_dims
         grid = h, w, hooks.rope_scale, hooks.rope_shift
-        different = dict.fromkeys(lengths)
-        of_prompt = rope_of_prompt(max(lengths), axes, device)[None]
-        if len(different) == 1:
-            return rope_of_image(*grid, lengths[0], axes, device)[None], of_prompt
-        of_image = torch.stack([rope_of_image(*grid, length, axes, device) for length in lengths])
-        return of_image, of_prompt.expand(len(lengths), -1, -1, -1)
+        # stacked, not views of the tables: torch.compile makes another graph for a view
+        of_prompt = torch.stack([rope_of_prompt(max(lengths), axes, device)])
+        different = lengths[:1] if len(set(lengths)) == 1 else lengths
+        of_image = [rope_of_image(*grid, length, axes, device) for length in different]
+        return torch.stack(of_image), of_prompt
 
     def _check(self, image: Tensor, t: Tensor, prompt_embeds: list[Tensor]) -> None:
         multiple, width = self.config.size_multiple, self.config.cap_feat_dim
@@ -245,12 +308,12 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rope: Tensor,
-        mask: Tensor | None,
+        lengths: Tensor | None,
         time: Tensor | None = None,
         hooks: Hooks = PUBLISHED,
     ) -> Tensor:
-        """x: (B, S, D). rope: (B or 1, S, head/2, 2). mask: (B, 1, 1, S) or None. time: (B, t_dim)
-        where modulated."""
+        """x: (B, S, D). rope: (B or 1, S, head/2, 2). lengths: see `member_lengths`. time: (B,
+        t_dim) where modulated."""
         scale_a = gate_a = scale_f = gate_f = 1
         if time is not None:
             scale_a, gate_a, scale_f, gate_f = self.adaLN_modulation(time)[:, None].chunk(
@@ -271,7 +334,7 @@ class Block(nn.Module):
             return x + gate_f * self.ffn_norm2(self.feed_forward(self.ffn_norm1(x) * scale_f))
 
         q, k, v = by_tokens(before, x, rope)  # each (B, S, heads, head)
-        attended = hooks.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
+        attended = hooks.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), lengths)
         del q, k, v
         return by_tokens(after, x, attended)
 
@@ -367,21 +430,54 @@ def pad_tokens(x: Tensor, pad_token: Tensor) -> Tensor:
     return torch.cat([x, pad_token.to(x).expand(len(x), missing, -1)], dim=1)
 
 
-def masks(
-    image_tokens: int, lengths: list[int], device: torch.device
-) -> tuple[Tensor | None, Tensor | None]:
-    """What may be attended to in the main layers, (B, 1, 1, S), and in the context refiner, (B, 1,
-    1, M); None for all.
+def member_lengths(lengths: list[int], image_tokens: int = 0) -> Tensor | None:
+    """How many tokens each member of a batch has, (B,) on the CPU; None where all have the same.
 
-    A prompt padded to 32 is attended to whole, padding included. Only the rows that fill a shorter
-    prompt up to the batch's longest are masked, so that each member gets what it gets alone."""
+    lengths: of each prompt, padded to 32, which is attended to whole, padding included. A member
+    gets what it gets alone: beyond its own tokens are only rows that fill it up to the batch's
+    longest."""
     if len(set(lengths)) == 1:
-        return None, None
-    of_prompt = (
-        torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
-    )  # (B, M)
-    of_image = of_prompt.new_ones(len(lengths), padded(image_tokens))
-    return torch.cat([of_image, of_prompt], dim=1)[:, None, None], of_prompt[:, None, None]
+        return None
+    return torch.tensor(lengths) + image_tokens
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention over (B, heads, S, head) → (B, S, D), by torch."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+def attend_by_length(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+) -> Tensor:
+    """Attention of each member over its own first tokens; what is beyond becomes 0.
+
+    A mask would do the same, but keeps torch from its fastest kernels. attend: as `attention`.
+    lengths: (B,). Neighbours of one length are computed together."""
+    out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1] * v.shape[3])
+    start = 0
+    for length, count in zip(*torch.unique_consecutive(lengths, return_counts=True)):
+        members, own = slice(start, start + int(count)), slice(int(length))
+        out[members, own] = attend(*(each[members, :, own] for each in (q, k, v)))
+        start += int(count)
+    return out
+
+
+@torch.library.custom_op(
+    "comfyui_l2p::attend_by_length",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor lengths) -> Tensor",
+)
+def _attend_by_length_operator(q, k, v, lengths):
+    return attend_by_length(attention, q, k, v, lengths)
+
+
+@_attend_by_length_operator.register_fake
+def _(q, k, v, lengths):
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1] * v.shape[3])
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:

@@ -32,26 +32,26 @@ class StepCache(Hooks):
         block: Block,
         x: Tensor,
         rope: Tensor,
-        mask: Tensor | None,
+        lengths: Tensor | None,
         time: Tensor | None,
     ) -> Tensor:
         """Run a block, except for images that skip the main layers at this step."""
         if stack != "layers":
-            return super().run_block(stack, index, block, x, rope, mask, time)
+            return super().run_block(stack, index, block, x, rope, lengths, time)
         if index == 0:
-            x = self._begin(x, super().run_block(stack, index, block, x, rope, mask, time))
+            x = self._begin(x, super().run_block(stack, index, block, x, rope, lengths, time))
         else:
             part = self.running
             assert part is not None  # the first layer has set it
             if part.all():
-                x = super().run_block(stack, index, block, x, rope, mask, time)
+                x = super().run_block(stack, index, block, x, rope, lengths, time)
             elif part.any():
-                rope, mask, time = (
-                    each if each is None or len(each) == 1 else each[part]
-                    for each in (rope, mask, time)
+                rope, time = (
+                    each if each is None or len(each) == 1 else each[part] for each in (rope, time)
                 )
+                lengths = lengths if lengths is None else lengths[part.to(lengths.device)]
                 x = x.clone()
-                x[part] = super().run_block(stack, index, block, x[part], rope, mask, time)
+                x[part] = super().run_block(stack, index, block, x[part], rope, lengths, time)
         if index == self.last:
             self._end(x)
         return x

@@ -4,7 +4,7 @@ ComfyUI's convention: sigma goes from 1 to 0, the model predicts noise - image, 
 sampled is a LATENT (B, 3, H, W) in [-1, 1]."""
 
 import math
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import comfy.conds
@@ -32,7 +32,14 @@ from ..l2p_core.files.layout import (
 from ..l2p_core.files.load import check, expected_shapes
 from ..l2p_core.files.naming import PACKED, layer_name, lora_targets, name_in
 from ..l2p_core.files.quantization import FORMATS, dequantize, split_block_scales
-from ..l2p_core.model import TOKENS_AT_ONCE, Attention, Block, Hooks, L2PTransformer
+from ..l2p_core.model import (
+    TOKENS_AT_ONCE,
+    Attention,
+    Block,
+    Hooks,
+    L2PTransformer,
+    attend_by_length,
+)
 from ..l2p_core.text import MAX_TOKENS
 from ..quant.export import PREFIXES, marker
 from ..quant.stream import TORCH_DTYPES
@@ -70,7 +77,7 @@ class ComfyHooks(Hooks):
         block: Block,
         x: Tensor,
         rope: Tensor,
-        mask: Tensor | None,
+        lengths: Tensor | None,
         time: Tensor | None,
     ) -> Tensor:
         """Run a block, and after it the patches that other nodes gave for its stack."""
@@ -81,7 +88,7 @@ class ComfyHooks(Hooks):
             self.before = x if patches else None
         if stack == "layers":
             self.options["block_type"], self.options["block_index"] = "double", index
-        x = super().run_block(stack, index, block, x, rope, mask, time)
+        x = super().run_block(stack, index, block, x, rope, lengths, time)
         if stack == "context_refiner" and self.patches:
             self.prompt = x
         for patch in patches:
@@ -124,9 +131,10 @@ class ComfyHooks(Hooks):
         """Normalize and rotate by ComfyUI's fused kernel, where it has one."""
         return comfyui.norm_and_rotate(attention, q, k, rope)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
         """Attention as ComfyUI was started with, or as a node overrides it."""
-        return comfyui.attend(q, k, v, mask, self.options)
+        attend = partial(comfyui.attend, options=self.options)
+        return attend(q, k, v) if lengths is None else attend_by_length(attend, q, k, v, lengths)
 
 
 class L2PNetwork(L2PTransformer):

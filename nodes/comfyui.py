@@ -138,19 +138,11 @@ def has_kernels(formats: set[str]) -> bool:
     )
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: dict) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
     """Attention over (B, heads, S, head) → (B, S, D) by the function that the user chose, overrides
-    included.
-
-    mask: (B, 1, 1, S), True where a key may be attended to. It becomes additive and is expanded to
-    every query: split and sub-quadratic attention read a boolean mask wrongly."""
-    if mask is not None:
-        additive = torch.zeros_like(mask, dtype=q.dtype).masked_fill(
-            ~mask, torch.finfo(q.dtype).min
-        )
-        mask = additive.expand(-1, -1, q.shape[2], -1)
+    included."""
     return attention.optimized_attention_masked(
-        q, k, v, q.shape[1], mask, skip_reshape=True, transformer_options=options
+        q, k, v, q.shape[1], None, skip_reshape=True, transformer_options=options
     )
 
 

@@ -111,3 +111,33 @@ def test_an_int8_block_is_one_graph(graphs):
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
     assert (len(graphs.found), breaks()) == (1, 0)
     assert graphs.found[0].code.count("comfyui_l2p.int8_linear") == 7
+
+
+def test_an_ordinary_day_takes_six_graphs(graphs):
+    """Sizes, lengths of prompts, and batches, of unlike prompts too, compiled as by
+    `compile_blocks`."""
+    network = L2PTransformer(config()).eval().requires_grad_(False)
+    for block in (*network.noise_refiner, *network.context_refiner, *network.layers):
+        block.compile(backend=graphs, dynamic=True)
+
+    def generate(height: int, width: int, *lengths: int) -> tuple[torch.Tensor, ...]:
+        image = torch.randn(len(lengths), 3, height, width)
+        prompts = [torch.randn(length, 48) for length in lengths]
+        return run(image, prompts), image, prompts
+
+    def run(image: torch.Tensor, prompts: list[torch.Tensor]) -> torch.Tensor:
+        with torch.no_grad():
+            return network(image, torch.full((len(image),), 0.5), prompts)
+
+    generate(256, 256, 70)
+    generate(384, 256, 12)
+    generate(320, 512, 200)
+    assert len(graphs.found) == 2
+    generate(256, 256, 70, 70)
+    generate(320, 256, 100, 100, 100)
+    assert len(graphs.found) == 4
+    together, image, prompts = generate(256, 256, 70, 12, 12)
+    generate(320, 256, 140, 12)
+    alone = run(image[1:2], prompts[1:2])
+    assert len(graphs.found) == 6 and breaks() == 0
+    torch.testing.assert_close(together[1:2], alone, atol=3e-5, rtol=0)

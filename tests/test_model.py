@@ -6,7 +6,7 @@ import torch
 from comfyui_l2p.l2p_core import model
 from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS, L2PConfig
 from comfyui_l2p.l2p_core.meter import Meter, shapes_only
-from comfyui_l2p.l2p_core.model import L2PTransformer, rope_of_image, rope_of_prompt
+from comfyui_l2p.l2p_core.model import Hooks, L2PTransformer, rope_of_image, rope_of_prompt
 from golden import recipe
 from helpers import rms
 
@@ -133,6 +133,64 @@ def test_each_member_of_a_batch_gets_what_it_gets_alone(golden, tiny_model):
     torch.testing.assert_close(
         together[:1], recorded["case.64x128.cap7.t0.3.output"], atol=1e-4, rtol=0
     )
+
+
+def test_prompts_of_unlike_length_attend_without_a_mask(tiny_model, monkeypatch):
+    """Each to its own tokens: image tokens, and its prompt's padded to 32."""
+    seen = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(q, k, v, attn_mask=None):
+        assert attn_mask is None
+        seen.append((len(k), k.shape[2]))
+        return attend(q, k, v)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    prompts = [torch.randn(length, 64) for length in (7, 20, 40)]
+    with torch.no_grad():
+        tiny_model(torch.randn(3, 3, 64, 128), torch.full((3,), 0.5), prompts)
+    config = tiny_model.config
+    refiner, layers = [(2, 32), (1, 64)], [(2, 32 + 32), (1, 32 + 64)]
+    noise = [(3, 32)]
+    assert seen == (
+        refiner * config.n_refiner_layers
+        + noise * config.n_refiner_layers
+        + layers * config.n_layers
+    )
+
+
+@pytest.mark.parametrize("size, shared", [((64, 128), True), ((80, 80), False)])
+def test_what_two_prompts_share_is_computed_once(tiny_model, size, shared):
+    """80 x 80 pixels are 25 tokens, padded by 7, which stay where they are when a longer prompt
+    moves the others."""
+    image, t = torch.randn(2, 3, *size), torch.full((2,), 0.4)
+    positive, negative = [torch.randn(70, 64)] * 2, [torch.randn(5, 64)] * 2
+    runs, handles = {"noise_refiner": 0, "context_refiner": 0, "enc1": 0, "out_conv": 0}, []
+    decoder = tiny_model.local_decoder
+    for name, module in {
+        "noise_refiner": tiny_model.noise_refiner[0],
+        "context_refiner": tiny_model.context_refiner[0],
+        "enc1": decoder.enc1,
+        "out_conv": decoder.out_conv,
+    }.items():
+
+        def count(*_, name=name):
+            runs[name] += 1
+
+        handles.append(module.register_forward_hook(count))
+    kept = Hooks(same_prompts=True), Hooks(same_prompts=True)
+    with torch.no_grad():
+        found = tiny_model(image, t, positive, kept[0], [(negative, kept[1])])
+        again = tiny_model(image, t, positive, kept[0], [(negative, kept[1])])
+        for handle in handles:
+            handle.remove()
+        alone = [tiny_model(image, t, prompts) for prompts in (positive, negative)]
+    refined = 2 if shared else 4
+    wanted = {"noise_refiner": refined, "context_refiner": 2, "enc1": 2, "out_conv": 4}
+    assert runs == wanted
+    for one, same, other in zip(found, again, alone):
+        assert torch.equal(one, same)
+        assert rms(one - other, other) < 3e-6  # rounding, through the layers after it
 
 
 @pytest.mark.parametrize("patch", [16, 64, 128, 160])
