@@ -983,8 +983,8 @@ def add_synthesize(commands: argparse._SubParsersAction) -> None:
     )
     writing.add_argument(
         "--text-encoder",
-        metavar="FOLDER",
-        help="the language model: a folder of Qwen3 (default: that of --model)",
+        metavar="PATH",
+        help="the language model, Qwen3-4B as for l2p generate (default: that of --model)",
     )
     writing.add_argument(
         "--tokenizer", metavar="FOLDER", help="default: tokenizer/ in or beside the text encoder"

@@ -56,6 +56,32 @@ class Qwen3(nn.Module):
             x = block(x, rope)
         return x
 
+    def continued(self, ids: Tensor, past: "list[Past]", mask: Tensor) -> Tensor:
+        """Return the scores of each word of the vocabulary to come next, (B, V).
+
+        ids: (B, L), the tokens that follow those in `past`, which takes them too. mask:
+        (B, 1, L, all), true where a token sees another. The output layer is the embedding."""
+        x = self.embed_tokens(ids)
+        rows = slice(mask.shape[-1] - ids.shape[1], None)
+        cos, sin = rope_table(mask.shape[-1], self.config, x)
+        for block, its in zip(self.layers, past):
+            x = block(x, (cos[rows], sin[rows]), its, mask)
+        return self.norm(x[:, -1]) @ self.embed_tokens.weight.T
+
+
+class Past:
+    """The keys and values of one layer, (B, H, L, E) each, of the tokens so far."""
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+    def add(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Take those of further tokens; return all."""
+        if self.keys is not None and self.values is not None:
+            keys, values = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
+        self.keys, self.values = keys, values
+        return keys, values
+
 
 class Block(nn.Module):
     """One layer: attention, then the feed-forward network."""
@@ -67,9 +93,15 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = FeedForward(config)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        past: Past | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """Map (B, L, D) to (B, L, D)."""
-        x = x + self.self_attn(self.input_layernorm(x), rope)
+        x = x + self.self_attn(self.input_layernorm(x), rope, past, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -87,17 +119,27 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(head, config.rms_norm_eps)
         self.k_norm = RMSNorm(head, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """Map (B, L, D) to (B, L, D)."""
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        past: Past | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Map (B, L, D) to (B, L, D).
+
+        past, mask: see `Qwen3.continued`; without them attention is causal."""
         q = self.q_norm(self.heads(self.q_proj(x)))
         k = self.k_norm(self.heads(self.k_proj(x)))
         v = self.heads(self.v_proj(x))
 
         q, k = rotate(q, rope), rotate(k, rope)
+        if past is not None:
+            k, v = past.add(k, v)
         shared_by = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(shared_by, 1), v.repeat_interleave(shared_by, 1)
 
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, L, E)
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)  # (B, H, L, E)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def heads(self, x: Tensor) -> Tensor:

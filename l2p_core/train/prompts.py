@@ -20,7 +20,8 @@ from ..files.atomic import WAIT, append, atomic_write, locked
 from ..files.header import hash_files
 from ..pipeline import usable_device
 from ..tables import read_text
-from ..text import encoder_files, find_encoder
+from ..text import TextEncoder, encoder_files, find_encoder
+from .language_model import answer
 
 TAXONOMY = Path(__file__).with_name("taxonomy.txt")
 SHORTEST, LONGEST = 200, 350  # characters of a prompt
@@ -321,8 +322,8 @@ class Prompts:
             if not missing:
                 break
             tasks = [self.task(number, attempt) for number in missing]
-            for number, task, answer in zip(missing, tasks, writer(tasks), strict=True):
-                text = tidy(answer)
+            for number, task, given in zip(missing, tasks, writer(tasks), strict=True):
+                text = tidy(given)
                 if fault_of(text) is None and self.is_new(task.category, text):
                     found[number] = text
         replaced = 0
@@ -349,15 +350,12 @@ class WritingModel:
 
     def load(self) -> Writer:
         """Return what writes prompts by it. Raises CheckpointError."""
-        from .language_model import LanguageModel
-
         device = usable_device(self.device)
-        model = LanguageModel.load(self.encoder, self.tokenizer, device, default_dtype(device))
+        encoder = TextEncoder.load(self.encoder, self.tokenizer, device, default_dtype(device))
 
         def write(tasks: Sequence[Task]) -> list[str]:
-            return model.answer(
-                [task.instruction() for task in tasks], [task.seed for task in tasks]
-            )
+            instructions = [task.instruction() for task in tasks]
+            return answer(encoder, instructions, [task.seed for task in tasks])
 
         return write
 
