@@ -81,7 +81,9 @@ def estimate(config: TrainConfig) -> dict[str, int]:
                 if config.offload_activations
                 else nullcontext()
             )
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16), keeping:
+            bfloat16 = dtype == torch.bfloat16
+            autocast = torch.autocast("cpu", torch.bfloat16, bfloat16, cache_enabled=False)
+            with autocast, keeping:
                 loss = flow_matching_loss(
                     model, image, captions, torch.empty_like(image), torch.empty(config.batch)
                 )

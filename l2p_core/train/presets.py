@@ -17,7 +17,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "80gb": {},
         "24gb": {**FRUGAL, "optimizer": "adamw8bit", "quantize_frozen": "int8"},
         "16gb": {**ADAFACTOR, "quantize_frozen": "int8"},
-        "12gb": {**ADAFACTOR, "quantize_frozen": "int8", "swap_blocks": 1.0},
+        "12gb": {**ADAFACTOR, "quantize_frozen": "int8", "swap_blocks": 0.5},
         "8gb": {
             **ADAFACTOR,
             "quantize_frozen": "int8",
