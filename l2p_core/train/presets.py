@@ -34,7 +34,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "24gb": {},
         "16gb": {"quantize_frozen": "int8"},
         "12gb": {"quantize_frozen": "int8"},
-        "8gb": {"quantize_frozen": "int8", "swap_blocks": 1.0},
+        "8gb": {"quantize_frozen": "int8", "swap_blocks": 0.5},
     },
 }
 
