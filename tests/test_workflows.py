@@ -1,6 +1,7 @@
 """The shipped workflows: whole on paper, run by a real ComfyUI with the small model, and opened in
 its page."""
 
+import copy
 import io
 import json
 import re
@@ -9,6 +10,7 @@ from urllib.parse import quote
 
 import comfyui_browser
 import pytest
+from comfyui_l2p.l2p_core.remote.workflow import fill
 from PIL import Image
 from workflow_variants import (
     BUNDLED,
@@ -116,6 +118,18 @@ def test_nodes_are_equally_wide(name):
 def test_the_demo_gives_the_same_image_again():
     (sampler,) = (node for node in canvas("demo")["nodes"] if node["type"] == "L2PKSampler")
     assert "fixed" in sampler["widgets_values"]
+
+
+@pytest.mark.parametrize("name, node", [("text_to_image", "4"), ("upscale_to_4k", "4")])
+def test_the_queue_sets_stages_in_either_node(name, node):
+    """In L2P Stages where it is connected, whatever older inputs L2P KSampler has beside it."""
+    graph = api(name)
+    (sampler,) = (each for each in graph.values() if each["class_type"] == "L2PKSampler")
+    sampler["inputs"].setdefault("stages", 1)  # as ComfyUI exports it
+    filled = copy.deepcopy(graph)
+    fill(filled, graph, "stages", 5)
+    changed = {key for key in graph if filled[key] != graph[key]}
+    assert changed == {node} and filled[node]["inputs"]["stages"] == 5
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -90,6 +90,7 @@ def places(graph: dict, name: str) -> list[tuple[str, str]]:
             for node, settings in graph.items()
             for key, value in settings["inputs"].items()
             if not is_link(value)
+            and not is_replaced(settings, key)
             and {
                 key,
                 f"{node}.{key}",
@@ -132,6 +133,11 @@ def upstream(graph: dict, side: str, other: str) -> set[str]:
             found.add(node)
             todo += [value for key, value in graph[node]["inputs"].items() if key != other]
     return found
+
+
+def is_replaced(settings: dict, key: str) -> bool:
+    """Whether an input has no effect, because L2P Stages is connected to its node."""
+    return "stage_options" in settings["inputs"] and key in ("stages", "stage_denoise", "redraw")
 
 
 def is_link(value: object) -> bool:
