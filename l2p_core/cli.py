@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from .evaluate.command import add_evaluate
 from .files.content import printable
 from .files.header import CheckpointError
-from .interrupt import STATUS, Terminated, ending_at_once
+from .interrupt import STATUS, Terminated, ending_at_once, stop_at_eof
 from .remote.workflow import PLACES
 from .settings import FIELDS, MAX_COUNT, checked, describe, kind
 
@@ -1119,6 +1119,11 @@ def add_train(commands: argparse._SubParsersAction) -> None:
             " published layers, all (freeze ''), or a LoRA; settings that are given stay"
         ),
     )
+    parser.add_argument(
+        "--stop-at-eof",
+        action="store_true",
+        help="save and stop when standard input ends, for programs that start this one",
+    )
     metavars: dict[object, str] = {int: "N", float: "X", str: "TEXT"}
     for each in fields(TrainConfig):
         choices = each.metadata.get("choices")
@@ -1166,6 +1171,8 @@ def add_train(commands: argparse._SubParsersAction) -> None:
                 )
             )
         else:
+            if args.stop_at_eof:
+                stop_at_eof()
             if (
                 args.recipe
             ):  # it may lie in the folder the program runs in; what is installed comes first

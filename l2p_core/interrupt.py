@@ -1,11 +1,13 @@
 """Interrupts (Ctrl-C) and SIGTERM: what answers them while modules are imported, and while a run
 is training."""
 
+import _thread
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Event, current_thread, main_thread
+from threading import Event, Thread, current_thread, main_thread
 from types import FrameType
 
 # Exit statuses by signal number, as shells have them.
@@ -81,3 +83,23 @@ def noted() -> Iterator[Noted]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def stop_at_eof() -> None:
+    """Take the end of standard input for SIGTERM, from now on.
+
+    A program that started this one holds the other end of it: its end closes where it asks to
+    stop, and also where it is killed. Works on Windows, where no signal can be sent."""
+
+    def watch() -> None:
+        # not through sys.stdin, whose lock Python wants where it ends while this thread reads
+        while os.read(descriptor, 1 << 16):
+            pass
+        if hasattr(signal, "pthread_kill"):  # it also ends a wait of the main thread
+            signal.pthread_kill(main_thread().ident or 0, signal.SIGTERM)
+        else:
+            _thread.interrupt_main(signal.SIGTERM)
+
+    descriptor = sys.stdin.fileno()
+
+    Thread(target=watch, name="stop at EOF", daemon=True).start()

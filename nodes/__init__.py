@@ -20,12 +20,19 @@ class L2PExtension(ComfyExtension):
             )
             return []
         try:
-            from . import comfy_model, files, load, prompt, sample, stages
+            from . import comfy_model, files, load, prompt, sample, stages, train
         except (ImportError, AttributeError) as error:  # something private is gone
             versions.log_unsupported(error)
             return []
         comfy_model.install()
-        return [*load.NODES, *prompt.NODES, *sample.NODES, *stages.NODES, *files.NODES]
+        return [
+            *load.NODES,
+            *prompt.NODES,
+            *sample.NODES,
+            *stages.NODES,
+            *files.NODES,
+            *train.NODES,
+        ]
 
 
 async def comfy_entrypoint() -> ComfyExtension:

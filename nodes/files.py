@@ -233,17 +233,11 @@ def source_and_output(
     """The input's files, and the output in ComfyUI's models/diffusion_models. Raises
     CheckpointError for a name that leads out of it or is taken."""
     sources = model_paths(checkpoint)
-    folders = [Path(folder) for folder in folder_paths.get_folder_paths("diffusion_models")]
-    folder = next(
-        (folder for folder in folders if folder.name == "diffusion_models"), folders[0]
-    )  # the first is models/unet
+    folder = model_folder()
     name = filename.strip() or f"{sources[0].stem}-{suffix}"
     name = name if name.endswith(".safetensors") else f"{name}.safetensors"
     output = folder / name
-    if Path(name).name != name or "\\" in name or ":" in name or name.startswith("."):
-        raise CheckpointError(
-            f"filename is {name!r}; expected a plain name, which is put into {folder}"
-        )
+    check_plain_name("filename", name, folder)
     if not overwrite and output.exists():
         raise CheckpointError(
             f"{name} is in {folder} already. Give another filename, or turn overwrite on"
@@ -255,6 +249,21 @@ def source_and_output(
         )
     folder.mkdir(parents=True, exist_ok=True)
     return sources, output
+
+
+def model_folder() -> Path:
+    """ComfyUI's models/diffusion_models."""
+    folders = [Path(folder) for folder in folder_paths.get_folder_paths("diffusion_models")]
+    named = (folder for folder in folders if folder.name == "diffusion_models")
+    return next(named, folders[0])  # the first is models/unet
+
+
+def check_plain_name(setting: str, name: str, folder: Path) -> None:
+    """Raise CheckpointError for a name that leads out of the folder, or is hidden in it."""
+    if not name or Path(name).name != name or "\\" in name or ":" in name or name.startswith("."):
+        raise CheckpointError(
+            f"{setting} is {name!r}; expected a plain name, which is put into {folder}"
+        )
 
 
 def stamps_of_others(sources: list[Path], filename: str) -> list[tuple]:

@@ -240,8 +240,9 @@ def text_encoder_path(name: str) -> Path:
     """Where that text encoder is. Raises CheckpointError where it no longer exists."""
     if name == BUNDLED:
         return BUNDLED_MODEL / "text_encoder"
+    listed = text_encoders()  # a name that a link brings is not one of these by itself
     for root in folder_paths.get_folder_paths("text_encoders"):
-        if (path := Path(root) / name).exists():
+        if name in listed and (path := Path(root) / name).exists():
             return path
     raise CheckpointError(
         f"the text encoder {name} is no longer in models/text_encoders. Press R to list what is"

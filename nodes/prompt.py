@@ -121,10 +121,10 @@ def encode(clip, prompt: str) -> tuple[list, str | None]:
     return clip.encode_from_tokens_scheduled(tokens), cut
 
 
-def note(node: type[io.ComfyNode], *texts: str | None) -> None:
-    """Say what is not None of the texts in the log, and under the node on the canvas."""
+def note(node: type[io.ComfyNode], *texts: str | None, log: bool = True) -> None:
+    """Say what is not None of the texts under the node on the canvas, and in the log."""
     texts = [text for text in texts if text]
-    for text in texts:
+    for text in texts if log else ():
         logging.warning(text)
     if texts and node.hidden and node.hidden.unique_id:
         PromptServer.instance.send_progress_text("\n".join(texts), node.hidden.unique_id)

@@ -6,6 +6,7 @@ travel as files.
 import asyncio
 import functools
 import importlib
+import importlib.util
 import json
 import sys
 import traceback
@@ -391,6 +392,20 @@ def stop_inside_a_step(path: str) -> list[str]:
     finally:
         comfy.model_management.interrupt_current_processing(False)
     raise RuntimeError("Stop was not noticed")
+
+
+def missing_packages(settings: dict, there: list[str]) -> str | None:
+    """What a training node says of these settings where only these packages are installed."""
+    train = of_pack("nodes.train")
+    find_spec = importlib.util.find_spec
+    importlib.util.find_spec = lambda name: name if name in there else None
+    try:
+        train.check_packages(settings)
+    except ImportError as error:
+        return str(error)
+    finally:
+        importlib.util.find_spec = find_spec
+    return None
 
 
 def quantize_while_stopping(path: str) -> None:

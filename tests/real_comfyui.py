@@ -9,6 +9,7 @@ Run as a program it tests several versions, each a folder with a checkout and it
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -42,6 +43,26 @@ def find() -> tuple[Path, Path] | str:
     if not python.is_file():
         return f"ComfyUI is at {root}, but its Python is not at {python}; set $COMFYUI_PYTHON"
     return root, python
+
+
+LENT = ("accelerate", "peft")  # pure Python; training needs them, and ComfyUI does not bring them
+
+
+def lend_packages(python: Path, folder: Path) -> dict[str, str]:
+    """The environment in which ComfyUI's Python has what training needs: what it lacks is lent by
+    this one."""
+    missing = f"import importlib.util as u; print(*(n for n in {LENT} if not u.find_spec(n)))"
+    asked = subprocess.run([python, "-c", missing], stdout=subprocess.PIPE, text=True, check=True)
+    lent = folder / "lent"
+    lent.mkdir()
+    for name in asked.stdout.split():
+        found = importlib.util.find_spec(name)
+        if found is None:
+            continue  # the tests of training are skipped
+        package = Path(found.origin).parent
+        for part in (package, *package.parent.glob(f"{name}-*.dist-info")):
+            (lent / part.name).symlink_to(part)
+    return {**os.environ, "PYTHONPATH": str(lent)}
 
 
 class Refused(Exception):
@@ -149,6 +170,7 @@ class Server:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=folder,
+                env=lend_packages(python, folder),
             )
         deadline = time.monotonic() + ready_within
         while not self._answers():

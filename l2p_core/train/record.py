@@ -141,7 +141,13 @@ def write_table(file: Path, rows: list[tuple | list], more: bool = False) -> Non
 
 
 def draw_curves(curves: list[list[tuple[int, float]]], file: Path) -> None:
-    """Write a PNG of curves of (step, loss), the second in red, the third in blue.
+    """Write a PNG of curves of (step, loss), see `image_of_curves`."""
+    with atomic_write(file) as stream:
+        image_of_curves(curves).save(stream, "PNG")
+
+
+def image_of_curves(curves: list[list[tuple[int, float]]]) -> Image.Image:
+    """Return an image of curves of (step, loss), the second in red, the third in blue.
 
     Each point is the mean of those that share a column of pixels."""
     points = [point for curve in curves for point in curve]
@@ -171,8 +177,7 @@ def draw_curves(curves: list[list[tuple[int, float]]], file: Path) -> None:
     pen.text((MARGIN - 12, HEIGHT - MARGIN - 6), "0", fill="black")
     pen.text((MARGIN, HEIGHT - MARGIN + 4), f"step {first}", fill="black")
     pen.text((WIDTH - MARGIN - 40, HEIGHT - MARGIN + 4), f"{last}", fill="black")
-    with atomic_write(file) as stream:
-        image.save(stream, "PNG")
+    return image
 
 
 def samples_file(output: Path, step: int) -> Path:
