@@ -111,7 +111,7 @@ def report_compared(variants: list[Variant], images: list[list[Written]], output
         notes.append("LPIPS was not computed: it needs the package lpips.")
     write_json(output / COMPARED, {"compared": rows})
     cards = [card_table(row["card"], row["name"]) for row in rows if row["card"]]
-    write_html(output / REPORT, "Comparison", notes, [table, *cards], figures)
+    write_html(output / REPORT, "Comparison", notes, [table], figures, cards)
     print("\n".join(notes))
     print(f"\n{markdown(table)}\n\n{output / REPORT}")
 

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from ..files.atomic import atomic_write
 from ..images import read_image
@@ -65,8 +65,11 @@ def write_html(
     texts: Sequence[str],
     tables: Sequence[Table],
     figures: Sequence[Figure] = (),
+    after: Sequence[Table] = (),
 ) -> None:
-    """Write a report. It links to the images, relative to itself, and to nothing else."""
+    """Write a report: texts, tables, figures, and the tables that come after them.
+
+    It links to the images, relative to itself, and to nothing else."""
     parts = [
         "<!doctype html>",
         f'<html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>',
@@ -74,26 +77,24 @@ def write_html(
         f"<h1>{escape(title)}</h1>",
     ]
     parts += [f"<p>{escape(text)}</p>" for text in texts]
-    for table in tables:
-        parts.append(f"<h2>{escape(table.title)}</h2>")
-        parts.append(_html_table(table))
+    parts += map(_html_table, tables)
     if figures:
         parts.append("<h2>Images</h2>")
         parts += [_html_figure(figure, file.parent) for figure in figures]
+    parts += map(_html_table, after)
     with atomic_write(file) as stream:
         stream.write(("\n".join(parts) + "\n").encode())
 
 
 def _html_table(table: Table) -> str:
     head, *rows = table.rows
-    lines = [
-        "<table>",
-        "<tr>" + "".join(f"<th>{escape(str(cell))}</th>" for cell in head) + "</tr>",
-    ]
-    lines += [
-        "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows
-    ]
-    return "\n".join([*lines, "</table>"])
+    lines = [_html_row("th", head), *(_html_row("td", row) for row in rows)]
+    return "\n".join([f"<h2>{escape(table.title)}</h2>", "<table>", *lines, "</table>"])
+
+
+def _html_row(kind: str, cells: Sequence[object]) -> str:
+    inner = "".join(f"<{kind}>{escape(str(cell))}</{kind}>" for cell in cells)
+    return f"<tr>{inner}</tr>"
 
 
 def _html_figure(figure: Figure, folder: Path) -> str:
@@ -115,8 +116,7 @@ def pair_sheet(pairs: Sequence[Pair]) -> Image.Image:
         top = GAP + index * height
         one, other = (read_image(path).convert("RGB") for path in (pair.one, pair.other))
         for column, image in enumerate((one, other, difference(one, other))):
-            shown = image.copy()
-            shown.thumbnail((CELL, CELL))
+            shown = ImageOps.contain(image, (CELL, CELL))
             sheet.paste(shown, (GAP + column * (CELL + GAP), top))
         figures = f"{pair.name}   PSNR {pair.psnr:.1f} dB   SSIM {pair.ssim:.4f}"
         if pair.lpips is not None:
