@@ -156,7 +156,7 @@ def count_damaged(server: Server, count: int) -> int:
 def measure_overhead(server: Server, count: int = 100) -> None:
     """Print what HTTP, the queue, the other process and the PNG add to an image of one step: the
     least times of several, which other programs on the machine disturb least."""
-    pipe = L2PPipeline.from_pretrained(device="cpu", torch_dtype=torch.float32)
+    pipe = L2PPipeline.from_pretrained(device="cpu", torch_dtype=None)
     pipe(PROMPT, seed=0, num_inference_steps=1)
     direct, served = [], []
     for seed in range(count):

@@ -23,8 +23,7 @@ class Server:
     """A running server. url: where it is. process: `subprocess.Popen`."""
 
     def __init__(self, *flags, **environment):
-        fixed = ("--port", "0", "--dtype", "float32")  # bfloat16 is slow on many CPUs
-        command = [sys.executable, "-m", "comfyui_l2p", "serve", *fixed, *flags]
+        command = [sys.executable, "-m", "comfyui_l2p", "serve", "--port", "0", *flags]
         self.process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,

@@ -47,7 +47,7 @@ def test_one_prompt_with_no_checkpoint_uses_the_bundled_model_and_says_so(tmp_pa
         and written["cfg_scale"] == 2.0
     )
     assert written["checkpoint_sha256"] == hash_files([BUNDLED_MODEL / "transformer.safetensors"])
-    pipe = L2PPipeline.from_pretrained(device="cpu")
+    pipe = L2PPipeline.from_pretrained(device="cpu", torch_dtype=None)  # as the command does
     again = pipe(
         written["prompt"],
         **{

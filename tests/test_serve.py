@@ -12,7 +12,6 @@ from urllib.parse import urlsplit
 import comfyui_browser
 import numpy as np
 import pytest
-import torch
 from comfyui_l2p.l2p_core.batch import generate, is_generated, plan
 from comfyui_l2p.l2p_core.cli import main
 from comfyui_l2p.l2p_core.pipeline import L2PPipeline
@@ -47,7 +46,7 @@ def client(server):
 
 @pytest.fixture(scope="module")
 def pipe():
-    return L2PPipeline.from_pretrained(device="cpu", torch_dtype=torch.float32)
+    return L2PPipeline.from_pretrained(device="cpu", torch_dtype=None)
 
 
 def generated(pipe, folder, count=1, **settings):

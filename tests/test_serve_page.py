@@ -197,3 +197,8 @@ def test_chinese_and_a_phone(page):
     }""")
     assert missing == []
     page.evaluate("() => localStorage.clear()")
+
+
+def test_the_documentation_of_the_api_opens(page):
+    page.click("header a")
+    page.wait_for_selector("#operations-default-generations_v1_images_generations_post")

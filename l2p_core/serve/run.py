@@ -39,11 +39,14 @@ class ServeOptions:
 
 def serve(options: ServeOptions, model: PipelineOptions) -> None:
     """Serve until interrupted. Raises ValueError and OSError where that can't start."""
+    import torch
+
     check_exposure(options)
     devices = worker_devices(options)
     with listening(options.host, options.port) as listener:
-        model = with_dtype(model, devices[0])
         pipe = L2PPipeline.from_pretrained(**model.arguments, device="cpu")
+        if model.arguments["torch_dtype"] is None:  # each image's record names its worker's dtype
+            pipe.dtype = default_dtype(torch.device(devices[0]), pipe.layout.parameters)
         encoder_files(pipe.text_encoder_path)  # raises where there is none
         serve_on(listener, options, pipe, start_workers(devices, model))
 
@@ -160,15 +163,6 @@ def start_workers(devices: list[str], model: PipelineOptions) -> list[Worker]:
             ) from None
         raise
     return list(workers)
-
-
-def with_dtype(model: PipelineOptions, device: str) -> PipelineOptions:
-    """Return the options with the device's default dtype where none was chosen: each image's record
-    names the dtype that its worker computes in."""
-    import torch
-
-    dtype = model.arguments["torch_dtype"] or default_dtype(torch.device(device))
-    return replace(model, arguments={**model.arguments, "torch_dtype": dtype})
 
 
 def worker_devices(options: ServeOptions) -> list[str]:
