@@ -1,6 +1,7 @@
-"""The counts of the benchmarks against operations written out by hand, and bounds that a change of
-the network must not exceed."""
+"""The counts of the benchmarks against operations written out by hand, bounds that a change of the
+network must not exceed, and every line of the benchmark that needs a card."""
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -50,3 +51,20 @@ def test_a_guided_step_stays_within_bounds(counted):
     assert launches < 2300 and size < 198e9
     assert 15 * counted.total("main layers", "element-wise").bytes < 115e9
     assert counted.total("decoder").bytes < 8e9
+
+
+def test_every_line_of_the_card_s_benchmark_runs(tmp_path, monkeypatch):
+    """Tiny, on the CPU; no time is looked at."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu
+
+    table = tmp_path / "gpu.json"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--smoke", "--json", str(table)])
+    gpu.main()
+    rows = {row["what"]: row for row in json.loads(table.read_text())["rows"]}
+    assert [row["note"] for what, row in rows.items() if what.startswith("network")] == [
+        "right"
+    ] * 2
+    absent = {what for what, row in rows.items() if row["value"] is None}
+    assert all(what.startswith(("attention", "product")) for what in absent), absent
+    assert len(rows) == 26
