@@ -7,7 +7,7 @@
 
 Names after the word limit it to those workflows. Runs the pack in a ComfyUI of its own
 (tests/real_comfyui.py says where it is looked for) and, but for thumbnails, in a browser: pip
-install -e ".[test,browser]", and chromium on PATH."""
+install -e ".[test,browser]", and chromium on PATH. Screenshots need a Chinese font, such as that of the package fonts-wqy-microhei."""
 
 import io
 import json
