@@ -60,13 +60,16 @@ PROMPTS = {
     "inpaint": "a small yellow diamond on a blue background, right",
 }
 
+# Whose seeds stay: the demo, and images that a run is trained on.
+FIXED = ("demo", "train_lora")
+
 # Opens an API form as ComfyUI itself does, then puts each of its groups into a column of its own,
 # the notes under the first. All nodes are equally wide, and as high as what they show, previews
 # included.
 ARRANGE = """async (graph, notes, fixed) => {
   await app.loadApiJson(graph, 'workflow')
   const width = 340, top = 90, gap = 60
-  const height = {L2PKSampler: 640, L2PTextEncode: 260, CLIPTextEncode: 160, L2PPromptList: 180, LoadImage: 340, SaveImage: 400}
+  const height = {L2PKSampler: 640, L2PTrainLoRA: 1060, L2PTextEncode: 260, CLIPTextEncode: 160, L2PPromptList: 180, LoadImage: 340, SaveImage: 400}
   const groups = {}
   for (const [id, node] of Object.entries(graph)) (groups[node._meta.group] ??= []).push(app.graph.getNodeById(+id))
   const texts = notes.map(([title, note, lines]) => {
@@ -119,7 +122,7 @@ def make_canvas(server: real_comfyui.Server, names: list[str]) -> None:
                 [title, note, lines_of(note)]
                 for title, note in zip(("About", "说明"), notes()[name])
             ]
-            graph = browser.call(ARRANGE, api(name), texts, name == "demo")
+            graph = browser.call(ARRANGE, api(name), texts, name in FIXED)
             graph["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"comfyui-l2p/{name}"))
             graph["extra"] = {}
             add_downloads(graph)
@@ -179,7 +182,9 @@ def make_thumbnails(server: real_comfyui.Server, names: list[str]) -> None:
             case "latent_draft":
                 before = generate("core_nodes", prompt=PROMPTS[name])[0]
                 image = halves(before, generate(name)[0])
-            case "batch_of_prompts":
+            case "train_lora":
+                image = halves(*before_and_after_training(server, name))
+            case "batch_of_prompts" | "training_images":
                 image = grid(
                     [
                         each.resize((SIDE // 2,) * 2, Image.Resampling.LANCZOS)
@@ -191,6 +196,27 @@ def make_thumbnails(server: real_comfyui.Server, names: list[str]) -> None:
         path = WORKFLOWS / f"{TITLES[name]}.jpg"
         image.save(path, quality=85, optimize=True)
         print("thumbnail", name, path.stat().st_size, flush=True)
+
+
+def before_and_after_training(server: real_comfyui.Server, name: str) -> list[Image.Image]:
+    """The image of a workflow that trains a LoRA, without and with it."""
+    trained, untrained = api(name), api(name)
+    (sampler,) = (
+        node
+        for node in untrained.values()
+        if node["class_type"] == "L2PKSampler" and node["_meta"]["group"].startswith("Use")
+    )
+    loader = untrained[sampler["inputs"]["model"][0]]
+    sampler["inputs"]["model"] = loader["inputs"]["model"]
+    untrained = {
+        key: node
+        for key, node in untrained.items()
+        if node["class_type"] not in ("L2PTrainLoRA", "LoraLoaderModelOnly")
+    }
+    return [
+        Image.open(io.BytesIO(server.run(graph, 3000)[-1])).convert("RGB")
+        for graph in (untrained, trained)
+    ]
 
 
 def halves(before: Image.Image, after: Image.Image) -> Image.Image:

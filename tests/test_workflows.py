@@ -11,6 +11,7 @@ from urllib.parse import quote
 import comfyui_browser
 import pytest
 from comfyui_l2p.l2p_core.remote.workflow import fill
+from comfyui_l2p.l2p_core.train.dataset import read_examples
 from PIL import Image
 from workflow_variants import (
     BUNDLED,
@@ -228,11 +229,14 @@ def test_every_node_and_choice_is_known_to_comfyui(object_info, name):
             if each != "upload" and (known := options(info, each)) is not None
         }
         offered = {choice for known in combos.values() for choice in known}
+        inputs = api(name)[str(node["id"])]["inputs"]
+        free = [value for each, value in inputs.items() if options(info, each) is None]
         for value in node["widgets_values"] if combos and "widgets_values" in node else ():
             if isinstance(value, str) and value not in FRONTEND_VALUES and value != "image":
-                assert (
-                    value in offered or MODEL_FILE.fullmatch(value) or node["type"] == "SaveImage"
-                ), (node["type"], value)
+                assert value in offered or MODEL_FILE.fullmatch(value) or value in free, (
+                    node["type"],
+                    value,
+                )
     for key, node in api(name).items():
         info = object_info[node["class_type"]]
         known = {each for inputs in info["input"].values() for each in inputs}
@@ -242,16 +246,13 @@ def test_every_node_and_choice_is_known_to_comfyui(object_info, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_workflow_runs_with_the_small_model(server, name):
-    prompt = (
-        "a red circle on a blue background\na green star on a white background"
-        if name == "batch_of_prompts"
-        else "a red circle"
-    )
-    files = server.run(small(name, prompt=prompt))
+    two = "a red circle on a blue background\na green star on a white background"
+    listed = name in ("batch_of_prompts", "train_lora", "training_images")
+    files = server.run(small(name, prompt=two if listed else "a red circle"))
     images = [Image.open(io.BytesIO(file)) for file in files]
     sides = {"demo": 384, "upscale_to_4k": 384, "small_cards": 192, "4k_checkpoint": 128}
     side = sides.get(name, 96)
-    assert len(images) == (2 if name == "batch_of_prompts" else 1)
+    assert len(images) == (2 if listed else 1)  # of training: the samples and the curve, and one
     assert images[-1].size == (side, side)
     assert any(low < high for low, high in images[-1].convert("RGB").getextrema())
 
@@ -267,6 +268,20 @@ def test_stages_of_an_older_workflow_give_the_same_image(server):
     old = json.loads((OLD / "api" / "upscale_to_4k.json").read_text())
     assert old["4"]["inputs"]["redraw"] == "squeezed"
     assert pixels(server, small(old)) == pixels(server, small("upscale_to_4k"))
+
+
+def test_training_reads_the_images_that_a_workflow_made(server):
+    prompts = "a red circle\n\na green star on a white background"
+    server.run(small("training_images", prompt=prompts))
+    folder = server.base / "output" / "l2p_dataset"
+    examples = read_examples(folder, None, 96**2, 16)
+    captions = {example.file.name: example.captions for example in examples}
+    assert captions == {
+        "image_00000.png": ("a red circle",),
+        "image_00001.png": ("a green star on a white background",),
+    }
+    info = server.get("/object_info/L2PTrainLoRA")["L2PTrainLoRA"]
+    assert "l2p_dataset [output]" in options(info, "dataset")
 
 
 def test_inpainting_keeps_what_is_not_masked(server):

@@ -28,6 +28,8 @@ TITLES = {
     "small_cards": "10 Small cards",
     "latent_draft": "11 Latent draft, pixel finish",
     "core_nodes": "12 Core nodes",
+    "train_lora": "13 Train a LoRA",
+    "training_images": "14 Training images",
 }
 NAMES = list(TITLES)
 CHINESE = "### 中文"  # the heading of a note's Chinese part
@@ -165,7 +167,11 @@ def small(
                     values[key] = BUNDLED
                 case "VAELoader", "vae_name":
                     values[key] = "pixel_space"
-                case "LoraLoaderModelOnly", "lora_name":
+                case "L2PTrainLoRA", "sample_every":
+                    values[key] = 0
+                case "L2PTrainLoRA", "batch":
+                    values[key] = 2
+                case "LoraLoaderModelOnly", "lora_name" if isinstance(value, str):
                     values[key] = LORA
                 case "LoadImage", "image":
                     values[key] = INPUT_IMAGE
