@@ -3,6 +3,7 @@ is."""
 
 import json
 import random
+import re
 import struct
 
 import pytest
@@ -389,6 +390,26 @@ REFUSED = {
         "is not the JSON that ComfyUI writes",
     ),
 }
+
+
+def test_threads_that_read_keep_the_order_and_are_given_back(tiny_weights, write):
+    """Several threads cast; the first fault of the file is the one that is named."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        model = load_model(write(tiny_weights), dtype=torch.bfloat16)
+        for name, weight in model.state_dict().items():
+            assert torch.equal(weight, tiny_weights[name].bfloat16())
+        names = [name for name in tiny_weights if name.endswith("w1.weight")]
+        spoilt = {**tiny_weights, **{name: tiny_weights[name] * torch.nan for name in names}}
+        file = write(spoilt, "spoilt.safetensors")
+        first = next(name for name in read_layout(file).tensors if name in names)
+        for _ in range(5):
+            with pytest.raises(CheckpointError, match=re.escape(f"{first} holds NaN")):
+                load_model(file)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -1,10 +1,14 @@
 """A checkpoint file becomes a model: tensors stay memory-mapped until they are cast or moved."""
 
 import math
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,9 +18,13 @@ from tqdm import tqdm
 from ..config import L2PConfig, block_numbers
 from ..model import L2PTransformer
 from .header import SHARD_NAME, CheckpointError, Entry, refuse_zeros
-from .layout import FLOATS, UNSCALED, Layout, read_layout
+from .layout import FLOATS, UNSCALED, Layout, Source, read_layout
 from .quantization import Int8Linear, dequantize, kernel
 
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+READERS = 4  # threads: more than a disk feeds, and each holds what it casts
 KEPT_IN_8_BITS = "int8_tensorwise"  # other formats are multiplied out
 
 
@@ -50,67 +58,126 @@ def load_model(
             raise CheckpointError(
                 f"{layout.path.name} can't be opened: {error}. Get the file again"
             ) from None
+        device = torch.empty(0, device=device).device  # "cuda" may be another one in a thread
+        reader = Reader(layout, readers, model, device, dtype)
+        # packed q, k and v are one group: their weight is read, and dequantized, once
+        groups = [
+            dict(group)
+            for _, group in groupby(layout.tensors.items(), key=lambda item: item[1].entry.key)
+        ]
+        progress_bar = opened.enter_context(
+            tqdm(
+                total=len(layout.tensors),
+                desc=f"loading {layout.path.name}",
+                unit="tensor",
+                disable=not progress,
+            )
+        )
+        for group, loaded in zip(groups, opened.enter_context(on_all_cores(reader.load, groups))):
+            tensors |= loaded
+            progress_bar.update(len(group))
+    for name, source in layout.tensors.items():
+        layer = name.rpartition(".")[0]
+        if f"{layer}.weight_scale" in tensors and name == f"{layer}.weight":
+            linear = Int8Linear(
+                tensors[name],
+                tensors[f"{layer}.weight_scale"],
+                model.get_submodule(layer).bias,
+                source.convrot_groupsize,
+            )
+            model.set_submodule(layer, linear)
+    model.load_state_dict(tensors, assign=True)
+    return model.eval()
 
-        def read(
-            entry: Entry, third: int | None = None, dtype: torch.dtype | None = None
-        ) -> Tensor:
-            tensor = readers[entry.file].get_tensor(entry.key)
-            if third is not None and tensor.dim():
-                tensor = tensor.chunk(3)[third]
-            return tensor.to(device, dtype)
 
-        # Key and weights of the last that were multiplied out: packed q, k and v are read once.
-        multiplied_out: tuple[str, Tensor] | None = None
-        for name, source in tqdm(
-            layout.tensors.items(),
-            desc=f"loading {layout.path.name}",
-            unit="tensor",
-            disable=not progress,
-        ):
+class Reader:
+    """Reads a checkpoint's tensors, casts and checks them. Several threads may use it."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        readers: Mapping[Path, safe_open],
+        model: L2PTransformer,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        self.layout, self.readers, self.model = layout, readers, model
+        self.device, self.dtype = device, dtype
+
+    def load(self, group: Mapping[str, Source]) -> dict[str, Tensor]:
+        """Return the tensors that one of the file's tensors becomes, by their published names: one,
+        or packed q, k and v. Scales of INT8 weights are beside them. Raises CheckpointError."""
+        loaded: dict[str, Tensor] = {}
+        dequantized: Tensor | None = None
+        for name, source in group.items():
             layer = name.rpartition(".")[0]
             if source.format is None:
-                tensors[name] = read(source.entry, source.third, dtype)
-            elif source.format == KEPT_IN_8_BITS and isinstance(
-                model.get_submodule(layer), nn.Linear
+                loaded[name] = self.read(source.entry, source.third, self.dtype)
+                self.refuse_nan(source.entry.key, loaded[name])
+                continue
+            assert source.scale is not None  # every format has one
+            if source.format == KEPT_IN_8_BITS and isinstance(
+                self.model.get_submodule(layer), nn.Linear
             ):
                 kernel("int8_linear")  # says so now where it is not installed
                 shared = source.scale.count == 1
-                scale = read(source.scale, None if shared else source.third, torch.float32).reshape(
-                    1 if shared else (-1, 1)
-                )
-                tensors[name] = read(source.entry, source.third)
-                tensors[f"{layer}.weight_scale"] = scale
-                model.set_submodule(
-                    layer,
-                    Int8Linear(
-                        tensors[name],
-                        scale,
-                        model.get_submodule(layer).bias,
-                        source.convrot_groupsize,
-                    ),
-                )
-                _refuse_nan(layout, source.scale.key, scale)
+                third = None if shared else source.third
+                scale = self.read(source.scale, third, torch.float32)
+                loaded[name] = self.read(source.entry, source.third)
+                loaded[f"{layer}.weight_scale"] = scale.reshape(1 if shared else (-1, 1))
+                self.refuse_nan(source.scale.key, scale)
             else:
-                if multiplied_out is None or multiplied_out[0] != source.entry.key:
-                    multiplied_out = (
-                        source.entry.key,
-                        dequantize(
-                            source.format,
-                            read(source.entry),
-                            read(source.scale),
-                            source.scale_2 and read(source.scale_2),
-                            source.convrot_groupsize,
-                            dtype,
-                        ),
+                if dequantized is None:
+                    dequantized = dequantize(
+                        source.format,
+                        self.read(source.entry),
+                        self.read(source.scale),
+                        source.scale_2 and self.read(source.scale_2),
+                        source.convrot_groupsize,
+                        self.dtype,
                     )
-                tensors[name] = (
-                    multiplied_out[1]
-                    if source.third is None
-                    else multiplied_out[1].chunk(3)[source.third]
+                loaded[name] = (
+                    dequantized if source.third is None else dequantized.chunk(3)[source.third]
                 )
-            _refuse_nan(layout, source.entry.key, tensors[name])
-    model.load_state_dict(tensors, assign=True)
-    return model.eval()
+            self.refuse_nan(source.entry.key, loaded[name])
+        return loaded
+
+    def read(
+        self, entry: Entry, third: int | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Return a tensor of the file, or one third of its rows, on the device."""
+        tensor = self.readers[entry.file].get_tensor(entry.key)
+        if third is not None and tensor.dim():
+            tensor = tensor.chunk(3)[third]
+        return tensor.to(self.device, dtype)
+
+    def refuse_nan(self, key: str, tensor: Tensor) -> None:
+        """Raise CheckpointError where a tensor holds NaN or infinite numbers."""
+        if not tensor.is_floating_point() or not tensor.numel():
+            return
+        if torch.stack((tensor.min(), tensor.max())).isfinite().all():  # both are NaN of a NaN
+            return
+        raise CheckpointError(
+            f"{self.layout.path.name}: {key} holds NaN or infinite numbers"
+            + (" once cast to float16" if tensor.dtype == torch.float16 else "")
+            + ". The file is damaged, or its training diverged"
+        )
+
+
+@contextmanager
+def on_all_cores(function: Callable[[In], Out], items: Iterable[In]) -> Iterator[Iterator[Out]]:
+    """Yield what the function returns for each item, in order, computed by as many threads as torch
+    has, up to `READERS`.
+
+    Each of them computes on its own: one reads while others cast. What has not begun is given up
+    where the caller leaves."""
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(min(threads, READERS), initializer=partial(torch.set_num_threads, 1))
+    try:
+        yield pool.map(function, items)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # the threads above have set it for all of MKL
 
 
 def check(layout: Layout) -> None:
@@ -219,12 +286,3 @@ def missing_layers(layout: Layout) -> str:
     depths = block_numbers(layout.tensors)
     absent = sorted(set(range(max(depths, default=-1) + 1)) - depths)
     return f"{absent[0]}..{absent[-1]}" if absent else ""
-
-
-def _refuse_nan(layout: Layout, key: str, tensor: Tensor) -> None:
-    if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
-        raise CheckpointError(
-            f"{layout.path.name}: {key} holds NaN or infinite numbers"
-            + (" once cast to float16" if tensor.dtype == torch.float16 else "")
-            + ". The file is damaged, or its training diverged"
-        )
