@@ -4,7 +4,7 @@ Any accelerator that torch supports is taken (CUDA, ROCm under the name cuda, XP
 were at hand when this was written."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -69,13 +69,22 @@ def free_memory(device: torch.device) -> int | None:
 
 def empty_cache(device: torch.device) -> None:
     """Give memory that torch holds in reserve back to the accelerator."""
-    release = getattr(getattr(torch, device.type, None), "empty_cache", None)
-    if device.type != "cpu" and release is not None:
+    release = of_accelerator(device, "empty_cache")
+    if release is not None:
         release()
 
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done all its work."""
-    wait = getattr(getattr(torch, device.type, None), "synchronize", None)
-    if device.type != "cpu" and wait is not None:
+    wait = of_accelerator(device, "synchronize")
+    if wait is not None:
         wait()
+
+
+def of_accelerator(device: torch.device, name: str) -> Callable | None:
+    """Return the function of torch.accelerator; where this torch lacks it, of torch.cuda and its
+    like. None for a CPU."""
+    if device.type == "cpu":
+        return None
+    older = getattr(getattr(torch, device.type, None), name, None)
+    return getattr(getattr(torch, "accelerator", None), name, older)

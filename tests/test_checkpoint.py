@@ -9,9 +9,10 @@ import struct
 import pytest
 import torch
 from comfyui_l2p.l2p_core import CheckpointError, load_model, read_layout
+from comfyui_l2p.l2p_core.files import quantization
 from comfyui_l2p.l2p_core.files.describe import describe, report
 from comfyui_l2p.l2p_core.files.header import read_header
-from comfyui_l2p.l2p_core.files.quantization import Int8Linear
+from comfyui_l2p.l2p_core.files.quantization import Int8Linear, int8_linear, kernel_runs
 from golden import recipe
 from helpers import GOLDEN, comfyui_naming, int8, rms, scaled_fp8
 
@@ -390,6 +391,25 @@ REFUSED = {
         "is not the JSON that ComfyUI writes",
     ),
 }
+
+
+def test_int8_is_multiplied_otherwise_where_the_kernel_does_not_run(monkeypatch):
+    """Tried here on a CPU, then on shapes of another device."""
+    kernel_runs.cache_clear()
+    assert kernel_runs(torch.device("cpu"))
+
+    def refuse(*_, **__):
+        raise NotImplementedError("there is no INT8 product on this device")
+
+    monkeypatch.setattr(quantization, "kernel", lambda name: refuse)
+    kernel_runs.cache_clear()
+    assert not kernel_runs(torch.device("cpu"))
+    with torch.device("meta"):
+        x, scale = torch.ones(2, 3, 64, dtype=torch.float16), torch.ones(32, 1)
+        weight = torch.ones(32, 64, dtype=torch.int8)
+        out = int8_linear(x, weight, scale, torch.ones(32), 16)
+    kernel_runs.cache_clear()
+    assert (out.shape, out.dtype, out.device.type) == ((2, 3, 32), torch.float16, "meta")
 
 
 def test_threads_that_read_keep_the_order_and_are_given_back(tiny_weights, write):

@@ -120,8 +120,9 @@ class Int8Linear(nn.Module):
 def int8_linear(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, convrot_groupsize: int
 ) -> Tensor:
-    """Return x W^T + b as `Int8Linear` does, by comfy-kitchen's kernel; by torch's on a CPU."""
-    if x.device.type == "cpu":
+    """Return x W^T + b as `Int8Linear` does, by comfy-kitchen's kernel; by torch's on a CPU and on
+    accelerators that it has no kernel for."""
+    if x.device.type == "cpu" or not kernel_runs(x.device):
         return int8_linear_on_cpu(x, weight, scale, bias, convrot_groupsize)
     return kernel("int8_linear")(
         x,
@@ -134,18 +135,32 @@ def int8_linear(
     )
 
 
+@cache
+def kernel_runs(device: torch.device) -> bool:
+    """Whether comfy-kitchen multiplies INT8 matrices on this device: tried once, on a small one.
+
+    MPS, XPU and old cards may have no such product."""
+    x = torch.zeros(64, 64, dtype=torch.float16, device=device)
+    weight, scale = x.to(torch.int8), torch.ones(1, device=device)
+    try:
+        kernel("int8_linear")(x, weight, scale, None, out_dtype=x.dtype)
+    except RuntimeError:  # NotImplementedError is one
+        return False
+    return True
+
+
 def int8_linear_on_cpu(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, convrot_groupsize: int
 ) -> Tensor:
     """Return what comfy-kitchen's `int8_linear` does, which copies the transposed weight at each
-    call."""
+    call, by products that every device has."""
     if convrot_groupsize:
-        hadamard_matrix = hadamard(convrot_groupsize).to(x.dtype)
+        hadamard_matrix = hadamard(convrot_groupsize).to(x)
         x = (x.unflatten(-1, (-1, convrot_groupsize)) @ hadamard_matrix).flatten(-2)
     rows = x.flatten(0, -2)
     row_scale = (rows.abs().amax(dim=1, keepdim=True).float() / 127).clamp(min=1e-30)
     numbers = (rows / row_scale.to(x.dtype)).round_().clamp_(-128, 127)
-    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+    if x.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512":
         product = torch._int_mm(numbers.to(torch.int8), weight.t()).float()
     else:  # torch has no 8-bit kernel: its loop takes 10 times as long as a float32 product
         product = numbers.float() @ weight.t().float()
@@ -197,7 +212,7 @@ def dequantize(
 def rotate(rows: Tensor, groupsize: int) -> Tensor:
     """Rows (N, K) as convrot turns them before rounding: each group of a row times the Hadamard
     matrix, its own inverse."""
-    return (rows.unflatten(1, (-1, groupsize)) @ hadamard(groupsize)).flatten(1)
+    return (rows.unflatten(1, (-1, groupsize)) @ hadamard(groupsize).to(rows.device)).flatten(1)
 
 
 @cache
