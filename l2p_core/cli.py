@@ -677,7 +677,7 @@ def add_doctor(commands: argparse._SubParsersAction) -> None:
     def run(args: argparse.Namespace) -> int:
         import torch
 
-        from .doctor import examine
+        from .doctor import examine, verdict
 
         failed = 0
         for finding in examine(
@@ -693,7 +693,7 @@ def add_doctor(commands: argparse._SubParsersAction) -> None:
         ):
             print(finding, flush=True)
             failed += finding.ok is False
-        print(f"{failed} failed" if failed else "everything that was tested is right")
+        print(verdict(failed))
         return min(failed, 1)
 
     parser.set_defaults(run=run, when_stopped="Nothing was changed")

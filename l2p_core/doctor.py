@@ -7,7 +7,7 @@ import platform
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -76,6 +76,17 @@ def examine(
         prompt,
         other,
     )
+
+
+def report(findings: Iterable[Finding]) -> str:
+    """Return the findings as lines, and the verdict below them."""
+    found = list(findings)
+    return "\n".join([*map(str, found), verdict(sum(each.ok is False for each in found))])
+
+
+def verdict(failed: int) -> str:
+    """Return what so many failed findings come to."""
+    return f"{failed} failed" if failed else "everything that was tested is right"
 
 
 def environment() -> Iterator[Finding]:
@@ -158,13 +169,13 @@ def recorded_image(device: str | None) -> Finding:
 def examine_checkpoint(
     checkpoint: str | Path | None,
     text_encoder: str | Path | None,
-    tokenizer: str | Path | None,
-    device: str | None,
-    dtype: torch.dtype | None,
-    convrot_groupsize: int | None,
-    image: str | Path | None,
-    prompt: str | None,
-    other: str | Path | None,
+    tokenizer: str | Path | None = None,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    convrot_groupsize: int | None = None,
+    image: str | Path | Image.Image | None = None,
+    prompt: str | None = None,
+    other: str | Path | None = None,
 ) -> Iterator[Finding]:
     """Yield the findings about a checkpoint: its file, its text encoder, what it predicts, what it
     takes."""
@@ -304,9 +315,15 @@ def knows_shapes_only(layout: Layout) -> bool:
 
 
 def proof_scene(
-    pipe: L2PPipeline, image: str | Path | None, prompt: str | None, height: int, width: int
+    pipe: L2PPipeline,
+    image: str | Path | Image.Image | None,
+    prompt: str | None,
+    height: int,
+    width: int,
 ) -> tuple[Image.Image, str]:
     """Return the image that is denoised, and its prompt: the user's, else a scene that is drawn."""
+    if isinstance(image, Image.Image):
+        return image.convert("RGB").resize((width, height)), prompt or ""
     if image is not None:
         with open_image(image) as opened:
             return opened.convert("RGB").resize((width, height)), prompt or ""

@@ -20,7 +20,7 @@ class L2PExtension(ComfyExtension):
             )
             return []
         try:
-            from . import comfy_model, files, load, prompt, sample, stages, train
+            from . import check, comfy_model, files, load, prompt, sample, stages, train
         except (ImportError, AttributeError) as error:  # something private is gone
             versions.log_unsupported(error)
             return []
@@ -32,6 +32,7 @@ class L2PExtension(ComfyExtension):
             *stages.NODES,
             *files.NODES,
             *train.NODES,
+            *check.NODES,
         ]
 
 

@@ -6,6 +6,7 @@ needs it. What is documented for node packs (`comfy_api`, `folder_paths`, `comfy
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import comfy.cli_args
 import comfy.ldm.common_dit
@@ -30,6 +31,9 @@ from ..l2p_core.model import NORM_EPS, PUBLISHED, Attention
 INSTALLED = "_l2p_installed"  # set on ComfyUI's own module: a pack may be imported twice
 INT8_LAYOUT = "TensorWiseINT8Layout"
 AREA_UNIT = 8  # pixels that Conditioning (Set Area) takes to be one element of any latent
+
+# The vocabulary of Qwen's models, which lies beside ComfyUI's text encoders.
+QWEN_TOKENIZER = Path(comfy.text_encoders.llama.__file__).parent / "qwen25_tokenizer"
 
 pad_to_patch_size = comfy.ldm.common_dit.pad_to_patch_size  # as for its other transformers
 

@@ -408,6 +408,21 @@ def missing_packages(settings: dict, there: list[str]) -> str | None:
     return None
 
 
+def check_model(checkpoint: str, text_encoder: str) -> str:
+    """The report of L2P Check Model. Both are paths, or names that its lists have."""
+    folders = "diffusion_models", "text_encoders"
+    paths = [name.rpartition("/") for name in (checkpoint, text_encoder)]
+    for kind, (folder, _, _) in zip(folders, paths):
+        if folder:
+            folder_paths.add_model_folder_path(kind, folder, is_default=True)
+    folder_paths.filename_list_cache.clear()
+    checkpoint, text_encoder = (name for _, _, name in paths)
+    with torch.inference_mode():  # as ComfyUI runs nodes
+        result = nodes.NODE_CLASS_MAPPINGS["L2PCheckModel"].execute(checkpoint, text_encoder)
+    assert result.ui.value == result.args[0]
+    return result.args[0]
+
+
 def quantize_while_stopping(path: str) -> None:
     """Quantize with Stop pressed when the progress bar first moves; later moves may be too close
     together to be shown."""
