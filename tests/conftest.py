@@ -1,6 +1,7 @@
 """The recorded numbers, the tiny model they were recorded with, and a place to write its
 checkpoints."""
 
+import os
 import signal
 
 import comfyui_stand_ins
@@ -56,10 +57,21 @@ def write(tmp_path):
 COMFYUI_FIXTURES = {"comfyui", "newest_comfyui", "comfyui_server"}
 
 
+def pytest_configure(config):
+    """Let each test process compute on one core. With two threads each they would wait for each
+    other most of the time."""
+    if config.getoption("numprocesses", None):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark what needs a ComfyUI or a browser, by what it asks for."""
+    """Mark what needs a ComfyUI or a browser, by its fixtures. Tests of one group run in one
+    process: those of a file, and all that share the ComfyUI."""
     for item in items:
         asked = set(getattr(item, "fixturenames", ()))
+        group = "comfyui" if asked & COMFYUI_FIXTURES else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
         if asked & COMFYUI_FIXTURES:
             item.add_marker("comfyui")
         if asked & {"page", "browser"}:
