@@ -421,7 +421,7 @@ def measured(
     """What comes of a graph, in words. known: images of graphs that it is compared with."""
     try:
         found = pixels(server, graph)
-    except real_comfyui.Refused as refused:
+    except real_comfyui.Rejected as refused:
         return f"fails: {str(refused).strip().rpartition(': ')[2].partition('. ')[0].rstrip('.')}"
     height, width = found.shape[:2]
     if " at 32, 32" in name:
@@ -471,7 +471,7 @@ def measure_samplers() -> str:
                         steps=steps,
                         output=file,
                     )
-                except real_comfyui.Refused:
+                except real_comfyui.Rejected:
                     return None
                 return load_file(file)["samples"].numpy().clip(-1, 1)
 

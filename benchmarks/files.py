@@ -52,7 +52,7 @@ def run(
     """(seconds until the output is on the disk, peak private GB, exit status)."""
     for file in inputs:
         drop_from_cache(file)
-    begun, peak = time.perf_counter(), 0
+    started, peak = time.perf_counter(), 0
     process = subprocess.Popen(
         list(map(str, command)),
         stdout=subprocess.DEVNULL,
@@ -65,7 +65,7 @@ def run(
     if output.exists():
         with output.open("rb") as stream:
             os.fsync(stream.fileno())
-    return time.perf_counter() - begun, peak / 1e9, process.returncode
+    return time.perf_counter() - started, peak / 1e9, process.returncode
 
 
 def main() -> None:

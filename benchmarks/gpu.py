@@ -108,10 +108,10 @@ class Card:
         took = []
         for _ in range(repeats or self.repeats):
             self.synchronize()
-            begun = time.perf_counter()
+            started = time.perf_counter()
             run()
             self.synchronize()
-            took.append(time.perf_counter() - begun)
+            took.append(time.perf_counter() - started)
         return statistics.median(took)
 
 
@@ -170,10 +170,10 @@ def steps(card: Card) -> Iterator[Row]:
     for name, sampler, number in (("euler", "euler", 30), ("ab2", "ab2", 18)):
         number = min(number, card.steps)
         velocity = guided_velocity(model, *([each] for each in card.prompts(model, 100, 12)), 2.0)
-        begun = time.perf_counter()
+        started = time.perf_counter()
         SOLVERS[sampler](velocity, card.noise(card.size), schedule(number))
         card.synchronize()
-        yield Row(f"image, {name} in {number} steps", time.perf_counter() - begun, "s")
+        yield Row(f"image, {name} in {number} steps", time.perf_counter() - started, "s")
 
     velocity = guided_velocity(model, *([each] for each in card.prompts(model, 100, 12)), 2.0)
     tiled = in_windows(velocity, card.size, model.config.size_multiple)
@@ -183,10 +183,10 @@ def steps(card: Card) -> Iterator[Row]:
 
     for block in (*model.noise_refiner, *model.context_refiner, *model.layers):
         block.compile(dynamic=True, backend="eager" if card.smoke else "inductor")
-    step, begun = guided_step(card, model, card.size), time.perf_counter()
+    step, started = guided_step(card, model, card.size), time.perf_counter()
     step()
     card.synchronize()
-    first = time.perf_counter() - begun
+    first = time.perf_counter() - started
     compiled = card.seconds(step)
     gain = eager - compiled
     after = f"pays after {first / gain:.0f} steps" if gain > 0 else "never pays"
@@ -308,10 +308,10 @@ def loading(card: Card) -> Iterator[Row]:
         save_file({name: weight.cpu().contiguous() for name, weight in weights.items()}, file)
         del weights
         empty_cache(card.device)
-        begun = time.perf_counter()
+        started = time.perf_counter()
         load_model(file, card.device, card.dtype)
         card.synchronize()
-        took = time.perf_counter() - begun
+        took = time.perf_counter() - started
         yield Row("loading", took, "s", f"{file.stat().st_size / took / 1e9:.2f} GB/s")
 
 
@@ -392,11 +392,11 @@ def main() -> None:
         parser.error("torch finds no accelerator here; --smoke runs everything small on the CPU")
     name = torch.cuda.get_device_name() if card.device.type == "cuda" else str(card.device)
     print(f"{name}, torch {torch.__version__}\n| | | | |\n|---|---|---|---|", flush=True)
-    begun, rows = time.monotonic(), []
+    started, rows = time.monotonic(), []
     for section in SECTIONS:
         if section.__name__ not in args.only:
             continue
-        if time.monotonic() - begun > LIMIT:
+        if time.monotonic() - started > LIMIT:
             found = [Row(section.__name__, None, "", f"left out after {LIMIT} s")]
         else:
             found = attempt(partial(section, card), section.__name__, args.smoke)

@@ -75,9 +75,9 @@ def build(config: L2PConfig) -> L2PTransformer:
 @torch.inference_mode()
 def seconds(model: L2PTransformer, size: int, batch: int) -> float:
     given = inputs(model.config, size, batch)
-    begun = time.perf_counter()
+    started = time.perf_counter()
     model(*given)
-    return time.perf_counter() - begun
+    return time.perf_counter() - started
 
 
 def plot(rows: list[dict], file: Path) -> None:

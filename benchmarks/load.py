@@ -110,11 +110,11 @@ def drop_from_cache(path: Path) -> None:
 def read_once(path: Path) -> float:
     """Seconds to read the file from disk."""
     drop_from_cache(path)
-    begun = time.perf_counter()
+    started = time.perf_counter()
     with path.open("rb", buffering=0) as stream:
         while stream.read(1 << 24):
             pass
-    return time.perf_counter() - begun
+    return time.perf_counter() - started
 
 
 def private_bytes(process: int | str = "self") -> int:
@@ -140,9 +140,9 @@ def measure(path: Path) -> None:
     watcher = threading.Thread(target=watch)
     before = private_bytes()
     watcher.start()
-    begun, computed = time.perf_counter(), time.process_time()
+    started, computed = time.perf_counter(), time.process_time()
     model = load_model(path, dtype=torch.bfloat16)
-    seconds, cpu_seconds = time.perf_counter() - begun, time.process_time() - computed
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - computed
     done.set()
     watcher.join()
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())

@@ -54,9 +54,9 @@ def open_pipe(folder: Path, format: str = "", **settings: object) -> L2PPipeline
 
 
 def seconds(pipe: L2PPipeline, caption: str, drawn: dict) -> float:
-    settings, begun = settle(drawn), time.perf_counter()
+    settings, started = settle(drawn), time.perf_counter()
     pipe(caption, seed=0, **settings)
-    return time.perf_counter() - begun
+    return time.perf_counter() - started
 
 
 def settle(drawn: dict) -> dict:

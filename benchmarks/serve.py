@@ -75,13 +75,13 @@ class Load:
 
     def run(self) -> float:
         """Send all requests; returns seconds."""
-        begun = time.monotonic()
+        started = time.monotonic()
         clients = [threading.Thread(target=self._client) for _ in range(self.args.clients)]
         for client in clients:
             client.start()
         for client in clients:
             client.join()
-        return time.monotonic() - begun
+        return time.monotonic() - started
 
     def _client(self) -> None:
         while True:
@@ -164,12 +164,12 @@ def measure_overhead(server: Server, count: int = 100) -> None:
     pipe = L2PPipeline.from_pretrained(device="cpu", torch_dtype=None)
     direct, served = [], []  # seconds
     for seed in range(count + 1):
-        begun = time.process_time()
+        started = time.process_time()
         pipe(PROMPT, seed=seed, num_inference_steps=1)
-        direct.append(time.process_time() - begun)
-        begun = processor_seconds(server)
+        direct.append(time.process_time() - started)
+        started = processor_seconds(server)
         server.generate(prompt=PROMPT, seed=seed, num_inference_steps=1)
-        served.append(processor_seconds(server) - begun)
+        served.append(processor_seconds(server) - started)
     before, after = (1000 * sum(each[1:]) / count for each in (direct, served))
     print(
         f"overhead: {after - before:.0f} ms of processor time an image"

@@ -119,7 +119,7 @@ def ours(
     )
     seconds, first = watch(pipe.transformer, args)
     pipe.text_encoder
-    begun = now(args)
+    started = now(args)
     image = pipe(
         PROMPT,
         seed=0,
@@ -132,7 +132,7 @@ def ours(
             else {"num_inference_steps": math.ceil(args.steps * 18 / 30), "shift": 2.0}
         ),
     )
-    took = now(args) - begun
+    took = now(args) - started
     image.save(args.checkpoint.with_name("image.png"))
     return [each / 2 for each in seconds], took, first[0]
 
@@ -187,7 +187,7 @@ def published(args: argparse.Namespace) -> tuple[list[float], float, Tensor]:
             embedder.timestep_embedding(t, embedder.frequency_embedding_size)
         )
     seconds, first = watch(pipe.dit, args)
-    begun = now(args)
+    started = now(args)
     image = pipe(
         PROMPT,
         seed=0,
@@ -196,7 +196,7 @@ def published(args: argparse.Namespace) -> tuple[list[float], float, Tensor]:
         num_inference_steps=args.steps,
         cfg_scale=2.0,
     )
-    took = now(args) - begun
+    took = now(args) - started
     image.save(args.checkpoint.with_name("image.png"))
     return seconds, took, first[0][0][0].transpose(0, 1)
 
@@ -280,7 +280,7 @@ def measure(args: argparse.Namespace) -> None:
     if args.processor_time:
         torch.set_num_threads(1)
     seconds, image, first = RUNS[args.side](args)
-    saved = time.process_time() if args.processor_time else time.time() - args.begun
+    saved = time.process_time() if args.processor_time else time.time() - args.started
     torch.save(first.float().cpu().clone(), args.checkpoint.with_name(f"{args.side}.pt"))
     print(
         json.dumps(
@@ -307,7 +307,7 @@ def run(side: str, dtype: str, args: argparse.Namespace) -> dict[str, float]:
             side,
             "--dtype",
             dtype,
-            "--begun",
+            "--started",
             str(time.time()),
         ],
         stdout=subprocess.PIPE,
@@ -364,7 +364,7 @@ def main() -> None:
         action="store_true",
         help="one thread, and the seconds it computes: for a machine that others use too",
     )
-    parser.add_argument("--begun", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.checkpoint = args.folder / f"{args.scale}.safetensors"

@@ -52,7 +52,7 @@ def program() -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run `l2p` with these arguments.
 
-    Returns the exit status: 0 done, 1 refused with a message, or found faulty by `l2p doctor`, 130
+    Returns the exit status: 0 done, 1 rejected with a message, or found faulty by `l2p doctor`, 130
     interrupted (Ctrl-C), 143 terminated (SIGTERM)."""
     with ending_at_once():
         import torch
@@ -238,7 +238,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
         if rank == 0:
             print(args.output)
 
-    parser.set_defaults(run=run, when_stopped="The same command goes on where this one ended")
+    parser.set_defaults(run=run, when_stopped="The same command resumes")
 
 
 def print_bundled() -> None:
@@ -625,9 +625,7 @@ def add_queue(commands: argparse._SubParsersAction) -> None:
 
     parser.set_defaults(
         run=run,
-        when_stopped=(
-            "Our jobs were taken off the servers; the same command goes on where this one ended"
-        ),
+        when_stopped=("Our jobs were taken off the servers; the same command resumes"),
     )
 
 
@@ -940,7 +938,7 @@ def add_synthesize(commands: argparse._SubParsersAction) -> None:
         help="generate training images with the latent model, and write their prompts",
         description=(
             "Generate images with a latent Z-Image through diffusers, as a folder for l2p train:"
-            " images/ and metadata.csv with the seeds. A run that was stopped goes on. Under"
+            " images/ and metadata.csv with the seeds. An interrupted run resumes. Under"
             " `accelerate launch` the images are split over the processes."
         ),
     )
@@ -1054,7 +1052,7 @@ def add_synthesize(commands: argparse._SubParsersAction) -> None:
         if rank == 0:
             print(args.output)
 
-    parser.set_defaults(run=run, when_stopped="The same command goes on where this one ended")
+    parser.set_defaults(run=run, when_stopped="The same command resumes")
 
 
 def write_prompts(args: argparse.Namespace, file: Path, device: str) -> None:
@@ -1096,7 +1094,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
         description=(
             "Train an L2P model on images with captions. The settings come from a TOML file, from"
             " the flags below, which are the file's names, or from both. A run that was stopped"
-            " goes on where it saved last."
+            " resumes from its last save."
         ),
     )
     parser.add_argument(
@@ -1181,7 +1179,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
 
     parser.set_defaults(
         run=run,
-        when_stopped="The same command goes on from the last save",
+        when_stopped="The same command resumes from the last save",
         when_full="docs/training.md, Memory, says which settings take less; --estimate counts them",
     )
 

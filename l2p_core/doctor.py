@@ -154,9 +154,9 @@ def find_comfyui() -> str:
 def recorded_image(device: str | None) -> Finding:
     """Generate an image with the bundled model, and compare it with the recorded one."""
     pipe = L2PPipeline.from_pretrained(device=device, torch_dtype=torch.float32)
-    begun = time.perf_counter()
+    started = time.perf_counter()
     image = pipe(RECORDED_PROMPT, seed=42)
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - started
     with open_image(RECORDED, ("PNG",)) as recorded:
         expected = np.asarray(recorded.convert("RGB")).astype(float)
     apart = float(np.sqrt(np.square(np.asarray(image) - expected).mean()))
@@ -205,14 +205,14 @@ def examine_checkpoint(
 
     settings = pipe.complete({"height": height, "width": width})
     pipe.adopt(pipe.place(settings, 1, free_text_encoder=True))
-    begun = time.perf_counter()
+    started = time.perf_counter()
     try:
         model = pipe.transformer
     except CheckpointError as error:
         yield Finding("weights", False, str(error))
         yield from untested(*rest[1:])
         return
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - started
     yield Finding("weights", True, f"whole and finite, loaded in {seconds:.1f} s")
 
     embeds, nothing = embeds.to(pipe.device), nothing.to(pipe.device)
@@ -339,10 +339,10 @@ def measure_pass(pipe: L2PPipeline, probe: Probe) -> Finding:
     settings = pipe.complete({"height": height, "width": width, "cfg_scale": 1.0})
     expected = needs(pipe, settings, 1).passing(pipe.decoder_tile)
     synchronize(probe.device)
-    begun = time.perf_counter()
+    started = time.perf_counter()
     probe.run(0.5)
     synchronize(probe.device)
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - started
     if probe.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(probe.device)
         before = torch.cuda.memory_allocated(probe.device)
@@ -364,9 +364,9 @@ def compare(pipe: L2PPipeline, probe: Probe, other: str | Path) -> Finding:
     """Compare the velocity with that of a second checkpoint of the same model."""
     x = (probe.image + probe.noise) / 2
     t = torch.tensor([0.5], device=probe.device)
-    begun = time.perf_counter()
+    started = time.perf_counter()
     ours = velocity_of(probe, x, t)
-    first = time.perf_counter() - begun
+    first = time.perf_counter() - started
     try:
         layout = read_layout(other)
         check(layout)
@@ -376,9 +376,9 @@ def compare(pipe: L2PPipeline, probe: Probe, other: str | Path) -> Finding:
         probe.model = load_model(layout, pipe.device, pipe.dtype)
     except CheckpointError as error:
         return Finding("other file", False, str(error))
-    begun = time.perf_counter()
+    started = time.perf_counter()
     theirs = velocity_of(probe, x, t)
-    second = time.perf_counter() - begun
+    second = time.perf_counter() - started
     apart = ((ours - theirs).norm() / ours.norm()).item()
     detail = (
         f"{layout.path.name}: its velocity differs by {apart:.1%}, a pass takes {second:.2f} s"

@@ -115,7 +115,7 @@ def decoded_bytes(image: Image.Image) -> int:
 
 
 def is_whole_png(image: Image.Image) -> bool:
-    """Return True where a PNG that was opened goes on undamaged to its end; it can't be used
+    """Return True where an open PNG is undamaged up to its end; it can't be used
     afterwards."""
     try:
         image.verify()
@@ -190,7 +190,7 @@ def _readable(name: object) -> Iterator[None]:
 
 @contextmanager
 def _without_pillows_limit() -> Iterator[None]:
-    """Pillow refuses images of more than 179 million pixels as they are opened, and has one limit
+    """Pillow rejects images of more than 179 million pixels as they are opened, and has one limit
     for the whole program. Ours counts where the pixels are decoded."""
     with _pillow_limit:
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None

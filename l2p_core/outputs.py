@@ -31,7 +31,7 @@ def output_files(rows: list[dict], count: int, output: Path) -> list[list[Path]]
         files = [[output]]
     else:
         files = [_files_of_row(row, number, count, output) for number, row in enumerate(rows)]
-    _refuse_clashes(files)
+    _reject_clashes(files)
     for number, row_files in enumerate(files, 1):
         for file in row_files:
             if fault := _unwritable(file):
@@ -98,7 +98,7 @@ def _files_of_row(row: dict, number: int, count: int, output: Path) -> list[Path
     return [output / each for each in names]
 
 
-def _refuse_clashes(files: list[list[Path]]) -> None:
+def _reject_clashes(files: list[list[Path]]) -> None:
     """Raise ValueError where two images have one file, or one has the folder of another."""
     numbers: dict[str, int] = {}
     for number, row_files in enumerate(files, 1):

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .files.content import left_by_system
-from .files.header import CheckpointError, find_files, read_header, refuse_zeros
+from .files.header import CheckpointError, find_files, read_header, reject_zeros
 from .files.layout import FLOATS, UNSCALED
-from .files.quantization import BESIDE_WEIGHTS, multiplied_out
+from .files.quantization import BESIDE_WEIGHTS, dequantize_all
 from .qwen3 import Qwen3, Qwen3Config
 from .tokenizer import find_tokenizer, load_tokenizer, read_json
 
@@ -60,7 +60,7 @@ class TextEncoder:
         CheckpointError."""
         encoder = find_encoder(encoder)
         for file in encoder_files(encoder):
-            refuse_zeros(file)
+            reject_zeros(file)
         words = load_tokenizer(find_tokenizer(encoder, tokenizer))
         return cls(load_qwen3(encoder, dtype).to(device).eval(), words)
 
@@ -154,7 +154,7 @@ def load_qwen3(encoder: Path, dtype: torch.dtype) -> Qwen3:
         )
     stored = {key: tensor for file in files for key, tensor in load_file(file).items()}
     try:
-        kept = multiplied_out(stored, dtype)
+        kept = dequantize_all(stored, dtype)
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{encoder.name} is quantized in a way that is not supported here ({error}); give the"

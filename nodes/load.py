@@ -17,10 +17,10 @@ from comfy_api.latest import io
 from transformers import Qwen2Tokenizer
 
 from ..l2p_core.files.content import identify_file, left_by_system
-from ..l2p_core.files.header import SHARD_NAME, CheckpointError, find_files, refuse_zeros
+from ..l2p_core.files.header import SHARD_NAME, CheckpointError, find_files, reject_zeros
 from ..l2p_core.files.layout import read_layout
 from ..l2p_core.files.load import check
-from ..l2p_core.files.quantization import BESIDE_WEIGHTS, multiplied_out
+from ..l2p_core.files.quantization import BESIDE_WEIGHTS, dequantize_all
 from ..l2p_core.pipeline import BUNDLED_MODEL
 from ..l2p_core.shapes.parse import read_prompt
 from ..l2p_core.text import LAYER, TEMPLATE, qwen3_sizes
@@ -258,7 +258,7 @@ def load_text_encoder(path: Path, options: dict, disable_dynamic: bool = False) 
     for file in files:
         if found := identify_file(file):
             raise CheckpointError(f"{file.name} is {found.name}. {found.advice}")
-        refuse_zeros(file)
+        reject_zeros(file)
         tensors, its = comfy.utils.load_torch_file(str(file), safe_load=True, return_metadata=True)
         kept |= tensors
         metadata |= its or {}
@@ -300,7 +300,7 @@ def without_scales(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, to
     if not any(key.endswith(BESIDE_WEIGHTS) for key in tensors):
         return tensors
     try:
-        return multiplied_out(tensors, torch.bfloat16)
+        return dequantize_all(tensors, torch.bfloat16)
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{path.name} is quantized in a way that is not supported here ({error}). Give its BF16"

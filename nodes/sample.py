@@ -293,7 +293,7 @@ def areas_as_shares(conditioning: list, height: int, width: int) -> list:
 def note_on_sampler(name: str) -> str | None:
     """Say so where a sampler is known not to work with L2P models."""
     if name in UNUSABLE_SAMPLERS:
-        return f"{name} spoils the images of L2P models. Choose another sampler, such as euler"
+        return f"{name} distorts the images of L2P models. Choose another sampler, such as euler"
     if name in GRAINY_SAMPLERS:
         return f"{name} leaves noise in the images of L2P models. More steps help, or euler"
     return None
@@ -309,7 +309,7 @@ def note_on_model_sampling(model, shift: float) -> str | None:
     is_flow = isinstance(sampling, comfy.model_sampling.CONST)
     if not is_flow or abs(float(sampling.timestep(torch.tensor(0.5))) - 0.5) > 1e-6:
         raise ValueError(
-            "a node such as ModelSamplingSD3 changed how the model counts time, which spoils the"
+            "a node such as ModelSamplingSD3 changed how the model counts time, which distorts the"
             " images of L2P models. Remove it, and set shift in L2P KSampler"
         )
     before = getattr(sampling, "shift", shift)

@@ -43,7 +43,7 @@ def convert(
 
     source: a latent Z-Image (file, folder, index or list of shards), or an L2P model with a smaller
     patch. patch: 16, 64, 128 or 160, for about 1K, 4K, 8K or 10K pixels. Copied tensors keep their
-    dtype, new ones are FP32. Raises CheckpointError where the source is neither, or not whole."""
+    dtype, new ones are FP32. Raises CheckpointError where the source is neither, or incomplete."""
     layout = read_layout(source)
     pieces = plan(layout, patch, seed)
     note_left_out(layout)

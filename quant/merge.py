@@ -49,7 +49,7 @@ def merge(
         if not math.isfinite(factor):
             raise ValueError(f"--strength is {factor}; expected a number")
         found = changes(part, whole)
-        refuse_quantized(whole, found)
+        reject_quantized(whole, found)
         pieces = with_changes(
             arrange(whole.tensors, whole.naming, whole.prefix, dtype and DTYPES[dtype]),
             found,
@@ -125,7 +125,7 @@ def fitting(part: Layout, whole: Layout, skip: list[str]) -> dict[str, Source]:
     return kept
 
 
-def refuse_quantized(base: Layout, weights: Iterable[str]) -> None:
+def reject_quantized(base: Layout, weights: Iterable[str]) -> None:
     """Raise CheckpointError where one of these weights of the base is not floating point."""
     for weight in weights:
         if (dtype := base.tensors[weight].entry.dtype) not in FLOATS:

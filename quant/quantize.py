@@ -111,7 +111,7 @@ def quantize(
     Returns the report: sizes and signal-to-noise, in total and for each tensor, ready for JSON.
 
     verify: read the written file back: what is kept must equal the source, what is quantized must
-    show the loss noted. Raises CheckpointError where the model is not whole or is quantized
+    show the loss noted. Raises CheckpointError where the model is incomplete or is quantized
     already, where a pattern means nothing, and where verifying finds a difference."""
     options = options or Options()
     layout = read_layout(checkpoint)

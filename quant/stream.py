@@ -57,7 +57,7 @@ R = TypeVar("R")
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all); raise from it to stop
 PENDING_HASH = (
     "0" * 64
-)  # stands in the header until the inputs are hashed, which goes on beside the writing
+)  # stands in the header until the inputs are hashed, which runs while the file is written
 
 
 class Piece(NamedTuple):

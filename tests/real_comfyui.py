@@ -65,7 +65,7 @@ def lend_packages(python: Path, folder: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(lent)}
 
 
-class Refused(Exception):
+class Rejected(Exception):
     """What ComfyUI answered with an error."""
 
 
@@ -115,7 +115,7 @@ class Worker:
             raise RuntimeError(f"ComfyUI ended: {self.log.read()[-3000:]}")
         answer = json.loads(line)
         if "error" in answer:
-            raise Refused(answer["error"])
+            raise Rejected(answer["error"])
         return answer["result"]
 
     def close(self) -> None:
@@ -192,7 +192,7 @@ class Server:
             return False
 
     def get(self, path: str, **query) -> dict | list | bytes:
-        """What the server answers: parsed where it is JSON. Raises Refused."""
+        """What the server answers: parsed where it is JSON. Raises Rejected."""
         return self._open(f"{path}?{urllib.parse.urlencode(query)}" if query else path)
 
     def post(self, path: str, body: dict) -> dict | list | bytes:
@@ -212,7 +212,7 @@ class Server:
                     else body
                 )
         except urllib.error.HTTPError as error:
-            raise Refused(error.read().decode(errors="replace") or str(error)) from None
+            raise Rejected(error.read().decode(errors="replace") or str(error)) from None
 
     def upload(self, name: str, data: bytes) -> str:
         """Put an image into ComfyUI's input folder, as the Load Image node does. Returns the name
@@ -233,15 +233,15 @@ class Server:
         )["name"]
 
     def queue(self, graph: dict) -> str:
-        """The id of the prompt. Raises Refused where the graph does not pass ComfyUI's validation,
+        """The id of the prompt. Raises Rejected where the graph does not pass ComfyUI's validation,
         or not all of it."""
         answer = self.post("/prompt", {"prompt": graph})
         if answer["node_errors"]:
-            raise Refused(json.dumps(answer["node_errors"]))
+            raise Rejected(json.dumps(answer["node_errors"]))
         return answer["prompt_id"]
 
     def wait(self, prompt_id: str, seconds: float = 300) -> dict:
-        """The prompt's history entry once it has run. Raises Refused with the node's own message
+        """The prompt's history entry once it has run. Raises Rejected with the node's own message
         where it failed."""
         deadline = time.monotonic() + seconds
         while not (entry := self.get(f"/history/{prompt_id}").get(prompt_id, {})).get("status"):
@@ -256,7 +256,7 @@ class Server:
                 for kind, message in entry["status"]["messages"]
                 if kind == "execution_error"
             ]
-            raise Refused(
+            raise Rejected(
                 "; ".join(f"{each['node_type']}: {each['exception_message']}" for each in failed)
                 or str(entry["status"])
             )

@@ -126,7 +126,7 @@ def test_a_link_is_never_written_through(tmp_path, name):
 
 @posix
 @pytest.mark.parametrize("kind", ["link to a file", "link to nothing", "FIFO", "folder"])
-def test_what_is_no_regular_file_is_refused_as_lock_and_for_appending(tmp_path, kind):
+def test_what_is_no_regular_file_is_rejected_as_lock_and_for_appending(tmp_path, kind):
     secret = tmp_path / "secret"
     secret.write_bytes(b"the only copy")
     for place in (tmp_path / ".run.l2p-lock", tmp_path / "log.csv"):
@@ -286,7 +286,7 @@ def test_very_long_names_leave_room_for_a_suffix(tmp_path):
 
 
 @pytest.mark.parametrize("folder", [True, False])
-def test_the_second_run_is_refused_while_the_first_lives(tmp_path, running, folder):
+def test_the_second_run_is_rejected_while_the_first_lives(tmp_path, running, folder):
     arguments = ["folder"] if folder else []
     process = running(HOLDING, tmp_path / "out", *arguments)
     with (

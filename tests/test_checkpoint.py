@@ -86,7 +86,7 @@ def test_shards_are_the_same_model(tiny_weights, write, given):
         load_model(index if given == "index" else path.parent)
 
 
-def test_an_index_whose_shards_lack_tensors_is_refused(tiny_weights, write):
+def test_an_index_whose_shards_lack_tensors_is_rejected(tiny_weights, write):
     path = write(without(tiny_weights, "layers.3."), "model-00001-of-00001.safetensors")
     index = path.with_name("model.safetensors.index.json")
     index.write_text(json.dumps({"weight_map": {name: path.name for name in tiny_weights}}))
@@ -523,13 +523,13 @@ F4 = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
         ({"__metadata__": {"a": 1}}, b"", None, "metadata is not a table of strings"),
     ],
 )
-def test_broken_headers_are_refused(raw, header, data, length, said):
+def test_broken_headers_are_rejected(raw, header, data, length, said):
     path = raw(header, data, length)
     with pytest.raises(CheckpointError, match=said):
         read_layout(path)
 
 
-def test_other_files_are_refused(tmp_path):
+def test_other_files_are_rejected(tmp_path):
     for content, said in (
         (b"", "it has 0 bytes"),
         (b"PK\x03\x04" + b"\0" * 100, "is a PyTorch pickle"),
@@ -555,7 +555,7 @@ def test_damaged_headers_never_raise_anything_else(tiny_weights, write, tmp_path
     end = 8 + struct.unpack("<Q", whole[:8])[0]
     rng = random.Random(0)
     path = tmp_path / "damaged.safetensors"
-    refused, whole_numbers = 0, sum(weight.numel() for weight in tiny_weights.values())
+    rejected, whole_numbers = 0, sum(weight.numel() for weight in tiny_weights.values())
     for _ in range(100):
         damaged = bytearray(whole)
         for _ in range(rng.randint(1, 4)):
@@ -567,11 +567,11 @@ def test_damaged_headers_never_raise_anything_else(tiny_weights, write, tmp_path
             described = describe(path)
             loaded = load_model(path)
         except CheckpointError:
-            refused += 1
+            rejected += 1
         else:  # the damage is in what does not matter, such as the metadata
             numbers = sum(weight.numel() for weight in loaded.state_dict().values())
             assert numbers == described["parameters"] == whole_numbers
-    assert refused > 90
+    assert rejected > 90
 
 
 # --- inspect

@@ -7,7 +7,7 @@ import pytest
 import torch
 from comfyui_l2p.l2p_core.files.layout import read_layout
 from comfyui_l2p.quant.quantize import Options, quantize
-from real_comfyui import Refused
+from real_comfyui import Rejected
 from safetensors.torch import load_file, save_file
 
 
@@ -58,8 +58,8 @@ def test_quantize_writes_what_the_library_writes(
     )
     try:
         entry = comfyui_server.wait(comfyui_server.queue(request))
-    except Refused as refused:  # a comfy-kitchen of before it could write INT8 by rows
-        assert "installed comfy-kitchen is too old" in str(refused)
+    except Rejected as rejected:  # a comfy-kitchen of before it could write INT8 by rows
+        assert "installed comfy-kitchen is too old" in str(rejected)
         assert not (folder / "small.safetensors").exists()
         pytest.skip("this ComfyUI's comfy-kitchen can't quantize to that")
     assert "signal to noise" in entry["outputs"]["node"]["text"][0]
@@ -128,9 +128,9 @@ def test_merge_adds_a_lora_of_comfyuis_folder(comfyui_server, folder, tiny_weigh
 @pytest.mark.parametrize(
     "filename", ["../escaped", "sub/name", "/tmp/name", "..\\name", "C:name", ".hidden"]
 )
-def test_names_that_leave_the_folder_are_refused(comfyui_server, folder, filename):
+def test_names_that_leave_the_folder_are_rejected(comfyui_server, folder, filename):
     before = sorted(comfyui_server.base.rglob("*.safetensors"))
-    with pytest.raises(Refused, match="expected a plain name"):
+    with pytest.raises(Rejected, match="expected a plain name"):
         comfyui_server.run(
             node(
                 "L2PConvertCheckpoint",
@@ -148,7 +148,7 @@ def test_a_file_that_is_there_is_kept(comfyui_server, folder):
     request = node(
         "L2PConvertCheckpoint", checkpoint="whole.safetensors", patch="64", seed=0, filename="part"
     )
-    with pytest.raises(Refused, match="already.*overwrite"):
+    with pytest.raises(Rejected, match="already.*overwrite"):
         comfyui_server.run(request)
     assert (folder / "part.safetensors").read_bytes() == before
     request["node"]["inputs"]["overwrite"] = True
@@ -159,7 +159,7 @@ def test_a_file_that_is_there_is_kept(comfyui_server, folder):
 def test_no_file_hides_another_of_its_name(comfyui_server, folder, tiny_weights):
     there = comfyui_server.models / "checkpoints" / "elsewhere.safetensors"
     save_file(tiny_weights, there)
-    with pytest.raises(Refused, match="has that name"):
+    with pytest.raises(Rejected, match="has that name"):
         comfyui_server.run(
             node(
                 "L2PConvertCheckpoint",
@@ -175,6 +175,6 @@ def test_no_file_hides_another_of_its_name(comfyui_server, folder, tiny_weights)
 
 def test_stop_leaves_nothing_behind(comfyui, tiny_weights, tmp_path):
     save_file(tiny_weights, tmp_path / "whole.safetensors")
-    with pytest.raises(Refused, match="InterruptProcessingException"):
+    with pytest.raises(Rejected, match="InterruptProcessingException"):
         comfyui.call("quantize_while_stopping", path=tmp_path / "whole.safetensors")
     assert [file.name for file in tmp_path.iterdir()] == ["whole.safetensors"]

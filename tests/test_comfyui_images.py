@@ -12,7 +12,7 @@ from comfyui_l2p.l2p_core.shapes.parse import complete
 from comfyui_l2p.l2p_core.shapes.scenes import test_scenes as held_out_scenes
 from comfyui_l2p.l2p_core.shapes.world import PLACES_WORLD
 from PIL import Image
-from real_comfyui import Refused
+from real_comfyui import Rejected
 
 BUNDLED = "L2P shapes (bundled small model)"
 PROMPT = "a large red circle on a blue background, left"
@@ -359,7 +359,7 @@ def test_what_does_not_fit_is_explained(comfyui_server, change, message):
         "class_type": "EmptyImage",
         "inputs": {"width": 96, "height": 96, "batch_size": 1, "color": 0xFFFFFF},
     }
-    with pytest.raises(Refused, match=message):
+    with pytest.raises(Rejected, match=message):
         comfyui_server.run(request)
 
 

@@ -8,7 +8,7 @@ from comfyui_l2p.l2p_core.model import L2PTransformer
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
 from comfyui_l2p.quant.quantize import Options, quantize
 from helpers import comfyui_naming, int8, rms, scaled_fp8
-from real_comfyui import Refused
+from real_comfyui import Rejected
 from safetensors.torch import load_file, save_file
 
 LOADERS = ("checkpoint", "diffusion", "node")
@@ -126,8 +126,8 @@ def test_other_formats_stay_as_they_are(
         return
     try:
         error, loaded = compare(path, loader, reference)
-    except Refused as refused:
-        assert "installed comfy-kitchen is too old for this checkpoint" in str(refused)
+    except Rejected as rejected:
+        assert "installed comfy-kitchen is too old for this checkpoint" in str(rejected)
     else:
         assert error < 5e-3 and loaded["formats"] == ["torch.float32"]
 
@@ -218,9 +218,9 @@ def test_save_checkpoint_and_load_again(
 @pytest.mark.parametrize("loader", LOADERS)
 def test_what_cannot_be_drawn_with_is_named(comfyui, write, tiny_weights, loader):
     def refusal(tensors):
-        with pytest.raises(Refused) as refused:
+        with pytest.raises(Rejected) as rejected:
             comfyui.call("forward", path=write(tensors), loader=loader, inputs="", output="")
-        return str(refused.value)
+        return str(rejected.value)
 
     part = {
         name: tensor for name, tensor in tiny_weights.items() if not name.startswith("layers.1.")
@@ -327,8 +327,8 @@ def test_loras_change_the_image_as_merged_weights_do(
     assert compare(path, "diffusion", tiny_model, lora=file, strength=0.5)[0] > 0.1
 
 
-def test_a_z_image_controlnet_is_refused_by_name(comfyui, write, tiny_weights):
-    with pytest.raises(Refused, match="Z-Image ControlNet is connected.*Remove the ControlNet"):
+def test_a_z_image_controlnet_is_rejected_by_name(comfyui, write, tiny_weights):
+    with pytest.raises(Rejected, match="Z-Image ControlNet is connected.*Remove the ControlNet"):
         comfyui.call("with_controlnet", path=write(tiny_weights))
 
 

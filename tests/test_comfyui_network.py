@@ -10,7 +10,7 @@ from comfyui_l2p.l2p_core import load_model
 from comfyui_l2p.l2p_core.model import Hooks, L2PTransformer
 from comfyui_l2p.quant.quantize import Options, quantize
 from helpers import comfyui_naming, int8, rms
-from real_comfyui import Refused
+from real_comfyui import Rejected
 from safetensors.torch import load_file, save_file
 from test_comfyui_model import INT8_SINCE
 
@@ -333,11 +333,11 @@ def test_the_self_test_takes_less_than_a_second(comfyui):
 
 def test_a_model_that_comfyui_does_not_recognise_is_reported(comfyui, write, tiny_weights):
     with pytest.raises(
-        Refused, match="did not recognise model.safetensors as an L2P model.*other packs disabled"
+        Rejected, match="did not recognise model.safetensors as an L2P model.*other packs disabled"
     ):
         comfyui.call("not_recognised", path=write(tiny_weights))
 
 
 def test_reference_images_are_rejected(comfyui, write, tiny_weights):
-    with pytest.raises(Refused, match="carries reference images.*Remove the node"):
+    with pytest.raises(Rejected, match="carries reference images.*Remove the node"):
         comfyui.call("with_reference_image", path=write(tiny_weights))

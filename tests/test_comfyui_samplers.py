@@ -1,7 +1,7 @@
 """L2P KSampler against ComfyUI's own KSampler, and what other nodes do to its inputs."""
 
 import pytest
-from real_comfyui import Refused
+from real_comfyui import Rejected
 
 SIDE = 32  # pixels: a ninth of the model's own number
 PROMPT = "a large red circle on a blue background, left"
@@ -38,7 +38,7 @@ def test_every_scheduler_draws_what_comfyuis_ksampler_draws(comfyui, choices, sa
 
 @pytest.mark.parametrize(
     "sampler, word",
-    [("euler", None), ("dpmpp_2m_cfg_pp", "spoils"), ("dpm_fast", "leaves noise")],
+    [("euler", None), ("dpmpp_2m_cfg_pp", "distorts"), ("dpm_fast", "leaves noise")],
 )
 def test_samplers_that_do_not_suit_carry_a_note(comfyui, sampler, word):
     said = comfyui.call("notes_of_sampler", sampler_name=sampler)
@@ -47,7 +47,7 @@ def test_samplers_that_do_not_suit_carry_a_note(comfyui, sampler, word):
 
 @pytest.mark.parametrize("name", ["cfg", "shift", "denoise"])
 def test_nan_is_rejected_by_name(comfyui, name):
-    with pytest.raises(Refused, match=f"{name} is NaN; expected a number"):
+    with pytest.raises(Rejected, match=f"{name} is NaN; expected a number"):
         comfyui.call("notes_of_sampler", sampler_name="euler", **{name: "nan"})
 
 
@@ -64,7 +64,7 @@ def test_a_shift_of_another_node_is_reported(comfyui):
 
 
 def test_a_node_that_counts_time_otherwise_is_rejected(comfyui):
-    with pytest.raises(Refused, match="ModelSamplingSD3 changed how the model counts time"):
+    with pytest.raises(Rejected, match="ModelSamplingSD3 changed how the model counts time"):
         comfyui.call("shift_by_another_node", node="ModelSamplingSD3", shift=3.0)
 
 

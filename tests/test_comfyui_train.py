@@ -12,7 +12,7 @@ from comfyui_l2p.l2p_core.files.layout import read_layout
 from comfyui_l2p.l2p_core.train.run import train
 from helpers import apart
 from PIL import Image
-from real_comfyui import Refused
+from real_comfyui import Rejected
 from safetensors.torch import load_file, save_file
 from small_runs import CHECKPOINT, config, losses, make_data
 from workflow_variants import BUNDLED, PROMPT
@@ -248,14 +248,14 @@ def lines(text: str) -> dict:
         ({"train": lora_node(output="taken")}, "taken-step9.safetensors is in .* already"),
     ],
 )
-def test_bad_input_is_refused_and_nothing_is_written(server, graph, message):
+def test_bad_input_is_rejected_and_nothing_is_written(server, graph, message):
     folder = server.base / "input" / "names"
     folder.mkdir(exist_ok=True)
     (folder / "metadata.csv").write_text("file_name,text\n../private.png,mine\n")
     Image.new("RGB", (32, 32)).save(folder.parent / "private.png")
     save_file({"x": torch.zeros(1)}, server.models / "loras" / "taken-step9.safetensors")
     before = files_below(server.base)
-    with pytest.raises(Refused, match=message):
+    with pytest.raises(Rejected, match=message):
         server.wait(server.queue(graph))
     assert files_below(server.base) == before
 

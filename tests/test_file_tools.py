@@ -218,7 +218,7 @@ def test_a_lora_is_added_to_the_weights_it_names(tiny_weights, write, out, namin
         ),
     ],
 )
-def test_a_lora_that_does_not_fit_is_refused(tiny_weights, write, out, change, said):
+def test_a_lora_that_does_not_fit_is_rejected(tiny_weights, write, out, change, said):
     lora = write(change(a_lora(tiny_weights)[0]), "lora.safetensors")
     with pytest.raises(CheckpointError, match=said):
         merge(lora, write(tiny_weights, "base.safetensors"), out)

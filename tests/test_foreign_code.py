@@ -115,7 +115,7 @@ def test_a_kernel_of_the_hub_is_not_fetched(encoder):
         ({"num_attention_heads": True}, "num_attention_heads is True"),
     ],
 )
-def test_a_text_encoder_of_no_size_is_refused_before_it_is_built(encoder, changes, said):
+def test_a_text_encoder_of_no_size_is_rejected_before_it_is_built(encoder, changes, said):
     edited(encoder / "text_encoder/config.json", **changes)
     with pytest.raises(CheckpointError, match=said) as found:
         TextEncoder.load(encoder)
@@ -133,7 +133,7 @@ def test_a_text_encoder_of_no_size_is_refused_before_it_is_built(encoder, change
         {"layers.99999999999999999999.x": [0]},
     ],
 )
-def test_a_single_file_text_encoder_of_no_size_is_refused(encoder, write, shapes):
+def test_a_single_file_text_encoder_of_no_size_is_rejected(encoder, write, shapes):
     from safetensors.torch import load_file
 
     tensors = load_file(next((encoder / "text_encoder").glob("*.safetensors")))
@@ -181,7 +181,7 @@ def test_a_latent_model_names_no_other_modules(tmp_path, monkeypatch, component)
         "[" * 100_000,
     ],
 )
-def test_a_folder_that_is_no_latent_model_is_refused(tmp_path, index):
+def test_a_folder_that_is_no_latent_model_is_rejected(tmp_path, index):
     pytest.importorskip("diffusers", minversion="0.36")
     (tmp_path / "model_index.json").write_text(index)
     with pytest.raises(CheckpointError, match="Tongyi-MAI/Z-Image-Turbo"):
@@ -260,7 +260,7 @@ ALLOWED = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM"]
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_an_image_of_another_format_is_refused_whatever_its_name(tmp_path, monkeypatch, kind):
+def test_an_image_of_another_format_is_rejected_whatever_its_name(tmp_path, monkeypatch, kind):
     """EPS above all, which Pillow gives to Ghostscript: here one that leaves a trace."""
     programs = tmp_path / "bin"
     programs.mkdir()

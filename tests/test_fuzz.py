@@ -1,4 +1,4 @@
-"""Inputs damaged at random, with fixed seeds: each is read, or refused in a sentence. A failure
+"""Inputs damaged at random, with fixed seeds: each is read, or rejected in a sentence. A failure
 names its seed."""
 
 import io
@@ -16,7 +16,7 @@ from comfyui_l2p.l2p_core.files.content import printable
 from comfyui_l2p.l2p_core.images import mask_levels, read_image
 from comfyui_l2p.l2p_core.outputs import output_files
 from comfyui_l2p.l2p_core.remote import queue as queue_module
-from comfyui_l2p.l2p_core.remote.server import Away, Refused, Server, explain, failure
+from comfyui_l2p.l2p_core.remote.server import Away, Rejected, Server, explain, failure
 from comfyui_l2p.l2p_core.settings import FIELDS, checked
 from comfyui_l2p.l2p_core.tables import read_rows
 from comfyui_l2p.l2p_core.train.config import TrainConfig, read_config
@@ -305,7 +305,7 @@ def test_no_damaged_answer_of_a_server_ends_in_anything_but_a_sentence(tmp_path,
             try:
                 use()
                 done += 1
-            except (Refused, Away, ValueError) as error:
+            except (Rejected, Away, ValueError) as error:
                 printable(error).encode(errors="backslashreplace")
             except Exception as error:
                 raise AssertionError(f"seed {seed}: {error!r}") from error

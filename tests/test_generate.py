@@ -137,7 +137,7 @@ def test_a_stopped_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(generate_module, "save_image", stopping)
     assert main(command) == 130
-    assert "goes on where this one ended" in capsys.readouterr().err
+    assert "The same command resumes" in capsys.readouterr().err
     assert os.listdir(tmp_path / "out") == ["00000.png"]
     assert main(command) == 0
     assert "1 of 3 images exist already" in capsys.readouterr().out
@@ -439,7 +439,7 @@ def test_prompt_files_that_can_not_be_read_are_named(tmp_path, name, content, sa
         ("prompt,cache_threshold\na,-1\n", "cache_threshold is -1"),
     ],
 )
-def test_rows_that_make_no_sense_are_refused_before_drawing(tmp_path, capsys, content, said):
+def test_rows_that_make_no_sense_are_rejected_before_drawing(tmp_path, capsys, content, said):
     (tmp_path / "p.csv").write_text(content)
     assert (
         main(["generate", "--prompts", str(tmp_path / "p.csv"), "-o", str(tmp_path / "out"), *FEW])

@@ -1,5 +1,5 @@
-"""Headers that are broken, or made to harm: each is refused in words or read, quickly and in little
-memory."""
+"""Headers that are broken, or made to harm: each is rejected in words or read, quickly and in
+little memory."""
 
 import json
 import random
@@ -200,17 +200,17 @@ def test_no_broken_header_does_harm(whole, tiny_weights, write, tmp_path):
     )
     sources = [header_of(whole.path), header_of(write(tensors, "int8.safetensors", metadata))]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    path, refused = tmp_path / "hostile.safetensors", 0
+    path, rejected = tmp_path / "hostile.safetensors", 0
     for seed in range(CASES):
         write_broken(path, *sources[seed % 2], random.Random(seed))
         try:
             use(path, whole)
         except CheckpointError as error:
-            refused += 1
+            rejected += 1
             assert len(str(error)) < 2000, f"seed {seed}"
         except Exception as error:
             raise AssertionError(f"seed {seed}: {error!r}") from error
-    assert 0.5 < refused / CASES < 0.98, "the cases no longer reach all checks"
+    assert 0.5 < rejected / CASES < 0.98, "the cases no longer reach all checks"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "kB"
 
 
@@ -301,7 +301,7 @@ def test_a_small_header_takes_little_memory_and_time(write, tiny_weights, tmp_pa
     ],
     ids=["lists", "objects", "nested", "tensors"],
 )
-def test_a_header_of_more_than_any_models_is_refused(tmp_path, header):
+def test_a_header_of_more_than_any_models_is_rejected(tmp_path, header):
     with pytest.raises(CheckpointError, match="holds more than any model's|names 20,001 tensors"):
         read_layout(put(tmp_path / "greedy.safetensors", header, 0))
 
@@ -320,7 +320,7 @@ def test_a_header_of_more_than_any_models_is_refused(tmp_path, header):
         ("local_decoder.enc1.0.weight", [0, 3, 3, 3]),
     ],
 )
-def test_a_width_of_nothing_or_too_much_is_refused_before_it_is_built(
+def test_a_width_of_nothing_or_too_much_is_rejected_before_it_is_built(
     write, tiny_weights, tmp_path, monkeypatch, key, shape
 ):
     table, size = header_of(write(tiny_weights))
@@ -370,7 +370,7 @@ def test_a_width_of_nothing_or_too_much_is_refused_before_it_is_built(
         "no UTF-8",
     ],
 )
-def test_a_marker_that_is_no_text_is_refused(write, tiny_weights, marker):
+def test_a_marker_that_is_no_text_is_rejected(write, tiny_weights, marker):
     tensors, _ = int8(comfyui_naming(tiny_weights), marked="tensors")
     key = next(key for key in tensors if key.endswith(".comfy_quant"))
     with pytest.raises(CheckpointError, match="is not the JSON that ComfyUI writes there"):
@@ -378,7 +378,7 @@ def test_a_marker_that_is_no_text_is_refused(write, tiny_weights, marker):
 
 
 @pytest.mark.parametrize("groupsize", [2**31, 16.0, True, "16", [16], -16, None, 10**400])
-def test_a_rotation_in_groups_of_no_size_is_refused(write, tiny_weights, groupsize):
+def test_a_rotation_in_groups_of_no_size_is_rejected(write, tiny_weights, groupsize):
     tensors, _ = int8(comfyui_naming(tiny_weights), convrot=16)
     layers = {
         key.removesuffix(".weight"): {

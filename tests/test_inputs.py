@@ -105,7 +105,7 @@ def test_a_mask_of_even_transparency_is_its_luminance():
     assert np.array_equal(np.asarray(mask_levels(mask)), RIGHT)
 
 
-def test_a_wholly_transparent_mask_is_refused():
+def test_a_wholly_transparent_mask_is_rejected():
     with pytest.raises(ValueError, match="wholly transparent"):
         to_mask(with_alpha(PHOTO, np.zeros((8, 8), np.uint8)))
 
@@ -162,7 +162,7 @@ def test_transparent_parts_of_an_image_given_in_python_are_white():
     assert to_pixels(Image.new("RGBA", (1, 1), (255, 0, 255, 0))).flatten().tolist() == [1, 1, 1]
 
 
-def test_a_background_that_is_no_colour_is_refused(tmp_path):
+def test_a_background_that_is_no_colour_is_rejected(tmp_path):
     with pytest.raises(ValueError, match="background is 'clear'; expected a colour"):
         config(tmp_path, background="clear")
 
@@ -240,7 +240,7 @@ def test_tiffs_of_any_depth_are_read_as_they_look(tmp_path, levels, expected):
     ],
     ids=["above 1", "below 0", "NaN", "infinite", "32 bits"],
 )
-def test_numbers_without_a_known_white_are_refused(tmp_path, levels):
+def test_numbers_without_a_known_white_are_rejected(tmp_path, levels):
     Image.fromarray(levels).save(tmp_path / "a.tif")
     for read in (read_image, check_image):
         with pytest.raises(ValueError, match="a.tif is not a readable image: its numbers"):
@@ -278,7 +278,7 @@ def test_sizes_that_the_models_generate_are_read_without_a_word(tmp_path, recwar
     assert not recwarn.list and Image.MAX_IMAGE_PIXELS, "Pillow's own limit is as it was"
 
 
-def test_an_image_of_more_pixels_than_memory_is_refused(tmp_path):
+def test_an_image_of_more_pixels_than_memory_is_rejected(tmp_path):
     header = png_of_zeros(1, 1)
     file = tmp_path / "a.png"
     file.write_bytes(header[:16] + struct.pack(">II", 60000, 60000) + header[24:])

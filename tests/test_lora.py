@@ -118,7 +118,7 @@ def test_the_command_records_its_loras(weights, write, tmp_path, capsys):
         ("missing.safetensors", 1, "missing.safetensors"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_the_model_is_loaded(
+def test_what_does_not_fit_is_rejected_before_the_model_is_loaded(
     weights, write, file, strength, said
 ):
     files = {

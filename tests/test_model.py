@@ -233,7 +233,7 @@ def test_large_patches_draw_at_their_multiples(patch, height, width):
         ((1, 3, 64, 64), (1,), [(0, 64)], "at least one row"),
     ],
 )
-def test_misfitting_inputs_are_refused_by_name(tiny_model, image, t, captions, said):
+def test_misfitting_inputs_are_rejected_by_name(tiny_model, image, t, captions, said):
     with pytest.raises(ValueError, match=said):
         tiny_model(torch.zeros(image), torch.zeros(t), [torch.zeros(shape) for shape in captions])
 

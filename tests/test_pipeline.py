@@ -221,13 +221,13 @@ def test_misfitting_images_are_resized_and_it_is_said(pipe, photo):
         ({"inpaint_mask": Image.new("L", (8, 8))}, "inpaint_mask came without an input_image"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(pipe, arguments, said):
+def test_options_that_do_not_fit_are_rejected(pipe, arguments, said):
     with pytest.raises(ValueError, match=said):
         pipe(PROMPT, **{**FEW, **arguments})
 
 
 @pytest.mark.parametrize("stages", [1, 2])
-def test_a_image_of_nan_is_refused(write, stages):
+def test_a_image_of_nan_is_rejected(write, stages):
     weights = {
         name: tensor.clone()
         for name, tensor in (
@@ -274,7 +274,7 @@ def test_a_dropped_pipeline_leaves_memory_at_once():
         gc.enable()
 
 
-def test_a_text_encoder_of_another_width_is_refused(tiny_weights, write):
+def test_a_text_encoder_of_another_width_is_rejected(tiny_weights, write):
     pipe = L2PPipeline.from_pretrained(
         write(tiny_weights), text_encoder=BUNDLED_MODEL, torch_dtype=torch.float32
     )
@@ -284,7 +284,7 @@ def test_a_text_encoder_of_another_width_is_refused(tiny_weights, write):
         pipe(PROMPT, **FEW)
 
 
-def test_a_checkpoint_that_can_not_be_used_is_refused_at_once(tiny_weights, write):
+def test_a_checkpoint_that_can_not_be_used_is_rejected_at_once(tiny_weights, write):
     with pytest.raises(CheckpointError, match="it is a trained part"):
         L2PPipeline.from_pretrained(
             write(

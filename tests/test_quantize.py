@@ -312,7 +312,7 @@ def test_patterns_add_and_remove(tiny_weights, write, out):
         ),
     ],
 )
-def test_options_that_mean_nothing_are_refused(tiny_weights, write, out, options, said):
+def test_options_that_mean_nothing_are_rejected(tiny_weights, write, out, options, said):
     with pytest.raises(CheckpointError, match=said if ".*c" in said else re.escape(said)):
         quantize(write(tiny_weights), out, Options(**options))
     assert not out.exists()

@@ -274,7 +274,7 @@ def test_a_value_finds_its_input(graph, name, value, expected):
         (GRAPH, "seed", "true", "expected a whole number"),
     ],
 )
-def test_a_value_without_one_clear_place_is_refused(graph, name, value, said):
+def test_a_value_without_one_clear_place_is_rejected(graph, name, value, said):
     with pytest.raises(ValueError, match=said):
         filled(graph, name, value)
 
@@ -350,7 +350,7 @@ def test_rows_come_before_flags(tmp_path, fakes, workflow):
         ("p.csv", "file_name,seed\nx,1\nx.png,2\n", "the same file_name"),
     ],
 )
-def test_prompt_files_that_make_no_sense_are_refused_before_anything_is_sent(
+def test_prompt_files_that_make_no_sense_are_rejected_before_anything_is_sent(
     tmp_path, fakes, workflow, capsys, name, content, said
 ):
     fake = fakes()
@@ -382,7 +382,7 @@ def test_prompt_files_that_make_no_sense_are_refused_before_anything_is_sent(
         ("{}", "API format"),
     ],
 )
-def test_what_is_no_api_workflow_is_refused_with_what_to_do(tmp_path, capsys, content, said):
+def test_what_is_no_api_workflow_is_rejected_with_what_to_do(tmp_path, capsys, content, said):
     (tmp_path / "ui.json").write_text(content)
     assert main(["queue", str(tmp_path / "ui.json")]) == 1
     assert said in capsys.readouterr().err
@@ -675,7 +675,7 @@ def test_a_server_that_refuses_leaves_its_work_to_the_other(tmp_path, fakes, wor
     assert len(bad.graphs()) <= 2 and len(good.graphs()) == 4
 
 
-def test_a_row_that_is_refused_does_not_keep_the_others_from_being_drawn(
+def test_a_row_that_is_rejected_does_not_keep_the_others_from_being_drawn(
     tmp_path, fakes, workflow, capsys
 ):
     fake = fakes()
@@ -825,7 +825,7 @@ def test_ctrl_c_takes_the_job_off_the_server_and_leaves_no_half_file(tmp_path, f
     said, _ = process.communicate(timeout=60)
     assert (
         process.returncode == 130
-        and b"goes on where this one ended" in said
+        and b"the same command resumes" in said
         and b"Traceback" not in said
     )
     key = fake.asked[0][1]["prompt_id"]
@@ -933,6 +933,6 @@ def test_two_queues_into_one_folder_do_not_collide(tmp_path, fakes, workflow, mo
     assert len(fake.graphs()) == 4, "no job was sent twice"
 
 
-def test_a_servers_answer_of_deeply_nested_json_is_refused():
+def test_a_servers_answer_of_deeply_nested_json_is_rejected():
     with pytest.raises(ValueError, match="is it a ComfyUI server"):
         server_module.read_json(b"[" * 100_000, "http://x")

@@ -34,7 +34,7 @@ def test_schedule_is_the_published(golden, steps, strength):
 
 
 @pytest.mark.parametrize("arguments", [(0,), (4, 0.0), (4, 1.1), (4, 1.0, 0.0)])
-def test_a_schedule_that_is_none_is_refused(arguments):
+def test_a_schedule_that_is_none_is_rejected(arguments):
     with pytest.raises(ValueError, match="expected at least 1 step"):
         schedule(*arguments)
 

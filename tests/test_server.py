@@ -11,7 +11,7 @@ import pytest
 from comfyui_l2p.l2p_core.cli import main
 from comfyui_l2p.l2p_core.remote import server as server_module
 from comfyui_l2p.l2p_core.remote.queue import plan
-from comfyui_l2p.l2p_core.remote.server import Away, Refused, Server, is_near
+from comfyui_l2p.l2p_core.remote.server import Away, Rejected, Server, is_near
 from PIL import Image
 
 GRAPH = {"6": {"class_type": "SaveImage", "inputs": {"filename_prefix": "x", "seed": 1}}}
@@ -190,7 +190,7 @@ def test_an_answer_that_is_cut_off_is_a_sentence(serve, job):
 def test_an_endless_answer_is_not_read(serve, job, monkeypatch):
     monkeypatch.setattr(server_module.Server.ask, "__defaults__", (None, None, None, None, 1000))
     address, _ = serve({}, (200, b" " * 5000, {}))
-    with pytest.raises(Refused, match="answers more than"):
+    with pytest.raises(Rejected, match="answers more than"):
         Server(address).find(job)
 
 
@@ -215,28 +215,28 @@ def png():
 def test_an_image_is_looked_at_before_it_is_kept(serve, job, content, said):
     outputs = {"6": {"images": [{"filename": "a.png", "subfolder": "", "type": "output"}]}}
     address, _ = serve({"/view": (200, content, {})})
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(ValueError) as rejected:
         Server(address).fetch({"outputs": outputs}, job)
-    assert said in str(refused.value)
+    assert said in str(rejected.value)
     address, _ = serve({"/view": (200, png(), {})})
     assert Server(address).fetch({"outputs": outputs}, job) == [png()]
 
 
-def test_an_upload_that_gets_another_name_is_refused(serve, tmp_path):
+def test_an_upload_that_gets_another_name_is_rejected(serve, tmp_path):
     (tmp_path / "a.png").write_bytes(png())
     address, _ = serve({"/upload": (200, b'{"name": "a (1).png"}', {})})
-    with pytest.raises(Refused, match="/upload/image answers"):
+    with pytest.raises(Rejected, match="/upload/image answers"):
         Server(address).upload("a.png", tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("address", ["http://[::1", "http://x:99999", "ftp://x", "http://", "x:0"])
-def test_addresses_that_are_none_are_refused(job, tmp_path, capsys, address):
+def test_addresses_that_are_none_are_rejected(job, tmp_path, capsys, address):
     assert run(tmp_path, address) == 1
     assert f"--server is {address}; expected an address" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("seconds", ["nan", "-1", "inf"])
-def test_a_time_that_is_none_is_refused(job, tmp_path, capsys, seconds):
+def test_a_time_that_is_none_is_rejected(job, tmp_path, capsys, seconds):
     assert main(["queue", str(tmp_path / "g.json"), "--timeout", seconds]) == 1
     assert "--timeout is" in capsys.readouterr().err
 
@@ -249,7 +249,7 @@ def test_a_time_that_is_none_is_refused(job, tmp_path, capsys, seconds):
         {"1": {"class_type": "A", "inputs": []}},
     ],
 )
-def test_a_workflow_of_other_types_is_refused(tmp_path, capsys, graph):
+def test_a_workflow_of_other_types_is_rejected(tmp_path, capsys, graph):
     (tmp_path / "g.json").write_text(json.dumps(graph))
     assert main(["queue", str(tmp_path / "g.json"), "-o", str(tmp_path / "o")]) == 1
     assert "is no workflow in API format" in capsys.readouterr().err

@@ -231,7 +231,7 @@ def test_the_recipe_overwrites_nothing_of_others(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.safetensors").write_bytes(b"precious")
     assert main(["train", str(SETTINGS), "--checkpoint", "mine.safetensors"]) == 1
-    assert "mine.safetensors is there and shapes/images is not" in capsys.readouterr().err
+    assert "mine.safetensors exists and shapes/images does not" in capsys.readouterr().err
     assert (tmp_path / "mine.safetensors").read_bytes() == b"precious" and len(
         list(tmp_path.iterdir())
     ) == 1

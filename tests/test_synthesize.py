@@ -162,13 +162,13 @@ def test_processes_share_the_images_and_the_last_writes_the_table(latent, tmp_pa
         (["--batch", "0"], "--batch is 0"),
     ],
 )
-def test_what_does_not_fit_is_refused(latent, tmp_path, capsys, more, words):
+def test_what_does_not_fit_is_rejected(latent, tmp_path, capsys, more, words):
     assert synthesize(latent, tmp_path) == 0
     assert synthesize(latent, tmp_path, *more) == 1
     assert words in capsys.readouterr().err
 
 
-def test_another_model_is_refused(tmp_path, capsys):
+def test_another_model_is_rejected(tmp_path, capsys):
     assert synthesize(BUNDLED_MODEL, tmp_path) == 1
     assert "is no latent Z-Image: it has no readable model_index.json" in capsys.readouterr().err
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from comfyui_l2p.l2p_core.cli import main
 from comfyui_l2p.l2p_core.files.content import identify, left_by_system, printable
-from comfyui_l2p.l2p_core.files.header import CheckpointError, find_files, refuse_zeros
+from comfyui_l2p.l2p_core.files.header import CheckpointError, find_files, reject_zeros
 from comfyui_l2p.l2p_core.files.load import load_model
 from comfyui_l2p.l2p_core.outputs import is_one_image, name_fault, output_files
 from comfyui_l2p.l2p_core.remote.workflow import read_workflow
@@ -219,7 +219,7 @@ def test_png_is_png_in_capitals(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.webp", "a.TIFF", "a.gif", "a.pdf"])
-def test_other_formats_are_refused(tmp_path, name):
+def test_other_formats_are_rejected(tmp_path, name):
     with pytest.raises(ValueError, match="written as .png"):
         output_files([{}], 1, tmp_path / name)
 
@@ -235,7 +235,7 @@ def test_accents_in_two_forms_are_one_name(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["con.png", "a/NUL.png", "com1.x.png", "a?.png", "a. /b.png"])
-def test_names_that_windows_rejects_are_refused_there_alone(name):
+def test_names_that_windows_rejects_are_rejected_there_alone(name):
     assert name_fault(name, windows=True) and not name_fault(name, windows=False)
     assert name_fault("console.png", windows=True) is None
 
@@ -302,14 +302,14 @@ def test_a_download_that_was_aborted_and_padded_is_named(tmp_path, write, tiny_w
 
     tensors = {"context_refiner.9.x": torch.ones(1 << 20), **tiny_weights}
     whole = write({f"layers.9.x{number}": torch.ones(1 << 18) for number in range(4)} | tensors)
-    refuse_zeros(whole)
+    reject_zeros(whole)
     content = whole.read_bytes()
     whole.write_bytes(content[: -(3 << 20)] + bytes(3 << 20))
     with pytest.raises(CheckpointError, match="has its full size, but ends in zeros"):
-        refuse_zeros(whole)
+        reject_zeros(whole)
 
 
-def test_a_padded_model_is_refused_as_it_is_loaded(write, tiny_weights, monkeypatch):
+def test_a_padded_model_is_rejected_as_it_is_loaded(write, tiny_weights, monkeypatch):
     path = write(tiny_weights)
     content = path.read_bytes()
     path.write_bytes(content[:-3000] + bytes(3000))

@@ -171,7 +171,7 @@ def test_a_sharded_folder_gives_the_same_features(encoder, tmp_path):
         ({"rms_norm_eps": "x"}, "rms_norm_eps is x; expected a positive number"),
     ],
 )
-def test_settings_that_compute_otherwise_are_refused(tmp_path, change, said):
+def test_settings_that_compute_otherwise_are_rejected(tmp_path, change, said):
     shutil.copytree(BUNDLED_MODEL, tmp_path / "other")
     file = tmp_path / "other" / "text_encoder" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
@@ -285,7 +285,7 @@ def test_the_published_encoder_is_read_off_its_shapes(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_other_single_files_are_refused(tmp_path, tensors, said):
+def test_other_single_files_are_rejected(tmp_path, tensors, said):
     save_file(tensors, tmp_path / "encoder.safetensors")
     with pytest.raises(CheckpointError, match=said):
         TextEncoder.load(tmp_path / "encoder.safetensors", BUNDLED_MODEL / "tokenizer")
@@ -325,7 +325,7 @@ def test_missing_files_are_named(tmp_path):
         (lambda tensors: {**tensors, "norm.weight": torch.ones(5)}, "norm.weight|size"),
     ],
 )
-def test_a_damaged_folder_is_refused_not_filled_with_noise(tmp_path, spoil, said):
+def test_a_damaged_folder_is_rejected_not_filled_with_noise(tmp_path, spoil, said):
     shutil.copytree(BUNDLED_MODEL, tmp_path / "damaged")
     path = tmp_path / "damaged" / "text_encoder" / "model.safetensors"
     save_file(spoil(load_file(path)), path, metadata={"format": "pt"})
@@ -333,7 +333,7 @@ def test_a_damaged_folder_is_refused_not_filled_with_noise(tmp_path, spoil, said
         TextEncoder.load(tmp_path / "damaged")
 
 
-def test_features_that_are_nan_are_refused(tmp_path):
+def test_features_that_are_nan_are_rejected(tmp_path):
     shutil.copytree(BUNDLED_MODEL, tmp_path / "damaged")
     path = tmp_path / "damaged" / "text_encoder" / "model.safetensors"
     tensors = load_file(path)

@@ -627,12 +627,12 @@ def test_samples_that_a_stop_left_out_are_drawn_when_it_goes_on(data):
 
     go_on(2)
     samples = data.parent / "run" / "samples"
-    begun = (samples / "step-0000000.png").stat().st_mtime_ns
+    started = (samples / "step-0000000.png").stat().st_mtime_ns
     (samples / "step-0000002.png").unlink()
     go_on(4)
     assert (
         len(list(samples.iterdir())) == 3
-        and (samples / "step-0000000.png").stat().st_mtime_ns == begun
+        and (samples / "step-0000000.png").stat().st_mtime_ns == started
     )
     drawn = (samples / "step-0000004.png").stat().st_mtime_ns
     go_on(6)
@@ -654,7 +654,7 @@ def test_a_recipe_replaces_parts_of_the_run(data):
 @pytest.mark.parametrize(
     "name", ["nothing", "absent.module:Run", "math:Run", "math:pi", "pathlib:Path"]
 )
-def test_a_recipe_that_is_none_is_refused(data, name):
+def test_a_recipe_that_is_none_is_rejected(data, name):
     with pytest.raises(ValueError, match=f"recipe is '{name}'"):
         training.train(config(data, recipe=name), progress=False)
 
@@ -782,7 +782,7 @@ def test_a_launchers_stop_after_the_keyboards_does_not_abort_the_save():
 @pytest.mark.parametrize(
     "file, words", [("resume.pt", "can't be read"), ("config.toml", "is no TOML")]
 )
-def test_a_damaged_run_is_refused_in_words(data, file, words):
+def test_a_damaged_run_is_rejected_in_words(data, file, words):
     training.train(config(data, steps=1), progress=False)
     (data.parent / "run" / file).write_bytes(b"\x80 damaged")
     with pytest.raises(ValueError, match=words):
@@ -890,7 +890,7 @@ def test_a_split_model_trains_saves_and_goes_on_as_a_whole_one(data, kind):
         ({"shard": "half"}, "expected one of"),
     ],
 )
-def test_what_cannot_be_split_is_refused(data, changes, words):
+def test_what_cannot_be_split_is_rejected(data, changes, words):
     with pytest.raises(ValueError, match=words):
         training.train(config(data, **changes), progress=False)
 
@@ -995,7 +995,7 @@ def test_a_failed_sample_is_a_warning(data, monkeypatch, error, task):
     )
     with pytest.warns(
         UserWarning,
-        match=r"(samples|the validation loss) at step [024] failed \(.+\); training goes on",
+        match=r"(samples|the validation loss) at step [024] failed \(.+\); training continues",
     ):
         last = training.train(settings, progress=False)
     assert last.exists() and [step for step, _ in losses(data.parent / "run")] == [1, 2, 3, 4]
@@ -1274,7 +1274,7 @@ def test_a_state_of_before_there_were_hashes_resumes_with_a_note(data):
 # Two runs at once
 
 
-def test_a_second_run_in_the_folder_is_refused_while_the_first_trains(data, monkeypatch):
+def test_a_second_run_in_the_folder_is_rejected_while_the_first_trains(data, monkeypatch):
     monkeypatch.setattr(training, "WAIT", 0)
 
     def loss(*args):
@@ -1323,7 +1323,7 @@ def test_two_identical_commands_train_one_run(data):
         None,
     ],
 )
-def test_prompt_embeddings_of_another_shape_are_refused(data, features):
+def test_prompt_embeddings_of_another_shape_are_rejected(data, features):
     """The folder may come with the images, from anyone."""
     encodings = training.Encodings(
         data / "encodings", L2PPipeline.from_pretrained(None, torch_dtype=torch.float32)

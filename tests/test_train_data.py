@@ -244,7 +244,7 @@ def test_batches_hold_no_image_twice_however_many_processes_share_them():
         assert set(sum(plans[0], [])) == set(range(count)) and len(plans[0]) == -(-count // 4)
 
 
-def test_fewer_images_than_a_step_takes_are_refused(data):
+def test_fewer_images_than_a_step_takes_are_rejected(data):
     with pytest.raises(ValueError, match="a step takes 8 images.*there are 6"):
         training.train(config(data, batch=8), progress=False)
 

@@ -68,13 +68,13 @@ def test_a_data_set_that_does_not_fit_is_named(data, rows):
     secret = data.parent / "secret.png"
     secret.write_bytes((data / "images" / "0.png").read_bytes())
 
-    def refused(words):
+    def rejected(words):
         with pytest.raises(ValueError, match=words):
             examples(given, data)
         assert not list((data.parent / "run").glob("datasets/*/metadata.jsonl"))
 
     rows.remove_columns("picture").to_parquet(given / "train.parquet")
-    refused("has no column of images; its columns are text, short, seed, scores")
+    rejected("has no column of images; its columns are text, short, seed, scores")
     named = datasets.Dataset.from_dict(
         {"picture": [{"bytes": None, "path": str(secret)}], "text": ["a"]},
         features=datasets.Features(
@@ -82,9 +82,9 @@ def test_a_data_set_that_does_not_fit_is_named(data, rows):
         ),
     )
     named.to_parquet(given / "train.parquet")
-    refused("row 1: its image is the file .*secret.png, which is not part of it")
+    rejected("row 1: its image is the file .*secret.png, which is not part of it")
     (given / "train.parquet").write_bytes(b"PAR1 no more")
-    refused("set can't be opened by datasets: ")
+    rejected("set can't be opened by datasets: ")
 
 
 def test_the_package_is_named_where_it_is_missing(data, monkeypatch):

@@ -58,14 +58,14 @@ def test_a_run_starts_from_a_loras_weights(data, weights, write, naming):
 def test_what_no_run_can_start_from_is_named(data, weights, write):
     loha = {f"diffusion_model.layers.0.attention.qkv.{part}": tensor
             for part, tensor in packed_change("loha", 3 * 192, 192)[0].items()}  # fmt: skip
-    refused = (
+    rejected = (
         (main_layers(weights, "kohya")[0], {"lora_rank": 8}, "has rank 4 for .*give lora_rank 4"),
         (a_lora(weights)[0], {}, "dec2.0.weight, which a LoRA run does not train"),
         (loha, {}, "hada_w1_a.* is no LoRA"),
         (weights, {}, "is no LoRA"),
         (loha, {"lora_rank": 0}, "lora_rank 0 trains no LoRA"),
     )
-    for file, changes, words in refused:
+    for file, changes, words in rejected:
         path = str(write(file, "first.safetensors"))
         with pytest.raises((CheckpointError, ValueError), match=words):
             train(config(data, **{"lora_rank": 4, "resume_lora": path, **changes}), progress=False)

@@ -161,7 +161,7 @@ def test_with_all_of_it_a_killed_run_goes_on_bit_for_bit(data, monkeypatch):
     "changes, words",
     [({"accumulate": 2}, "accumulate 2"), ({"max_grad_norm": 1.0}, "max_grad_norm 1")],
 )
-def test_a_step_in_backward_is_refused_where_gradients_must_meet(data, changes, words):
+def test_a_step_in_backward_is_rejected_where_gradients_must_meet(data, changes, words):
     with pytest.raises(ValueError, match=words):
         config(data, step_in_backward=True, **changes)
 

@@ -1,4 +1,4 @@
-"""What a file really is, told from its first bytes, whatever it is called."""
+"""Identify a file by its first bytes, whatever its name."""
 
 import re
 from pathlib import Path

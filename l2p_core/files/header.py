@@ -163,7 +163,7 @@ def hash_files(
     return digest.hexdigest()
 
 
-def refuse_zeros(file: Path) -> None:
+def reject_zeros(file: Path) -> None:
     """Raise CheckpointError where the file, of safetensors, ends in more zeros than any model's and
     does not begin with them: a download that was aborted, padded to its full size."""
     with reading(file) as stream:
@@ -189,7 +189,7 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """Entries by key and metadata of one .safetensors file. Raises CheckpointError where anything
     is inconsistent."""
 
-    def refuse(why: str) -> CheckpointError:
+    def malformed(why: str) -> CheckpointError:
         if found := identify_file(file):
             return CheckpointError(f"{file.name} is {found.name}. {found.advice}")
         return CheckpointError(
@@ -198,7 +198,7 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
     def without_duplicates(pairs: list[tuple[str, object]]) -> dict:
         if len(found := dict(pairs)) < len(pairs):
-            raise refuse(
+            raise malformed(
                 f"its header names {Counter(key for key, _ in pairs).most_common(1)[0][0]!r} twice"
             )
         return found
@@ -207,32 +207,32 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         size = os.fstat(stream.fileno()).st_size
         length_bytes = stream.read(8)
         if len(length_bytes) < 8:
-            raise refuse(f"it has {size} bytes")
+            raise malformed(f"it has {size} bytes")
         length = struct.unpack("<Q", length_bytes)[0]
         if length > min(MAX_HEADER_BYTES, size - 8):
             if length <= size - 8:
-                raise refuse(f"its header takes {length} bytes, more than any model's")
-            raise refuse(f"its header should take {length} bytes, the file has {size}")
+                raise malformed(f"its header takes {length} bytes, more than any model's")
+            raise malformed(f"its header should take {length} bytes, the file has {size}")
         encoded = stream.read(length)
         if encoded.count(b"{") + encoded.count(b"[") > MAX_BRACKETS:
-            raise refuse("its header holds more than any model's")
+            raise malformed("its header holds more than any model's")
         try:
             header = json.loads(encoded, object_pairs_hook=without_duplicates)
         except CheckpointError:
             raise
         except (ValueError, RecursionError):  # not UTF-8, not JSON, numbers of thousands of digits
-            raise refuse("its header is not JSON") from None
+            raise malformed("its header is not JSON") from None
     if not isinstance(header, dict):
-        raise refuse("its header is not a table of tensors")
+        raise malformed("its header is not a table of tensors")
     if len(header) > MAX_TENSORS:
-        raise refuse(
+        raise malformed(
             f"its header names {len(header):,} tensors, and models have at most {MAX_TENSORS:,}"
         )
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(
         isinstance(value, str) for value in metadata.values()
     ):
-        raise refuse("its metadata is not a table of strings")
+        raise malformed("its metadata is not a table of strings")
     entries = {}
     for key, info in header.items():
         match info:
@@ -243,22 +243,22 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             ):
                 pass
             case _:
-                raise refuse(f"the header's entry for {key!r} is malformed")
+                raise malformed(f"the header's entry for {key!r} is malformed")
         if dtype not in DTYPE_BYTES:
             raise CheckpointError(
                 f"{file.name}: {key} is {dtype}, which this program does not read. Use the BF16 or"
                 " INT8 version of the model"
             )
         if end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
-            raise refuse(f"{key} is {dtype} of shape {shape} but has {end - begin} bytes")
+            raise malformed(f"{key} is {dtype} of shape {shape} but has {end - begin} bytes")
         entries[key] = Entry(file, key, dtype, tuple(shape), 8 + length + begin, 8 + length + end)
     expected = 8 + length
     for entry in sorted(entries.values(), key=lambda entry: (entry.begin, entry.end)):
         if entry.begin != expected:
-            raise refuse(f"{entry.key} starts at byte {entry.begin}, expected {expected}")
+            raise malformed(f"{entry.key} starts at byte {entry.begin}, expected {expected}")
         expected = entry.end
     if expected != size:
-        raise refuse(
+        raise malformed(
             f"its tensors end at byte {expected}, the file at {size}"
             + (": the download was cut short" if expected > size else "")
         )

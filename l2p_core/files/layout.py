@@ -1,4 +1,4 @@
-"""What a checkpoint is, told from its safetensors headers alone: nothing here reads a weight.
+"""Identify a checkpoint by its safetensors headers. No weight is read.
 
 A layout maps every tensor of the model, under its published name, to where a file keeps it: under
 which key, as which rows of a packed tensor, with which INT8 scale."""
@@ -83,7 +83,7 @@ class Layout:
         except KeyError as missing:
             raise CheckpointError(
                 f"{self.path.name} lacks {missing.args[0]}, which every L2P model has: "
-                "it is damaged or not whole. Get the file again"
+                "it is damaged or incomplete. Get the file again"
             ) from None
         except ValueError as odd:
             raise CheckpointError(f"{self.path.name} does not fit an L2P model: {odd}") from None
@@ -136,7 +136,7 @@ def read_layout(
     convrot_groupsize: the rotation of INT8 weights that carry no marker; it cannot be seen in the
     file, and none is assumed. Raises CheckpointError where the file is missing, truncated,
     inconsistent or no safetensors file. A whole file that is not an L2P model is described, not
-    refused: see `kind`."""
+    rejected: see `kind`."""
     paths = [Path(path)] if isinstance(path, (str, Path)) else [Path(part) for part in path]
     path, files, promised = paths[0], [], set()
     for each in paths:

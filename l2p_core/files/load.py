@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..config import L2PConfig, block_numbers
 from ..model import L2PTransformer
-from .header import SHARD_NAME, CheckpointError, Entry, refuse_zeros
+from .header import SHARD_NAME, CheckpointError, Entry, reject_zeros
 from .layout import FLOATS, UNSCALED, Layout, Source, read_layout
 from .quantization import Int8Linear, dequantize, kernel
 
@@ -169,7 +169,7 @@ def on_all_cores(function: Callable[[In], Out], items: Iterable[In]) -> Iterator
     """Yield what the function returns for each item, in order, computed by as many threads as torch
     has, up to `READERS`.
 
-    Each of them computes on its own: one reads while others cast. What has not begun is given up
+    Each of them computes on its own: one reads while others cast. What has not started is given up
     where the caller leaves."""
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(min(threads, READERS), initializer=partial(torch.set_num_threads, 1))
@@ -226,7 +226,7 @@ def check(layout: Layout) -> None:
     if missing := [key for key in expected if key not in found]:
         raise CheckpointError(
             f"{name} lacks {len(missing)} of the model's {len(expected)} tensors (first:"
-            f" {missing[0]}). The file is damaged or not whole. Get it again"
+            f" {missing[0]}). The file is damaged or incomplete. Get it again"
         )
     if extra := [found_key for found_key in (*found, *layout.unused) if found_key not in expected]:
         raise CheckpointError(
@@ -241,7 +241,7 @@ def check(layout: Layout) -> None:
             f"{found[key]}, expected {expected[key]}). The file mixes models or is damaged"
         )
     for file in layout.stamps:  # none for tensors in memory
-        refuse_zeros(file)
+        reject_zeros(file)
     for source in layout.tensors.values():
         if source.format is None and source.entry.dtype not in (*FLOATS, *UNSCALED):
             raise CheckpointError(

@@ -69,7 +69,7 @@ def scale_beside(key: str, kept: Mapping[str, Kept]) -> Kept | None:
     return kept.get(f"{key}_scale", kept.get(older))
 
 
-def multiplied_out(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def dequantize_all(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Return floating-point tensors in dtype, FP8 weights times their scales; scales and markers
     are left out. Raises ValueError, naming the tensor, for other quantizations."""
     out = {}

@@ -22,7 +22,7 @@ from ..images import PNG_KEY, read_image
 from ..outputs import output_files
 from ..settings import checked
 from ..tables import read_rows
-from .server import Away, Job, Refused, Server
+from .server import Away, Job, Rejected, Server
 from .workflow import fill, places, read_workflow
 
 IMAGE_SETTINGS = ("input_image", "inpaint_mask")  # files of ours, uploaded
@@ -151,7 +151,7 @@ def generate(jobs: list[Job], servers: list[Server], timeout: float, progress: b
     whole or not at all.
 
     A server that is away for timeout seconds, or has generated nothing and fails two jobs, gets no
-    more. A job goes to another server where one is away or refuses it, and where one fails it that
+    more. A job goes to another server where one is away or rejects it, and where one fails it that
     has generated nothing. Raises ValueError, once nothing more can be done, where images are
     missing."""
     # Each with the servers that have failed it.
@@ -172,7 +172,7 @@ def generate(jobs: list[Job], servers: list[Server], timeout: float, progress: b
             )
             bar.set_postfix_str(", ".join(states.values()))
 
-        has_drawn, fails = False, 0
+        has_generated, fails = False, 0
         while not stop.is_set() and fails < PATIENCE:
             with picking:
                 place = next(
@@ -190,7 +190,7 @@ def generate(jobs: list[Job], servers: list[Server], timeout: float, progress: b
             try:
                 if images := server.generate(job, stop, timeout, say):
                     write(images, job)
-                    has_drawn = True
+                    has_generated = True
                     done.append(job)
                     bar.update()
             except Away as error:
@@ -199,9 +199,9 @@ def generate(jobs: list[Job], servers: list[Server], timeout: float, progress: b
                 break
             except ValueError as error:
                 reasons.append(f"{job.output.name}: {error}")
-                if isinstance(error, Refused) or not has_drawn:
+                if isinstance(error, Rejected) or not has_generated:
                     todo.append((job, without | {server}))
-                fails += not has_drawn
+                fails += not has_generated
             finally:
                 with picking:
                     busy.discard(server)

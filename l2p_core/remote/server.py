@@ -43,7 +43,7 @@ class Away(Exception):
         self.patience = patience
 
 
-class Refused(ValueError):
+class Rejected(ValueError):
     """The server won't take this workflow, or is no ComfyUI server."""
 
 
@@ -159,7 +159,7 @@ class Server:
         return entry
 
     def send(self, job: Job) -> None:
-        """Queue the job. Raises Refused with the reason."""
+        """Queue the job. Raises Rejected with the reason."""
         for name, file in job.uploads.items():
             self.upload(name, file)
         graph = deepcopy(job.graph)
@@ -177,10 +177,10 @@ class Server:
             self.cancel(job)  # it was taken, but for some of the workflow's outputs only
         except Status as error:
             reply = read_json(error.body, self.url, error)
-        raise Refused(f"{self.url} refuses the workflow: {explain(reply, job.graph)}")
+        raise Rejected(f"{self.url} rejects the workflow: {explain(reply, job.graph)}")
 
     def upload(self, name: str, file: Path) -> None:
-        """Put a file into the server's input folder under that name. Raises Refused."""
+        """Put a file into the server's input folder under that name. Raises Rejected."""
         files = {"image": (name, file.read_bytes())}
         answer = self.ask("/upload/image", form={"overwrite": "true"}, files=files)
         reply = read_json(answer, self.url)
@@ -290,7 +290,7 @@ class Server:
     ) -> bytes:
         """GET, or POST where there is a body or a form. Returns at most so many bytes.
 
-        Raises Away where the server does not answer, Status for /prompt and /view, Refused where
+        Raises Away where the server does not answer, Status for /prompt and /view, Rejected where
         else it says no."""
         import requests
 
@@ -310,7 +310,7 @@ class Server:
             ) as reply:
                 content = read_at_most(reply, most, f"{self.url}{path}")
         except requests.exceptions.SSLError as error:
-            raise Refused(
+            raise Rejected(
                 f"{self.url}: its certificate can't be verified ({innermost(error)}). Give its"
                 " address with http, or a certificate that is known here"
             ) from None
@@ -339,22 +339,22 @@ class Server:
             )
         if 300 <= status.code < 400:
             there = reply.headers.get("Location", "another address")
-            return Refused(f"{self.url} sends on to {there}; give the server's own address")
+            return Rejected(f"{self.url} sends on to {there}; give the server's own address")
         if status.code in (401, 403, 407):
-            return Refused(
+            return Rejected(
                 f"{self.url} answers {status}: it asks for a login, which l2p has none of"
             )
         if path.startswith(("/prompt", "/view")):
             return status
-        return Refused(f"{self.url}{path} answers {status}; is it a ComfyUI server?")
+        return Rejected(f"{self.url}{path} answers {status}; is it a ComfyUI server?")
 
     def ask_json(self, path: str, body: dict | None = None) -> dict:
-        """Ask the server, and parse its answer. Raises Refused."""
+        """Ask the server, and parse its answer. Raises Rejected."""
         return read_json(self.ask(path, body), self.url)
 
-    def not_comfyui(self, path: str, answer: object) -> Refused:
+    def not_comfyui(self, path: str, answer: object) -> Rejected:
         """What to raise for an answer that no ComfyUI gives."""
-        return Refused(
+        return Rejected(
             f"{self.url}{path} answers {json.dumps(answer)[:40]!r}; is it a ComfyUI server?"
         )
 
@@ -369,12 +369,12 @@ def is_near(host: str) -> bool:
 
 
 def read_at_most(reply: "Response", most: int, address: str) -> bytes:
-    """The body of an answer. Raises Refused where it is longer."""
+    """The body of an answer. Raises Rejected where it is longer."""
     content = bytearray()
     for block in reply.iter_content(1 << 20):
         content += block
         if len(content) > most:
-            raise Refused(
+            raise Rejected(
                 f"{address} answers more than {most / 1e6:.0f} MB; is it a ComfyUI server?"
             )
     return bytes(content)
@@ -478,7 +478,7 @@ def fault(error: dict) -> str:
 
 
 def read_json(text: bytes, url: str, status: Status | None = None) -> dict:
-    """Parse a server's answer. Raises Refused where it is no JSON object."""
+    """Parse a server's answer. Raises Rejected where it is no JSON object."""
     try:
         answer = json.loads(text)
         if isinstance(answer, dict):
@@ -488,7 +488,7 @@ def read_json(text: bytes, url: str, status: Status | None = None) -> dict:
     found = identify(text[:HEAD_BYTES])
     what = found.name if found and b"<" in text[:HEAD_BYTES] else repr(text[:40])
     with_status = f" {status} and" if status else ""
-    raise Refused(f"{url} answers{with_status} {what}; is it a ComfyUI server?")
+    raise Rejected(f"{url} answers{with_status} {what}; is it a ComfyUI server?")
 
 
 def note(text: str) -> None:

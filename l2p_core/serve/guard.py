@@ -14,7 +14,7 @@ Send = Callable[[dict], Awaitable[None]]
 
 COOKIE = "l2p_session"
 OPEN = ("/health", "/login")  # paths that need no key
-DRAINED = 4  # times the limit: how much of a body is thrown away before the answer
+DRAINED = 4  # times the limit: how much of a body is discarded before the answer
 LOCAL = ("localhost", "127.0.0.1", "::1")
 POLICY = (  # nothing is loaded from other hosts
     "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline';"

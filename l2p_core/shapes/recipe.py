@@ -8,7 +8,7 @@ patches' evidence instead of letting each patch choose by itself (see docs/train
 
 - the target is the exact denoiser's E[x0 | x_t, prompt] in place of the image that was noised: the
   same expected gradient without the variance of the image;
-- a linear guide reads three things off every token, and is thrown away after training: its row and
+- a linear guide reads three things off every token, and is discarded after training: its row and
   column, the scene's attributes, and its clean patch. In noise a token's position follows from
   attention alone, and nothing else makes the network keep it; the attributes are those of the whole
   scene, so a patch cannot answer from its own pixels;

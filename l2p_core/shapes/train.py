@@ -211,7 +211,7 @@ def initialise_decoder(decoder: LocalDecoder) -> None:
 
 
 class Guide(torch.nn.Linear):
-    """Reads each patch of the clean image off the transformer's features, and is thrown away
+    """Reads each patch of the clean image off the transformer's features, and is discarded
     after training.
 
     Its error reaches the transformer straight, where the decoder's comes through nine convolutions
@@ -379,7 +379,7 @@ class ShapesRun(ScoredRun):
         if checkpoint.exists() != data.exists():
             there, missing = (checkpoint, data) if checkpoint.exists() else (data, checkpoint)
             raise ValueError(
-                f"{there} is there and {missing} is not; the recipe makes both or neither. Take it"
+                f"{there} exists and {missing} does not; the recipe makes both or neither. Take it"
                 " away, or give others"
             )
         if not data.exists() and config.text_encoder:

@@ -419,7 +419,7 @@ PREFIXES = ("a picture of ", "an image of ", "draw ", "there is ")
 
 @dataclass(frozen=True)
 class Choice:
-    """Which attributes a prompt mentions, drawn before the scene is looked at."""
+    """Which attributes a prompt mentions, drawn independently of the scene."""
 
     attributes: tuple[frozenset[str], ...]  # for each object
     background: bool

@@ -195,7 +195,7 @@ class TrainConfig:
     )
     ema: float = knob(
         0.0,
-        "samples and step files hold a running mean of the trained weights; of it so much is kept"
+        "samples and step files use an EMA of the trained weights with this decay"
         " at each step (0.999 is usual, less at first). 0: the weights themselves, as published",
     )
     mixed_precision: str = knob(

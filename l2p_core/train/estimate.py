@@ -26,7 +26,7 @@ from ..text import MAX_TOKENS
 from .buckets import target_size
 from .config import TrainConfig
 from .low_memory import FrozenLinear
-from .run import compute_dtype, make_optimizer, prepare, refuse_quantized, trained_of
+from .run import compute_dtype, make_optimizer, prepare, reject_quantized, trained_of
 
 HOST = "meta"  # stands for the memory beside the device's
 
@@ -46,7 +46,7 @@ def estimate(config: TrainConfig) -> dict[str, int]:
         )
     layout = read_layout(Path(config.checkpoint))
     check(layout)
-    refuse_quantized(layout)
+    reject_quantized(layout)
     height, width = (
         (config.height, config.width)
         if config.height
@@ -97,9 +97,9 @@ def estimate(config: TrainConfig) -> dict[str, int]:
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()  # makes its state
         optimizer.zero_grad()
-        begun, lasting = len(meter.events), meter.now()
+        started, lasting = len(meter.events), meter.now()
         gradients = step()
-        passing = meter.peak(since=begun) - lasting - gradients
+        passing = meter.peak(since=started) - lasting - gradients
         state = bytes_of(tree_leaves(optimizer.state_dict()))
     if config.optimizer == "adamw8bit":
         state = sum(state_in_8_bits(parameter.numel()) for parameter in trained.values())
@@ -110,7 +110,7 @@ def estimate(config: TrainConfig) -> dict[str, int]:
         "weights that are trained": learned,
         "frozen weights": bytes_of(model.state_dict().values()) - learned - swapped,
         **(
-            {"running mean of the weights": 4 * sum(each.numel() for each in trained.values())}
+            {"EMA of the weights": 4 * sum(each.numel() for each in trained.values())}
             if config.ema
             else {}
         ),

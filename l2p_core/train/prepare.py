@@ -26,7 +26,7 @@ def compute_dtype(config: TrainConfig) -> torch.dtype:
     return torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
 
 
-def refuse_quantized(layout: Layout) -> None:
+def reject_quantized(layout: Layout) -> None:
     """Raises CheckpointError."""
     if layout.quantization:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: the log, its curve, and samples as training goes on."""
+"""The records of a run: log, loss curve and samples."""
 
 import csv
 import io
@@ -40,7 +40,7 @@ class Log:
     alone."""
 
     def __init__(self, folder: Path, step: int, writes: bool, boards: Boards | None = None):
-        """step: where the run goes on; what was logged after it is forgotten."""
+        """step: where the run resumes. What was logged after it is dropped."""
         self.folder, self.writes, self.lowest = folder, writes, math.inf
         self.rows: list[Row] = []
         self.boards = boards

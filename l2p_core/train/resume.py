@@ -18,7 +18,7 @@ from .adapters import saved, saved_name
 from .config import TrainConfig, read_config, to_toml
 from .shard import as_split_as, is_split
 
-# What may change when a run goes on: a loss that diverged may need other steps, and the rest is not
+# What may change when a run resumes: a loss that diverged may need other steps, and the rest is not
 # learned from.
 FREE = (
     "steps",

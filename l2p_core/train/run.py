@@ -54,7 +54,7 @@ from .prepare import (
     pinned,
     prepare,
     rate_at,
-    refuse_quantized,
+    reject_quantized,
     trained_of,
 )
 from .record import Log, Row, draw_curves, samples_file, show_samples
@@ -187,7 +187,7 @@ class Stopped(Exception):
 
 
 class Run:
-    """A run set up: model, data, optimizer and folder, at the step where it goes on.
+    """A run set up: model, data, optimizer and folder, at the step where it resumes.
 
     A recipe is a subclass. It may make its files before anything is read (`__init__`), and replace
     the batch (`batch`), the loss (`loss`), the optimizer (`make_optimizer`) and the samples
@@ -252,7 +252,7 @@ class Run:
             offload=False,
         )
         layout = self.pipe.layout
-        refuse_quantized(layout)
+        reject_quantized(layout)
         first_lora, lora_changes = (
             read_first_lora(config, layout) if config.resume_lora else (None, {})
         )
@@ -396,7 +396,7 @@ class Run:
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """For `trained`, and for what else the loss trains: that goes into `saved_tensors`, by
-        name, to be there when a run goes on."""
+        name, to be there when a run resumes."""
         return make_optimizer(self.trained, self.config)
 
     def batch(self, number: int) -> Batch:
@@ -517,7 +517,7 @@ class Run:
                 if not independent:
                     raise
                 warnings.warn(
-                    f"{name} at step {self.step} failed ({first_line(error)}); training goes on",
+                    f"{name} at step {self.step} failed ({first_line(error)}); training continues",
                     stacklevel=2,
                 )
                 if self.device.type == "cuda":
@@ -557,7 +557,7 @@ class Run:
         """One step of the optimizer. Returns whether any process was interrupted by now: a single
         process then leaves out a step of which batches are still missing.
 
-        Raises Diverged, and nothing of the step is saved, where the loss is not what one goes on
+        Raises Diverged, and nothing of the step is saved, where the loss is not what one continues
         with."""
         began, config = monotonic(), self.config
         rate = config.learning_rate * rate_at(self.step, config)

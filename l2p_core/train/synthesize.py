@@ -113,7 +113,7 @@ def synthesize(
                 stream.write(text.getvalue().encode())
 
 
-def refuse_other_components(model: Path) -> None:
+def reject_other_components(model: Path) -> None:
     """Raise CheckpointError where model_index.json names classes that are not Z-Image's: diffusers
     would import the modules that it names, and transformers' Auto classes ask whether to run a
     folder's own code."""
@@ -154,7 +154,7 @@ def open_pipeline(model: str | Path, device: torch.device, dtype: torch.dtype) -
             "generating with the latent model needs diffusers 0.36 or newer: pip install"
             " 'comfyui-l2p[synthesize]'"
         ) from None
-    refuse_other_components(Path(model))
+    reject_other_components(Path(model))
     try:
         pipe = ZImagePipeline.from_pretrained(
             model,
