@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..commands.arguments import add_checkpoint, add_pipeline, add_settings
 from ..settings import FIELDS
 
 BENCHMARKS = ("geneval", "dpg", "shapes", "prompts")
@@ -31,8 +32,6 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
 
 def add_write(actions: argparse._SubParsersAction) -> None:
     """Add `l2p evaluate write`."""
-    from ..cli import add_checkpoint, add_settings
-
     parser = actions.add_parser(
         "write",
         help="generate a benchmark's images in the folders that its scorer reads",
@@ -86,8 +85,6 @@ def add_write(actions: argparse._SubParsersAction) -> None:
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say how images are generated."""
-    from ..cli import add_pipeline
-
     machine = parser.add_argument_group("machine")
     machine.add_argument(
         "--batch", type=int, default=1, metavar="N", help="images generated at a time (default 1)"
@@ -165,8 +162,6 @@ def add_score(actions: argparse._SubParsersAction) -> None:
 
 def add_compare(actions: argparse._SubParsersAction) -> None:
     """Add `l2p evaluate compare`."""
-    from ..cli import add_settings
-
     parser = actions.add_parser(
         "compare",
         help="compare checkpoints, formats or settings on the same prompts and seeds",

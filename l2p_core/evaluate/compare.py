@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..cli import pipeline_arguments, share
+from ..commands.arguments import pipeline_arguments, share
 from ..pipeline import L2PPipeline
 from . import metrics, shapes
 from .layout import Task, Written, read_card, read_folder, read_task

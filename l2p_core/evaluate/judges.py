@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ..cli import require
+from ..commands.arguments import require
 from ..files.atomic import atomic_write
 from ..images import read_image
 from ..shapes.judge import examine

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ... import __version__
 from ..batch import Job, generate, plan
-from ..cli import file_and_strength, pipeline_arguments, share
+from ..commands.arguments import file_and_strength, pipeline_arguments, share
 from ..files.atomic import atomic_write
 from ..images import PNG_KEY, open_image, read_image
 from ..outputs import is_one_image

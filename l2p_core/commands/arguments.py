@@ -1,0 +1,151 @@
+"""Arguments that several commands share: checkpoint, pipeline, settings of an image."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from ..settings import FIELDS, describe, kind
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which model to use."""
+    parser.add_argument(
+        "--checkpoint",
+        metavar="PATH",
+        help="file, index or folder of shards (default: the bundled small model)",
+    )
+    parser.add_argument(
+        "--text-encoder",
+        metavar="PATH",
+        help=(
+            "Qwen3-4B: a folder such as Z-Image-Turbo, or qwen_3_4b.safetensors (default:"
+            " text_encoder/ beside the checkpoint)"
+        ),
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="FOLDER", help="default: tokenizer/ in or beside the text encoder"
+    )
+
+
+def add_pipeline(machine: argparse._ArgumentGroup) -> None:
+    """Add the flags that say how the model is loaded and run."""
+    machine.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help=(
+            "default: bfloat16; float16 on NVIDIA cards older than RTX 30; float32 for a small"
+            " model on a CPU"
+        ),
+    )
+    machine.add_argument(
+        "--convrot",
+        type=int,
+        metavar="GROUP",
+        help="group size of rotated INT8 weights in a file that does not say so",
+    )
+    machine.add_argument(
+        "--decoder-tile",
+        type=int,
+        metavar="PIXELS",
+        help=(
+            "side of the tiles that the local decoder computes one after another: the same"
+            " image in less memory; 0 for no tiles (default: tiles for large images)"
+        ),
+    )
+    machine.add_argument(
+        "--offload",
+        action=argparse.BooleanOptionalAction,
+        help=(
+            "keep the model in the CPU's memory, and on the GPU only the block that computes and"
+            " the next (default: where it does not fit)"
+        ),
+    )
+    machine.add_argument(
+        "--batch-guidance",
+        action="store_true",
+        help="both passes of a guided step as one of twice the batch",
+    )
+    machine.add_argument(
+        "--compile-blocks",
+        action="store_true",
+        help="compile the model's blocks, which takes a while at the first images",
+    )
+
+
+def pipeline_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags of `add_checkpoint` and `add_pipeline` are called by
+    `L2PPipeline.from_pretrained`."""
+    import torch
+
+    return {
+        "checkpoint": args.checkpoint,
+        "text_encoder": args.text_encoder,
+        "tokenizer": args.tokenizer,
+        "torch_dtype": getattr(torch, args.dtype) if args.dtype else None,
+        "convrot_groupsize": args.convrot,
+        "decoder_tile": args.decoder_tile,
+        "offload": args.offload,
+        "batch_guidance": args.batch_guidance,
+        "compile_blocks": args.compile_blocks,
+    }
+
+
+def add_settings(
+    group: argparse._ArgumentGroup, names: Iterable[str], defaults: bool = True
+) -> None:
+    """Add a flag for each of these settings but the prompt. defaults: name them in the help."""
+    for name in names:
+        about = FIELDS[name].metadata
+        if name != "prompt":
+            metavar = about.get("metavar") or {int: "N", float: "X", str: "NAME"}[kind(name)]
+            help = describe(name) if defaults else about["help"]
+            group.add_argument(
+                about.get("flag", "--" + name.replace("_", "-")),
+                dest=name,
+                metavar=metavar,
+                help=help.replace("%", "%%"),
+            )
+
+
+def file_and_strength(given: str) -> tuple[str, float]:
+    """A LoRA's file and strength, of FILE[:STRENGTH]. A colon may also be part of a path."""
+    file, _, strength = given.rpartition(":")
+    try:
+        return (file, float(strength)) if file else (given, 1.0)
+    except ValueError:
+        return given, 1.0
+
+
+def share(device: str | None) -> tuple[int, int, str]:
+    """This process's number, how many there are, and its device: a GPU of its own where there are
+    GPUs."""
+    from ..devices import default_device
+
+    device = device or default_device().type
+    if device in ("cuda", "xpu"):
+        device = f"{device}:{os.environ.get('LOCAL_RANK', 0)}"
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), device
+
+
+def require(extra: str, modules: tuple[str, ...]) -> None:
+    """Raise ImportError, saying what to install, where one of these modules is missing."""
+    from importlib.util import find_spec
+
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"{missing[0]} is not installed; it comes with: pip install 'comfyui-l2p[{extra}]'"
+        )
+
+
+def print_bundled() -> None:
+    """Print that the bundled model is used, and what it knows."""
+    from ..pipeline import BUNDLED_MODEL
+
+    print(
+        "No --checkpoint given: using the bundled small model, which knows plain shapes"
+        f" ({BUNDLED_MODEL.parent / 'README.md'}). What a prompt leaves open is filled in at random"
+    )

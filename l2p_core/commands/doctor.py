@@ -1,0 +1,58 @@
+"""The command `l2p doctor`."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_doctor(commands: argparse._SubParsersAction) -> None:
+    """Add the command `l2p doctor`."""
+    parser = commands.add_parser(
+        "doctor",
+        help="test this installation, or a checkpoint and its text encoder",
+        description=(
+            "Without a checkpoint: say what is installed, compare an image of the bundled model"
+            " with a recorded one, and prove that the model denoises. With one: compare its tensors"
+            " with the published files, and prove that it denoises an image better than any"
+            " baseline. A fault is named. Exit status 1 where anything fails."
+        ),
+    )
+    parser.add_argument("--checkpoint", metavar="PATH", help="file, index or folder of shards")
+    parser.add_argument("--text-encoder", metavar="PATH", help="as for l2p generate")
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="as for l2p generate")
+    parser.add_argument("--device", help="default: the accelerator where there is one")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--convrot", type=int, metavar="GROUP", help="as for l2p generate")
+    parser.add_argument(
+        "--image", metavar="FILE", help="denoise this image (default: a scene that is drawn)"
+    )
+    parser.add_argument("--prompt", metavar="TEXT", help="what the image shows")
+    parser.add_argument(
+        "--compare",
+        metavar="PATH",
+        help="a second checkpoint of the same model, such as its INT8 form",
+    )
+
+    def run(args: argparse.Namespace) -> int:
+        import torch
+
+        from ..doctor import examine, verdict
+
+        failed = 0
+        for finding in examine(
+            args.checkpoint,
+            args.text_encoder,
+            args.tokenizer,
+            args.device,
+            getattr(torch, args.dtype) if args.dtype else None,
+            args.convrot,
+            args.image,
+            args.prompt,
+            args.compare,
+        ):
+            print(finding, flush=True)
+            failed += finding.ok is False
+        print(verdict(failed))
+        return min(failed, 1)
+
+    parser.set_defaults(run=run, when_stopped="Nothing was changed")

@@ -1,0 +1,170 @@
+"""The command `l2p generate`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..settings import FIELDS
+
+if TYPE_CHECKING:
+    from ..batch import Job
+    from ..pipeline import L2PPipeline
+
+
+from .arguments import (
+    add_checkpoint,
+    add_pipeline,
+    add_settings,
+    file_and_strength,
+    pipeline_arguments,
+    print_bundled,
+    share,
+)
+
+
+def add_generate(commands: argparse._SubParsersAction) -> None:
+    """Add the command `l2p generate`."""
+    parser = commands.add_parser(
+        "generate",
+        help="generate images from prompts",
+        description=(
+            "Generate images from a prompt or a file of prompts. The same command resumes an"
+            " interrupted run: images that exist with the same settings are kept. Under `accelerate"
+            " launch` or torchrun, the prompts are split over the processes."
+        ),
+    )
+    parser.add_argument("prompt", nargs="?", help="what to generate")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help=(
+            "a prompt file: .txt (one prompt per line), .csv, .json or .jsonl (columns prompt or"
+            " text, and optionally file_name, seed and any other setting below)"
+        ),
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("out.png"),
+        metavar="PATH",
+        help="a .png for one image, a folder for several (default out.png)",
+    )
+    add_checkpoint(parser)
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="a LoRA of the checkpoint; may be given again (default strength 1)",
+    )
+    image = parser.add_argument_group("image")
+    add_settings(image, FIELDS)
+    image.add_argument(
+        "--count",
+        type=int,
+        default=1,
+        help="images for each prompt, with seeds one apart (default 1)",
+    )
+    machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "--batch", type=int, default=1, help="images generated at a time (default 1)"
+    )
+    machine.add_argument("--device", help="default: the accelerator where there is one")
+    add_pipeline(machine)
+    machine.add_argument(
+        "--free-text-encoder",
+        action=argparse.BooleanOptionalAction,
+        help=(
+            "encode all prompts first, then free the encoder's memory (default: where it does not"
+            " fit beside the model)"
+        ),
+    )
+    machine.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace images that exist with other settings",
+    )
+    machine.add_argument(
+        "--estimate",
+        action="store_true",
+        help=(
+            "say how much memory this takes and how often the model runs, by the "
+            "checkpoint's header alone"
+        ),
+    )
+    machine.add_argument(
+        "--memory",
+        type=float,
+        metavar="GB",
+        help="with --estimate: plan for an accelerator with so much free memory",
+    )
+
+    def run(args: argparse.Namespace) -> None:
+        from ..batch import generate, plan
+        from ..pipeline import L2PPipeline
+        from ..tables import read_rows
+
+        if (args.prompt is None) == (args.prompts is None) and not args.estimate:
+            raise ValueError("give a prompt, or a file of them with --prompts")
+        rank, processes, device = share(args.device)
+        pipe = L2PPipeline.from_pretrained(
+            **pipeline_arguments(args), device=device, progress=args.checkpoint is not None
+        )
+        for given in args.lora:
+            pipe.load_lora(*file_and_strength(given))
+        if args.checkpoint is None and rank == 0:
+            print_bundled()
+        rows = read_rows(args.prompts) if args.prompts else [{"prompt": args.prompt or ""}]
+        settings = {name: getattr(args, name) for name in FIELDS if name != "prompt"}
+        jobs = plan(rows, settings, args.count, args.output, pipe)
+        if args.estimate:
+            print_estimate(pipe, jobs, args.batch, args.free_text_encoder, args.memory)
+            return
+        generate(
+            jobs[rank::processes],
+            pipe,
+            args.batch,
+            args.free_text_encoder,
+            args.overwrite,
+            progress=rank == 0,
+        )
+        if rank == 0:
+            print(args.output)
+
+    parser.set_defaults(run=run, when_stopped="The same command resumes")
+
+
+def print_estimate(
+    pipe: L2PPipeline,
+    jobs: list[Job],
+    batch: int,
+    free_text_encoder: bool | None,
+    memory: float | None,
+) -> None:
+    """Print what the largest image takes. memory: GB of free memory to plan for; None for what the
+    device has."""
+    from ..batch import largest_of
+    from ..estimate import estimate
+    from ..meter import table
+
+    if memory is not None and not 0 < memory < math.inf:
+        raise ValueError(f"--memory is {memory}; expected a number of GB above 0")
+    largest = largest_of(jobs)
+    free = None if memory is None else int(memory * 1e9)
+    placement = pipe.place(largest, batch, free_text_encoder, free)
+    pipe.adopt(placement)
+    freed = placement.free_text_encoder or placement.encode_on_cpu
+    parts, passes = estimate(pipe, largest, batch, freed, placement.encode_on_cpu)
+    told = ", then ".join(
+        f"{count} of {batch} x {width} x {height} pixels" for count, height, width in passes
+    )
+    print(table(parts))
+    print(f"placement: {placement.reason}")
+    print(f"passes through the model: {told}")
+    if not pipe.text_encoder_path.exists():
+        print(f"the text encoder is not counted: {pipe.text_encoder_path} does not exist")

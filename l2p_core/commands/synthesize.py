@@ -1,0 +1,164 @@
+"""The command `l2p synthesize`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+
+from ..settings import MAX_COUNT, checked
+from .arguments import share
+
+
+def add_synthesize(commands: argparse._SubParsersAction) -> None:
+    """Add the command `l2p synthesize`."""
+    from ..train.config import SynthesizeConfig
+
+    parser = commands.add_parser(
+        "synthesize",
+        help="generate training images with the latent model, and write their prompts",
+        description=(
+            "Generate images with a latent Z-Image through diffusers, as a folder for l2p train:"
+            " images/ and metadata.csv with the seeds. An interrupted run resumes. Under"
+            " `accelerate launch` the images are split over the processes."
+        ),
+    )
+    parser.add_argument(
+        "prompts",
+        nargs="?",
+        type=Path,
+        metavar="PROMPTS",
+        help=(
+            ".txt (a prompt a line), .csv, .json or .jsonl with a column prompt or text; with"
+            " --write-prompts the .txt to write (default: prompts.txt in the output folder)"
+        ),
+    )
+    parser.add_argument(
+        "--model",
+        metavar="FOLDER",
+        help="the latent model, such as Z-Image-Turbo; without it only prompts are written",
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
+    for each in fields(SynthesizeConfig):
+        parser.add_argument(
+            f"--{each.name}",
+            type=each.type,
+            default=each.default,
+            help=f"{each.metadata['help']} (default {each.default})",
+        )
+    parser.add_argument(
+        "--batch", type=int, default=1, help="images generated at a time (default 1)"
+    )
+    parser.add_argument("--device", help="default: the GPU where there is one")
+    writing = parser.add_argument_group("prompts")
+    writing.add_argument(
+        "--write-prompts",
+        type=int,
+        metavar="N",
+        help=(
+            "write N prompts first, of 200 to 350 characters, about categories of a taxonomy; the"
+            " text encoder writes them as the language model that it is"
+        ),
+    )
+    writing.add_argument(
+        "--text-encoder",
+        metavar="PATH",
+        help="the language model, Qwen3-4B as for l2p generate (default: that of --model)",
+    )
+    writing.add_argument(
+        "--tokenizer", metavar="FOLDER", help="default: tokenizer/ in or beside the text encoder"
+    )
+    writing.add_argument(
+        "--templates", action="store_true", help="write prompts by templates, without a model"
+    )
+    writing.add_argument(
+        "--taxonomy",
+        type=Path,
+        metavar="FILE",
+        help="a text file of categories under '# class' and '## sub-class' (default: our own)",
+    )
+    writing.add_argument(
+        "--prompt-seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of the order of categories and of what is sampled (default 0)",
+    )
+    writing.add_argument(
+        "--prompt-batch", type=int, default=16, metavar="N", help="prompts at a time (default 16)"
+    )
+
+    def run(args: argparse.Namespace) -> None:
+        from ..batch import check_batch
+        from ..tables import read_rows
+        from ..train.synthesize import synthesize
+
+        check_batch(args.batch)
+        rank, processes, device = share(args.device)
+        if args.prompts is None and not args.write_prompts:
+            raise ValueError("give PROMPTS, or let prompts be written: --write-prompts N")
+        file = args.prompts or args.output / "prompts.txt"
+        if args.write_prompts:
+            if processes > 1:
+                raise ValueError(
+                    "--write-prompts is for one process, and here are"
+                    f" {processes}; write the prompts first, then generate without that flag"
+                )
+            write_prompts(args, file, device)
+        if not args.model:
+            if not args.write_prompts:
+                raise ValueError("--model is not given: the latent model, such as Z-Image-Turbo")
+            print(file)
+            return
+        prompts = []
+        for number, row in enumerate(read_rows(file), 1):
+            prompt = row["prompt"] if row.get("text") is None else row["text"]
+            try:
+                prompts.append(str(checked("prompt", prompt)))
+            except ValueError as error:
+                raise ValueError(f"prompt {number}: {error}") from None
+        synthesize(
+            prompts,
+            args.model,
+            args.output,
+            SynthesizeConfig(
+                **{each.name: getattr(args, each.name) for each in fields(SynthesizeConfig)}
+            ),
+            args.batch,
+            device,
+            rank=rank,
+            processes=processes,
+            progress=rank == 0,
+        )
+        if rank == 0:
+            print(args.output)
+
+    parser.set_defaults(run=run, when_stopped="The same command resumes")
+
+
+def write_prompts(args: argparse.Namespace, file: Path, device: str) -> None:
+    """Write the prompts that `l2p synthesize` asks for."""
+    from ..train import prompts
+
+    for flag, value in (
+        ("write-prompts", args.write_prompts),
+        ("prompt-batch", args.prompt_batch),
+    ):
+        if not 1 <= value <= MAX_COUNT:
+            raise ValueError(f"--{flag} is {value}; expected a number from 1 to {MAX_COUNT}")
+    encoder = args.text_encoder or args.model
+    if not args.templates and not encoder:
+        raise ValueError(
+            "--write-prompts needs a language model: give --model or --text-encoder, or"
+            " --templates to do without"
+        )
+    replaced = prompts.write_prompts(
+        file,
+        args.write_prompts,
+        args.prompt_seed,
+        args.taxonomy or prompts.TAXONOMY,
+        None if args.templates else prompts.WritingModel(encoder, args.tokenizer, device),
+        args.prompt_batch,
+    )
+    if replaced:
+        print(f"{replaced} prompts are templates: the language model gave none that passed")

@@ -1,0 +1,113 @@
+"""The command `l2p train`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from ..interrupt import stop_at_eof
+
+
+def add_train(commands: argparse._SubParsersAction) -> None:
+    """Add the command `l2p train`."""
+    from ..train.config import TrainConfig
+    from ..train.presets import CARDS
+
+    parser = commands.add_parser(
+        "train",
+        help="train a pixel initialisation, or go on training",
+        description=(
+            "Train an L2P model on images with captions. The settings come from a TOML file, from"
+            " the flags below, which are the file's names, or from both. A run that was stopped"
+            " resumes from its last save."
+        ),
+    )
+    parser.add_argument(
+        "config",
+        nargs="?",
+        type=Path,
+        metavar="FILE.toml",
+        help="the settings; a flag says otherwise",
+    )
+    parser.add_argument(
+        "--estimate",
+        action="store_true",
+        help="say what a step holds in memory, from the checkpoint's header alone",
+    )
+    parser.add_argument(
+        "--memory",
+        choices=CARDS,
+        help=(
+            "choose the settings below that a GPU of so much memory needs, for what is trained: the"
+            " published layers, all (freeze ''), or a LoRA; settings that are given stay"
+        ),
+    )
+    parser.add_argument(
+        "--stop-at-eof",
+        action="store_true",
+        help="save and stop when standard input ends, for programs that start this one",
+    )
+    metavars: dict[object, str] = {int: "N", float: "X", str: "TEXT"}
+    for each in fields(TrainConfig):
+        choices = each.metadata.get("choices")
+        kind: dict[str, Any]
+        if each.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif each.type == tuple[str, ...]:
+            kind = {"nargs": "*", "metavar": "TEXT"}
+        elif each.type == tuple[int, ...]:
+            kind = {"nargs": "*", "metavar": "N", "type": int}
+        elif choices:
+            kind = {"type": each.type, "choices": choices}
+        else:
+            kind = {"type": each.type, "metavar": metavars[each.type]}
+        default = (
+            ""
+            if "default" in each.metadata["help"] or each.default in ("", (), None)
+            else f" (default {each.default})"
+        )
+        parser.add_argument(
+            "--" + each.name.replace("_", "-"),
+            default=None,
+            help=each.metadata["help"] + default,
+            **kind,
+        )
+
+    def run(args: argparse.Namespace) -> None:
+        from ..train.config import read_config
+        from ..train.run import train
+
+        flags = {
+            each.name: value
+            for each in fields(TrainConfig)
+            if (value := getattr(args, each.name)) is not None
+        }
+        if args.memory:
+            flags["memory"] = args.memory
+        if args.estimate:
+            from ..meter import table
+            from ..train.estimate import estimate
+
+            print(
+                table(
+                    estimate(read_config(args.config, {"data": "none", "output": "none", **flags}))
+                )
+            )
+        else:
+            if args.stop_at_eof:
+                stop_at_eof()
+            if (
+                args.recipe
+            ):  # it may lie in the folder the program runs in; what is installed comes first
+                sys.path.append(os.getcwd())
+            print(train(read_config(args.config, flags)))
+
+    parser.set_defaults(
+        run=run,
+        when_stopped="The same command resumes from the last save",
+        when_full="docs/training.md, Memory, says which settings take less; --estimate counts them",
+    )
