@@ -19,7 +19,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
 
     parser = commands.add_parser(
         "train",
-        help="train a pixel initialisation, or go on training",
+        help="train a pixel initialisation, or resume a run",
         description=(
             "Train an L2P model on images with captions. The settings come from a TOML file, from"
             " the flags below, which are the file's names, or from both. A run that was stopped"
