@@ -333,6 +333,10 @@ def detect_as_core(shapes: dict[str, list[int]]) -> str | None:
 
 
 def encode(prompt: str, output: str, text_encoder: str) -> list[int]:
+    folder, _, text_encoder = text_encoder.rpartition("/")
+    if folder:
+        folder_paths.add_model_folder_path("text_encoders", folder, is_default=True)
+        folder_paths.filename_list_cache.clear()
     clip = nodes.NODE_CLASS_MAPPINGS["L2PTextEncoderLoader"].execute(text_encoder)[0]
     clip.l2p_read_prompt = None  # prompts are encoded as they are, the bundled model's too
     positive, negative = nodes.NODE_CLASS_MAPPINGS["L2PTextEncode"].execute(clip, prompt, "").args

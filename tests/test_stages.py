@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from comfyui_l2p.l2p_core import L2PPipeline
-from comfyui_l2p.l2p_core.batch import is_drawn
+from comfyui_l2p.l2p_core.batch import is_generated
 from comfyui_l2p.l2p_core.images import save_image
 from comfyui_l2p.l2p_core.model import rope_of_image
 from comfyui_l2p.l2p_core.settings import (
@@ -59,7 +59,7 @@ def test_each_stage_is_twice_the_one_before_it():
 
 
 @pytest.mark.parametrize("redraw", REFINEMENTS)
-def test_what_is_drawn_from_noise_alone_is_drawn_as_published(redraw):
+def test_what_is_generated_from_noise_alone_is_generated_as_published(redraw):
     assert plan(2048, 2048, stage_strength=0.3, redraw=redraw) == [
         Stage(2048, 2048, 30, 1.0, 0, 1.0)
     ]
@@ -183,9 +183,9 @@ def test_older_words_of_redraw_still_work(tmp_path, before, now):
     """In flags and tables, and in the record of an image that an older program generated."""
     assert checked("redraw", before) == now
     save_image(Image.new("RGB", (16, 16)), tmp_path / "old.png", {"redraw": before})
-    assert is_drawn(tmp_path / "old.png", {"redraw": now})
+    assert is_generated(tmp_path / "old.png", {"redraw": now})
     with pytest.raises(ValueError, match="generated with other settings .redraw"):
-        is_drawn(
+        is_generated(
             tmp_path / "old.png", {"redraw": next(each for each in REFINEMENTS if each != now)}
         )
 

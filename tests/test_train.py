@@ -41,6 +41,7 @@ from comfyui_l2p.l2p_core.train.data import (
     read_examples,
     target_size,
 )
+from comfyui_l2p.l2p_core.train.optimizers import PerTensorOptimizer
 from comfyui_l2p.quant.merge import merge
 from golden import recipe
 from helpers import GOLDEN, rms
@@ -1088,7 +1089,7 @@ def test_weights_of_half_a_step_are_not_saved(data, monkeypatch, changes):
     if "ema" in changes:
         monkeypatch.setattr(torch.Tensor, "lerp_", counts(torch.Tensor.lerp_))
     elif changes:
-        monkeypatch.setattr(preparing.FrugalAdamW, "update", counts(preparing.FrugalAdamW.update))
+        monkeypatch.setattr(PerTensorOptimizer, "update", counts(PerTensorOptimizer.update))
     else:
         monkeypatch.setattr(torch.optim.AdamW, "step", counts(torch.optim.AdamW.step))
     with pytest.raises(RuntimeError, match="half a step"):

@@ -220,7 +220,7 @@ class Guide(torch.nn.Linear):
     def __init__(self, model: L2PTransformer):
         super().__init__(model.config.dim, 3 * model.config.patch_size**2)
         model.local_decoder.register_forward_pre_hook(
-            lambda _, inputs: setattr(self, "features", inputs[1])
+            lambda _, inputs: setattr(self, "features", inputs[1][0])
         )
 
     def loss(self, image: torch.Tensor) -> torch.Tensor:
