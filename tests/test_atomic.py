@@ -468,6 +468,7 @@ def test_tensors_are_read_back_by_safetensors(tmp_path):
         assert opened.metadata() == {"format": "pt", "l2p.step": "3"}
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_a_file_is_old_or_new(tmp_path):
     """A program that writes one of two contents without pause, killed at twelve moments."""
     seen = set()

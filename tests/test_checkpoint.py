@@ -46,6 +46,7 @@ def outputs(path, arguments, **options):
         return load_model(path, dtype=torch.float32, **options)(*arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("naming", [dict, comfyui_naming])
 def test_any_naming_and_prefix_is_the_same_model(tiny_weights, write, naming, prefix):
@@ -107,6 +108,7 @@ def test_mixed_dtypes_become_one(tiny_weights, write):
     assert_loads_exactly(path, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("marked", [None, "tensors", "metadata"])
 @pytest.mark.parametrize("granularity", ["tensor", "flat", "row"])
 @pytest.mark.parametrize("naming", [dict, comfyui_naming])
@@ -128,6 +130,7 @@ def test_int8_stays_int8_and_close(
         assert rms(model(*arguments) - reference, reference) < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("marked", [None, "tensors", "metadata"])
 def test_int8_with_convrot(tiny_weights, tiny_model, write, arguments, marked):
     weights = {name: tensor for name, tensor in comfyui_naming(tiny_weights).items()}
@@ -550,6 +553,7 @@ def test_other_files_are_rejected(tmp_path):
         load_model(tmp_path / "..")
 
 
+@pytest.mark.slow
 def test_damaged_headers_never_raise_anything_else(tiny_weights, write, tmp_path):
     whole = write(tiny_weights).read_bytes()
     end = 8 + struct.unpack("<Q", whole[:8])[0]

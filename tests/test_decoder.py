@@ -57,6 +57,7 @@ def test_features_of_another_size_are_resized_by_nearest(golden, decoder):
     torch.testing.assert_close(output, recorded["96x64.mismatch_3x2.output"], atol=5e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_larger_image_is_the_published(golden, decoder):
     recorded = golden("local_decoder_fp32")
     image = torch.from_numpy(recipe.tensor("input.local_decoder.image.256x256", (1, 3, 256, 256)))
@@ -177,6 +178,7 @@ def inputs(
 
 
 # Sums may be taken in another order: a few units in the last place.
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2**-6)])
 @pytest.mark.parametrize("patch", PUBLISHED_DECODERS)
 def test_tiles_give_what_the_whole_gives(patch, dtype, tolerance):
@@ -248,6 +250,7 @@ def test_memory_is_counted_the_same_with_and_without_contents():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     "size, tile, batch", [(1280, 0, 3), (3840, 0, 1), (3840, 1280, 2), (10240, None, 1)]
@@ -300,6 +303,7 @@ def test_the_tile_that_is_chosen(patch):
     assert tile_side(config, 2560, 2560, budget=0) <= 6 * step < 2560
 
 
+@pytest.mark.slow
 def test_the_model_hands_the_tile_to_its_decoder(tiny_model):
     config, generator = tiny_model.config, torch.Generator().manual_seed(0)
     image = torch.randn(1, 3, 96, 64, generator=generator)
@@ -314,6 +318,7 @@ def test_the_model_hands_the_tile_to_its_decoder(tiny_model):
     torch.testing.assert_close(cut, whole, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_pipeline_hands_its_tile_to_the_model():
     """Images of 96 x 96 pixels in tiles of 32: nine passes of the decoder's last layer each time
     instead of one."""

@@ -71,12 +71,14 @@ def scale_output(factor):
     return change
 
 
+@pytest.mark.slow
 def test_the_bundled_model_proves_itself():
     faults, found = failed(None, text_encoder=None)
     assert not faults and all(found[name].ok for name in PROOF if name != "convrot")
     assert found["convrot"].ok is None and "none of the published" in found["published as"].detail
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["row", "convrot"])
 def test_int8_files_prove_themselves(tmp_path, granularity):
     path = int8_file(tmp_path / "int8.safetensors", granularity=granularity)
@@ -84,12 +86,14 @@ def test_int8_files_prove_themselves(tmp_path, granularity):
     assert not faults and all(found[name].ok for name in (*PROOF, "other file"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor, line", [(-1, "sign"), (0.4, "amplitude"), (2, "amplitude")])
 def test_a_wrong_output_is_named(faulty, factor, line):
     faults, _ = failed(faulty(scale_output(factor)))
     assert faults == [line]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "one, other", [("to_q", "to_k"), ("to_q", "to_v"), ("to_k", "to_v"), (".w1.", ".w3.")]
 )
@@ -100,6 +104,7 @@ def test_tensors_under_each_others_names_are_named(faulty, one, other):
     assert expected in found["naming"].detail
 
 
+@pytest.mark.slow
 def test_a_time_that_runs_backwards_is_named(monkeypatch):
     forward = TimeEmbedder.forward
     monkeypatch.setattr(TimeEmbedder, "forward", lambda self, t, dtype: forward(self, 1 - t, dtype))
@@ -107,6 +112,7 @@ def test_a_time_that_runs_backwards_is_named(monkeypatch):
     assert faults == ["time"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [127, 1 / 127])
 def test_a_wrong_scale_is_named(tmp_path, factor):
     def change(weights):
@@ -117,6 +123,7 @@ def test_a_wrong_scale_is_named(tmp_path, factor):
     assert faults == ["scale"] and "weight_scale" in found["scale"].detail
 
 
+@pytest.mark.slow
 def test_an_unmarked_rotation_is_named_with_its_size(tmp_path):
     path = int8_file(tmp_path / "int8.safetensors", granularity="convrot", unmarked=True)
     faults, found = failed(path)
@@ -125,12 +132,14 @@ def test_an_unmarked_rotation_is_named_with_its_size(tmp_path):
     assert not failed(path, convrot_groupsize=64)[0]  # the remedy that it names
 
 
+@pytest.mark.slow
 def test_a_rotation_that_is_not_there_is_named(tmp_path):
     path = int8_file(tmp_path / "int8.safetensors", unmarked=True)
     faults, found = failed(path, convrot_groupsize=64)
     assert faults == ["convrot"] and "no rotation" in found["convrot"].detail
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_named(tmp_path, faulty):
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(MODEL.read_bytes()[:-1000])
@@ -147,6 +156,7 @@ def test_a_damaged_file_is_named(tmp_path, faulty):
     assert failed(faulty(blank))[0] == ["scale"]
 
 
+@pytest.mark.slow
 def test_weights_that_never_learned_do_not_denoise(faulty):
     def forget(weights):
         generator = torch.Generator().manual_seed(0)
@@ -158,12 +168,14 @@ def test_weights_that_never_learned_do_not_denoise(faulty):
     assert failed(faulty(forget))[0] in (["denoising"], ["sign"])  # it points anywhere
 
 
+@pytest.mark.slow
 def test_a_wrong_prompt_or_text_encoder_is_named(tmp_path):
     faults, _ = failed(MODEL, prompt="a small white square on a red background, left")
     assert faults == ["prompt"]
     assert failed(MODEL, text_encoder=tmp_path / "absent")[0] == ["text encoder"]
 
 
+@pytest.mark.slow
 def test_the_recorded_image_comes_out_again(monkeypatch):
     assert doctor.recorded_image("cpu").ok
     monkeypatch.setattr(doctor, "RECORDED_PROMPT", "a large red circle on a blue background, right")
@@ -200,6 +212,7 @@ def test_a_blur_keeps_flat_images_and_their_mean():
     assert blur(spot, 2)[0, 0, 16, 16].item() == pytest.approx(1 / (2 * np.pi * 4), rel=0.02)
 
 
+@pytest.mark.slow
 def test_the_command_reports_and_fails(tmp_path, capsys, faulty):
     path = faulty(scale_output(-1))
     command = ["doctor", "--checkpoint", str(path), "--text-encoder", str(ENCODER)]

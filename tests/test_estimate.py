@@ -24,6 +24,7 @@ def image(side: int, cfg_scale: float) -> Settings:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch, side, cfg_scale", [(1, 96, 1.0), (2, 192, 2.0)])
 def test_the_estimate_is_what_drawing_holds(batch, side, cfg_scale):
     pipe = L2PPipeline.from_pretrained()
@@ -45,6 +46,7 @@ def test_the_estimate_is_what_drawing_holds(batch, side, cfg_scale):
     assert parts["images and what passes"] == pytest.approx(meter.peak(), rel=0.02)
 
 
+@pytest.mark.slow
 def test_windows_hold_little_and_ask_often():
     pipe = L2PPipeline.from_pretrained()
     whole, windows = (
@@ -58,6 +60,7 @@ def test_windows_hold_little_and_ask_often():
     assert windows["images and what passes"] < whole["images and what passes"] / 2
 
 
+@pytest.mark.slow
 def test_streamed_blocks_wait_in_the_cpus_memory():
     (whole, _), (streamed, _) = (
         estimate(
@@ -115,6 +118,7 @@ def test_without_diffusers_nothing_is_streamed():
     assert not chosen.offload and "comfyui-l2p[offload]" in chosen.reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("free, words", [(10**9, "stays"), (10**6, "streamed")])
 def test_a_full_device_still_draws_the_same(tmp_path, monkeypatch, capsys, free, words):
     """The CPU stands in for an accelerator with so many free bytes."""
@@ -130,6 +134,7 @@ def test_a_full_device_still_draws_the_same(tmp_path, monkeypatch, capsys, free,
     assert apart(Image.open(plain), Image.open(placed)) <= 1
 
 
+@pytest.mark.slow
 def test_python_makes_room_before_it_loads_the_model(monkeypatch):
     pipe = L2PPipeline.from_pretrained()
     size = sum(bytes_in_memory(pipe.layout, pipe.dtype).values())
@@ -140,12 +145,14 @@ def test_python_makes_room_before_it_loads_the_model(monkeypatch):
     assert not pipe.streamed and "text_encoder" not in vars(pipe)
 
 
+@pytest.mark.slow
 def test_an_estimate_plans_for_a_given_memory(capsys):
     assert main(["generate", "--estimate", "--memory", "0.5"]) == 0
     assert "streamed" in capsys.readouterr().out
     assert main(["generate", "--estimate", "--memory", "-1"]) == 1
 
 
+@pytest.mark.slow
 def test_int8_counts_as_it_is_kept(tmp_path):
     quantize(BUNDLED_MODEL / "transformer.safetensors", tmp_path / "int8.safetensors")
     pipe = L2PPipeline.from_pretrained(
@@ -158,6 +165,7 @@ def test_int8_counts_as_it_is_kept(tmp_path):
     assert "text encoder" not in parts
 
 
+@pytest.mark.slow
 def test_the_estimate_takes_the_checkpoint_alone(tmp_path, capsys):
     quantize(BUNDLED_MODEL / "transformer.safetensors", tmp_path / "int8.safetensors")
     assert main(["generate", "--estimate", "--checkpoint", str(tmp_path / "int8.safetensors")]) == 0
@@ -165,6 +173,7 @@ def test_the_estimate_takes_the_checkpoint_alone(tmp_path, capsys):
     assert "in all" in told and "the text encoder is not counted" in told
 
 
+@pytest.mark.slow
 def test_the_command_estimates_and_draws_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["generate", "--estimate", "--height", "960", "--width", "96", "--steps", "7"]) == 0

@@ -151,6 +151,7 @@ def test_merge_names_other_mistakes(tiny_weights, trained, write, out):
         merge(part, base, out, skip=["*"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("naming", LORA_NAMINGS)
 @pytest.mark.parametrize("base_naming", [dict, comfyui_naming])
 def test_a_lora_is_added_to_the_weights_it_names(tiny_weights, write, out, naming, base_naming):
@@ -234,6 +235,7 @@ def merged_rows(lora, base, write, out, metadata=None):
     return torch.cat([found[name] - base[name] for name in names])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora_A", "lora_down", "loha", "lokr", "lokr of four", "diff"])
 @pytest.mark.parametrize(
     "name", ["diffusion_model.layers.0.attention.qkv", "lora_unet_layers_0_attention_qkv"]
@@ -355,6 +357,7 @@ def test_convert_plan_of_high_resolutions_has_the_published_keys(tmp_path, patch
     assert shapes[f"all_x_embedder.{patch}-1.weight"] == [3840, 3 * patch**2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["published", "shards", "comfyui"])
 def test_convert_copies_the_backbone_and_draws_the_rest(tiny_weights, write, out, form):
     latent = latent_of(tiny_weights)
@@ -494,6 +497,7 @@ def test_export_and_back_is_exact(tiny_weights, write, out, tmp_path, prefix):
     assert metadata_of(tmp_path / "back.safetensors")["modelspec.resolution"] == "96x96"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("convrot", [0, 16])
 @pytest.mark.parametrize("granularity", ["tensor", "flat", "row"])
 def test_int8_is_exported_and_back_exactly(

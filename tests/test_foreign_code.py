@@ -146,6 +146,7 @@ def test_a_single_file_text_encoder_of_no_size_is_rejected(encoder, write, shape
         TextEncoder.load(file, encoder / "tokenizer")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "component",
     [
@@ -170,6 +171,7 @@ def test_a_latent_model_names_no_other_modules(tmp_path, monkeypatch, component)
         open_pipeline(tmp_path, torch.device("cpu"), torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "index",
     [
@@ -210,6 +212,7 @@ def test_a_recipe_in_a_settings_file_alone_is_rejected(data, monkeypatch, capsys
     assert sys.path == before and not (data.parent / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_recipe_of_the_current_folder_runs_when_the_command_names_it(data, tmp_path):
     (tmp_path / "mine.py").write_text(
         "from comfyui_l2p.l2p_core.train.run import Run\nclass Mine(Run):\n    def loss(self,"
@@ -234,6 +237,7 @@ def test_the_programs_own_recipes_may_stand_in_a_settings_file(data, recipe):
     assert issubclass(training.find_recipe(read_config(toml, {}).recipe), training.Run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["accelerate", "peft", "torch", "json", "PIL", "tomllib"])
 def test_modules_of_the_current_folder_are_not_imported(tmp_path, data, module):
     (tmp_path / f"{module}.py").write_text(MARK)

@@ -94,6 +94,7 @@ def saved_in_every_format() -> dict[str, bytes]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_no_damaged_image_ends_in_anything_but_a_sentence(monkeypatch):
     monkeypatch.setattr(images, "MAX_DECODED_BYTES", 20_000_000)  # a test needs no more
@@ -133,6 +134,7 @@ PROMPT_FILES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_no_damaged_prompt_file_ends_in_anything_but_a_sentence(tmp_path):
     """Read, every setting checked and every output named, as before the first image."""
@@ -164,6 +166,7 @@ def test_no_damaged_prompt_file_ends_in_anything_but_a_sentence(tmp_path):
     assert 0.1 < planned / TEXTS < 0.95
 
 
+@pytest.mark.slow
 def test_no_damaged_settings_file_ends_in_anything_but_a_sentence(tmp_path):
     whole = (
         'checkpoint = "a"\ndata = "b"\noutput = "c"\nsteps = 10\nbatch = 2\nfreeze = "1:-1"\n'

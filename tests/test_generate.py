@@ -34,6 +34,7 @@ def settings(path):
         return json.loads(image.text["l2p"])
 
 
+@pytest.mark.slow
 def test_one_prompt_with_no_checkpoint_uses_the_bundled_model_and_says_so(tmp_path, capsys):
     assert (
         main(["generate", "a red circle — ünïcode", "-o", str(tmp_path / "new" / "out.png"), *FEW])
@@ -91,6 +92,7 @@ def test_prompts_from_any_file(tmp_path, name, content):
     }
 
 
+@pytest.mark.slow
 def test_rows_override_flags_and_batches_change_nothing(tmp_path):
     (tmp_path / "p.csv").write_text(
         "prompt,seed,width,num_inference_steps\na circle,5,,\na star,,48,\na cross,,,1\n"
@@ -124,6 +126,7 @@ def test_rows_override_flags_and_batches_change_nothing(tmp_path):
         assert apart(one, three) <= 1
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     (tmp_path / "p.txt").write_text("a circle\na star\na cross\n")
     command = ["generate", "--prompts", str(tmp_path / "p.txt"), "-o", str(tmp_path / "out"), *FEW]
@@ -206,6 +209,7 @@ def test_start_images_are_looked_at_before_anything_is_drawn(
     assert said in capsys.readouterr().err and not Path("out").exists()
 
 
+@pytest.mark.slow
 def test_a_side_that_is_not_given_follows_the_start_image(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (160, 90)).save("start.png")
@@ -290,6 +294,7 @@ def test_a_failing_write_leaves_nothing(tmp_path, monkeypatch, capsys):
     )
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_no_half_file(tmp_path):
     process = subprocess.Popen(
         [
@@ -458,6 +463,7 @@ def test_inspect_speaks_to_people_and_programs(capsys):
     assert "is plain text" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_identical_commands_share_one_folder(tmp_path):
     """The second waits and then finds everything; neither fails, and nothing is left."""
     (tmp_path / "p.txt").write_text("a circle\na star\na cross\na square\n")
@@ -521,6 +527,7 @@ def umask():
     return now
 
 
+@pytest.mark.slow
 def test_short_prompts_of_the_bundled_model_are_completed_by_the_seed(tmp_path):
     """The image shows what was said; the record keeps the prompt as typed and as completed."""
     folder = tmp_path / "images"

@@ -192,6 +192,7 @@ def whole(write, tiny_weights):
     return read_layout(write(tiny_weights))
 
 
+@pytest.mark.slow
 def test_no_broken_header_does_harm(whole, tiny_weights, write, tmp_path):
     """Seeds 0..9999, of a model and of an INT8 model with its markers in the metadata. A failure
     names its seed."""
@@ -268,6 +269,7 @@ GREEDY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", GREEDY)
 def test_a_small_header_takes_little_memory_and_time(write, tiny_weights, tmp_path, what):
     source = write(tiny_weights)

@@ -288,6 +288,7 @@ def test_an_image_of_more_pixels_than_memory_is_rejected(tmp_path):
         is_generated(file, {})
 
 
+@pytest.mark.slow
 def test_images_are_checked_one_at_a_time_where_they_are_large(tmp_path):
     """Three images of 240 MB each, decoded, where 250 MB may be held."""
     rows, content = ["file_name,text"], png_of_zeros(8000, 7500)

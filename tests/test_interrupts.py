@@ -37,6 +37,7 @@ def run_cli(*arguments, **environment):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", STATUS)
 @pytest.mark.parametrize(
     "library, command",
@@ -81,6 +82,7 @@ def test_a_background_job_keeps_ignoring_ctrl_c(tmp_path):
     assert "stopped" not in wrong and process.returncode not in STATUS.values()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", STATUS)
 def test_while_images_are_generated(tmp_path, number):
     process = run_cli(
@@ -100,6 +102,7 @@ def test_while_images_are_generated(tmp_path, number):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", STATUS)
 def test_within_two_seconds_while_samples_are_generated(data, number):
     run = data.parent / "run"
@@ -145,6 +148,7 @@ def test_the_first_is_noted_and_says_which_it_was(number, error):
         assert asked.is_set() and type(asked.error()) is error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sample_every, save_every, saved", [(2, 100, 2), (2, 2, 2), (3, 2, 3)])
 def test_sigterm_while_sampling_ends_within_a_pass_and_keeps_every_step(
     data, monkeypatch, sample_every, save_every, saved
@@ -196,6 +200,7 @@ def test_while_the_validation_loss_is_computed(data, monkeypatch):
     assert not (data.parent / "run" / "held_out.csv").exists()
 
 
+@pytest.mark.slow
 def test_between_the_batches_of_a_step(data, monkeypatch):
     """Eight batches make a step: what is missing of it is not waited for, and the steps before it
     are saved."""

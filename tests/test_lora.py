@@ -52,6 +52,7 @@ def test_several_loras_add_up(weights, write):
     assert all(torch.equal(unchanged[name], weight) for name, weight in weights.items())
 
 
+@pytest.mark.slow
 def test_images_are_those_of_the_merged_model(weights, write, tmp_path):
     lora = write(weak(a_lora(weights)[0]), "lora.safetensors")
     merge(lora, CHECKPOINT, tmp_path / "merged.safetensors", dtype="fp32", strength=0.5)
@@ -83,6 +84,7 @@ def test_8_bit_layers_keep_their_bits_and_add_the_change(quantized, write, kind)
     torch.testing.assert_close(changed(x), wanted, atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_streamed_8_bit_weights_take_a_lora(quantized, weights, write):
     lora = write(weak(a_lora(weights)[0]), "lora.safetensors")
     images = []
@@ -93,6 +95,7 @@ def test_streamed_8_bit_weights_take_a_lora(quantized, weights, write):
     assert apart(*images) <= 1
 
 
+@pytest.mark.slow
 def test_the_command_records_its_loras(weights, write, tmp_path, capsys):
     lora = write(weak(a_lora(weights)[0]), "lora.safetensors")
     out = tmp_path / "out.png"

@@ -19,6 +19,7 @@ from PIL import Image
 RUNS = json.loads((GOLDEN / "training.json").read_text())["runs"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run["name"])
 def test_loss_and_gradients_are_the_published(golden, run):
     recorded, rounded = golden("training_fp32"), run["timestep_precision"] == "t_bf16"

@@ -24,6 +24,7 @@ def inputs(recorded, case):
     return recorded[f"input.image.{size}"], [recorded[f"input.caption.{caption}"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_fp32_output_and_features_are_the_published(golden, tiny_model, case):
     recorded = golden("dit_fp32")
@@ -100,6 +101,7 @@ def test_rotations_are_the_published(golden, tiny_model, case):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["64x128.cap7.t0.3", "64x128.cap40.t0.97", "80x80.cap40.t0.3"])
 def test_bf16_is_the_published_within_rounding(golden, tiny_weights, case):
     recorded = golden("dit_bf16")
@@ -114,6 +116,7 @@ def test_bf16_is_the_published_within_rounding(golden, tiny_weights, case):
     assert rms(output - recorded[f"case.{case}.output"], output) < 0.015
 
 
+@pytest.mark.slow
 def test_each_member_of_a_batch_gets_what_it_gets_alone(golden, tiny_model):
     recorded = golden("dit_fp32")
     captions = [
@@ -159,6 +162,7 @@ def test_prompts_of_unlike_length_attend_without_a_mask(tiny_model, monkeypatch)
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size, shared", [((64, 128), True), ((80, 80), False)])
 def test_what_two_prompts_share_is_computed_once(tiny_model, size, shared):
     """80 x 80 pixels are 25 tokens, padded by 7, which stay where they are when a longer prompt
@@ -248,6 +252,7 @@ def test_tables_made_for_inference_serve_training(tiny_model):
     tiny_model.zero_grad()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["64x128.cap40.t0.3", "80x80.cap7.t0.97", "128x128.cap40.t0.3"])
 def test_tokens_in_runs_give_the_published_output(golden, tiny_model, monkeypatch, case):
     monkeypatch.setattr(model, "TOKENS_AT_ONCE", 7)
@@ -266,6 +271,7 @@ def test_tokens_in_runs_give_the_published_output(golden, tiny_model, monkeypatc
         )
 
 
+@pytest.mark.slow
 def test_65536_tokens_hold_less_than_3_gib(monkeypatch):
     """The full widths in bfloat16, on tensors that have only a shape: a pass of the 1K model at
     4096 x 4096."""

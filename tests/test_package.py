@@ -58,6 +58,7 @@ def test_the_registry_finds_what_it_shows():
         assert max(map(int, sides)) <= most and len(picture) < 8_000
 
 
+@pytest.mark.slow
 def test_the_registrys_archive_holds_what_an_artist_needs():
     """`.comfyignore` has git's syntax."""
     git = ["git", "-C", str(ROOT), "ls-files", "--cached"]
@@ -76,6 +77,7 @@ def test_the_registrys_archive_holds_what_an_artist_needs():
     assert len(archive.getvalue()) < 9_000_000
 
 
+@pytest.mark.slow
 def test_the_package_runs_as_a_program():
     run = subprocess.run(
         [sys.executable, "-m", "comfyui_l2p", "--help"], capture_output=True, text=True
@@ -137,6 +139,7 @@ for command in (
 """
 
 
+@pytest.mark.slow
 def test_what_needs_no_compiler_starts_without_it(tmp_path):
     """torch._dynamo takes half of a start. Quantizing has it from comfy-kitchen, which imports
     it."""

@@ -48,6 +48,7 @@ def test_a_image_is_what_the_parts_give_by_hand(pipe):
     assert apart(drawn, by_hand) <= 1
 
 
+@pytest.mark.slow
 def test_a_small_model_computes_on_one_thread_and_gives_the_others_back(pipe, monkeypatch):
     seen = []
 
@@ -149,6 +150,7 @@ def test_the_empty_negative_prompt_is_encoded_not_zeroed(pipe):
     assert abs(levels(encoded) - levels(zeroed)).max() > 1
 
 
+@pytest.mark.slow
 def test_a_start_image_shows_more_the_less_it_is_noised(pipe, photo):
     distances = [
         abs(
@@ -259,6 +261,7 @@ def test_published_rounding_reaches_the_start_image(pipe, photo, rounding, dtype
     torch.testing.assert_close(seen[0], to_pixels(photo, dtype).float(), atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_dropped_pipeline_leaves_memory_at_once():
     import gc
     import weakref

@@ -44,6 +44,7 @@ def by_hand(weights, granularity, preset):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["card", "small"])
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
 def test_int8_is_what_rounding_by_hand_gives(
@@ -146,6 +147,7 @@ def by_hand_in_blocks(kind, weight):
     return (FOUR_BITS[nearest] * groups.sign() * scale).flatten(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mxfp8", "nvfp4", "convrot_w4a4"])
 def test_block_formats_are_what_rounding_by_hand_gives(
     tiny_weights, write, out, kind, monkeypatch, tmp_path
@@ -204,6 +206,7 @@ def test_block_formats_are_what_rounding_by_hand_gives(
     )
 
 
+@pytest.mark.slow
 def test_every_input_gives_the_same_file(tiny_weights, write, out):
     mixed = {name: tensor.bfloat16() for name, tensor in tiny_weights.items()}
     mixed |= {

@@ -797,6 +797,7 @@ def test_a_server_that_stays_away_leaves_its_job_to_the_other(tmp_path, fakes, w
     assert main([*command, "--server", good.url]) == 0 and len(good.graphs()) == 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_takes_the_job_off_the_server_and_leaves_no_half_file(tmp_path, fakes, workflow):
     fake = fakes()
     fake.hold = True
@@ -901,6 +902,7 @@ def test_without_websocket_client_the_pip_command_is_told(workflow, monkeypatch,
     assert "pip install" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_queues_into_one_folder_do_not_collide(tmp_path, fakes, workflow, monkeypatch, capsys):
     fake = fakes()
     (tmp_path / "p.txt").write_text("a\nb\nc\nd\n")

@@ -39,6 +39,7 @@ def test_a_schedule_that_is_none_is_rejected(arguments):
         schedule(*arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["64x128", "64x48"])
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 @pytest.mark.parametrize("time", ["t_fp32", "t_bf16"])
@@ -68,6 +69,7 @@ def test_trajectory_is_the_published(golden, tiny_model, size, scale, time):
     assert (to_levels(seen[-1])[0].int() - recorded[key + "image_u8"].int()).abs().max() <= 1
 
 
+@pytest.mark.slow
 def test_bf16_trajectory_is_the_published_within_rounding(golden, tiny_weights, tiny_model):
     recorded, noise = golden("sampling_bf16"), golden("sampling_fp32")["input.noise.64x128.seed42"]
     model = type(tiny_model)(tiny_model.config).to(torch.bfloat16)
@@ -82,6 +84,7 @@ def test_bf16_trajectory_is_the_published_within_rounding(golden, tiny_weights, 
     assert (to_levels(x)[0].int() - recorded[key + "image_u8"].int()).abs().max() <= 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["64x128", "64x48"])
 @pytest.mark.parametrize(
     "rounding, dtype", [("px_fp32_t_fp32", torch.float32), ("px_bf16_t_bf16", torch.bfloat16)]
@@ -139,6 +142,7 @@ def test_guidance_of_one_asks_once(tiny_model):
     torch.testing.assert_close(three, minus + 3 * (plus - minus))
 
 
+@pytest.mark.slow
 def test_the_norm_of_the_guided_velocity_can_be_limited(tiny_model, golden):
     """Image by image, to a multiple of the norm that the prompt's own velocity has."""
     recorded = golden("sampling_fp32")

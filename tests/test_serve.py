@@ -107,6 +107,7 @@ def test_other_formats(server):
         assert head == f"data:image/{format};base64" and image_of(data).format == found
 
 
+@pytest.mark.slow
 def test_the_client_streams_previews_that_come_nearer(client):
     stream = client.images.generate(
         prompt=PROMPT,
@@ -125,6 +126,7 @@ def test_the_client_streams_previews_that_come_nearer(client):
     assert away[0] > away[1] > away[2] > 0
 
 
+@pytest.mark.slow
 def test_the_client_edits_with_a_mask(client, pipe, tmp_path):
     source = Image.new("RGB", (96, 96), (0, 0, 200))
     mask = Image.new("RGBA", (96, 96), (0, 0, 0, 255))
@@ -399,6 +401,7 @@ def test_other_web_sites_are_kept_out(server):
     assert "access-control-allow-origin" not in headers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
@@ -470,6 +473,7 @@ def test_the_images_of_a_killed_worker_are_generated_by_another(guarded, pipe, t
     wait_for(lambda: metric("l2p_workers_available") == 2)
 
 
+@pytest.mark.slow
 def test_the_workers_of_a_killed_server_end(guarded):
     """Ends the guarded server: no test may use it after this one."""
     workers = guarded.workers()

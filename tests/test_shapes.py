@@ -43,6 +43,7 @@ def images(wanted):
     return [render(scene) for scene in wanted]
 
 
+@pytest.mark.slow
 def test_the_generators_own_images_score_100():
     assert set(score(images(scenes()[::7]), scenes()[::7]).values()) == {100.0}
 
@@ -128,6 +129,7 @@ SETTINGS, FINISH = (
 )
 
 
+@pytest.mark.slow
 def test_the_recipe_makes_a_model_and_goes_on_bit_for_bit(tmp_path, monkeypatch):
     few = training_scenes()[::50]
     monkeypatch.setattr(recipe, "scenes", lambda: few)

@@ -33,6 +33,7 @@ SMALL = World(
 OPEN = Prompt("a red shape", (Stated(colour="red"),))
 
 
+@pytest.mark.slow
 def test_its_mean_over_true_scenes_and_noise_is_the_exact_one():
     """Its error to x0 lies between those of the exact mean and of the true image's own noise, and
     target less exact is uncorrelated with what the exact one knows."""
@@ -52,6 +53,7 @@ def test_its_mean_over_true_scenes_and_noise_is_the_exact_one():
     assert off.square().mean() < (x0 - best).square().mean() * 0.6, "and of less variance than x0"
 
 
+@pytest.mark.slow
 def test_it_draws_as_the_world_does():
     rng = random.Random(0)
     few = CandidateDenoiser(SMALL)

@@ -29,6 +29,7 @@ def right(pipe):
     return generated(pipe)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_shows_and_leaves_no_trace(pipe, right, name):
     with FAULTS[name](pipe) as settings:

@@ -14,6 +14,7 @@ from comfyui_l2p.l2p_core.shapes.world import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", (PLACES_WORLD, FREE_WORLD))
 def test_generated_prompts_are_read_back(world):
     rng = random.Random(0)

@@ -50,6 +50,7 @@ def run(folder, monkeypatch, file, *flags):
     )
 
 
+@pytest.mark.slow
 def test_both_runs_train_and_a_stopped_one_resumes_bit_for_bit(tmp_path, monkeypatch):
     run(tmp_path / "whole", monkeypatch, LAYOUT, "--steps", "4", "--sample-every", "4")
     run(tmp_path / "halves", monkeypatch, LAYOUT, "--steps", "2", "--sample-every", "0")
@@ -87,6 +88,7 @@ def test_both_runs_train_and_a_stopped_one_resumes_bit_for_bit(tmp_path, monkeyp
     assert "right" in table["score"]
 
 
+@pytest.mark.slow
 def test_the_free_world_trains_too(tmp_path, monkeypatch):
     run(
         tmp_path,

@@ -18,11 +18,13 @@ def drawn(world, seeds=4, count=200):
     return [exact.blind([prompt] * seeds).draw(rng) for prompt in prompts], prompts, exact
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", (PLACES_WORLD, COARSE))
 def test_draws_from_training_pass(world):
     assert fit(*drawn(world)).failures() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", (PLACES_WORLD, COARSE))
 def test_collapse_to_one_image_for_each_prompt_fails(world):
     scenes, prompts, exact = drawn(world)
@@ -31,6 +33,7 @@ def test_collapse_to_one_image_for_each_prompt_fails(world):
     assert world is PLACES_WORLD or "distance" in result.failures()
 
 
+@pytest.mark.slow
 def test_a_leaning_size_or_place_fails():
     scenes, prompts, exact = drawn(PLACES_WORLD)
     size = [

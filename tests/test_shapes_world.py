@@ -57,6 +57,7 @@ def test_a_seed_repeats_scenes_images_and_prompts(name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WORLDS)
 def test_the_generators_own_images_score_100(name):
     scenes, prompts = drawn(WORLDS[name], 120)
@@ -64,6 +65,7 @@ def test_the_generators_own_images_score_100(name):
     assert set(result.values()) == {100.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ("places", "free"))
 def test_the_judge_finds_the_very_scene(name):
     world = WORLDS[name]
@@ -111,6 +113,7 @@ def wrong(scene, attribute, world, rng):
     return replace(scene, objects=(replace(only, **{attribute: value}),))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attribute", ("shape", "colour", "size", "place", "background"))
 @pytest.mark.parametrize("name", ("places", "free"))
 def test_one_wrong_attribute_fails_alone(name, attribute):
@@ -173,6 +176,7 @@ def noisy(image, strength):
     return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spoil, failing",
     [
@@ -213,6 +217,7 @@ def test_held_out_scenes_are_never_drawn_for_training():
     assert trained and tested and not trained & tested
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WORLDS)
 def test_prompts_say_what_they_claim_in_known_words(name):
     known = vocabulary(WORLDS[name])

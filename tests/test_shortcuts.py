@@ -38,6 +38,7 @@ def passes(pipe):
         hook.remove()
 
 
+@pytest.mark.slow
 def test_both_passes_at_once_give_the_same_image(pipe, passes):
     wanted = pipe(
         [PROMPT, "a square"],
@@ -58,6 +59,7 @@ def test_both_passes_at_once_give_the_same_image(pipe, passes):
     assert max(apart(*pair) for pair in zip(found, wanted)) <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("truncation, guided", [(1.0, 4), (0.3, 3), (0.2, 2), (0.0, 1)])
 def test_guidance_ends_where_it_is_cut(pipe, passes, truncation, guided):
     """Against a loop by hand: times of four steps at shift 3 are 0, 0.1, 0.25 and 0.5."""
@@ -124,6 +126,7 @@ def test_each_image_adds_what_was_added_last_where_it_changes_little():
     assert (cache.ran, cache.skipped) == (3, 3)
 
 
+@pytest.mark.slow
 def test_an_image_does_not_depend_on_its_neighbours(pipe):
     """The same seed alone and beside another prompt, with layers skipped for one and not for the
     other."""
@@ -140,6 +143,7 @@ def test_in_windows_nothing_is_cached(pipe, passes):
     assert passes == [first_stage + windows, 2 + windows]
 
 
+@pytest.mark.slow
 def test_compiled_blocks_draw_the_same(pipe, monkeypatch):
     """Traced by torch's compiler, without the machine code, which takes a C++ compiler and
     minutes."""

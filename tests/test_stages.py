@@ -146,6 +146,7 @@ def test_positions_can_be_squeezed():
     assert torch.equal(large.unflatten(0, (8, 16))[::2, ::2], small.unflatten(0, (4, 8)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("redraw", REFINEMENTS)
 def test_a_stage_redraws_the_one_before_it_enlarged(pipe, redraw):
     calls = []
@@ -190,6 +191,7 @@ def test_older_words_of_redraw_still_work(tmp_path, before, now):
         )
 
 
+@pytest.mark.slow
 def test_each_way_draws_another_image(pipe):
     start = Image.new("RGB", (192, 192), (40, 80, 225))
     drawn = {

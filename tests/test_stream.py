@@ -207,6 +207,7 @@ write_all(sys.argv[2], stuck)
 """
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_left_is_cleared_by_the_next_in_that_folder(source, tmp_path):
     output = tmp_path / "out.safetensors"
     output.write_bytes(b"old")
@@ -223,6 +224,7 @@ def test_what_a_killed_run_left_is_cleared_by_the_next_in_that_folder(source, tm
     ]
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_write_one_file(source, tmp_path):
     output = tmp_path / "out.safetensors"
     running = start(STUCK, source.path, output)
@@ -240,6 +242,7 @@ def test_two_runs_do_not_write_one_file(source, tmp_path):
         running.wait()
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_the_old_file_or_the_new_one_is_whole(source, tmp_path):
     """A program that writes one of two contents over the other without pause, killed five times."""
     output = tmp_path / "out.safetensors"

@@ -89,6 +89,7 @@ def synthesize(latent, tmp_path, *more, prompts="prompts.txt"):
     )
 
 
+@pytest.mark.slow
 def test_a_folder_to_train_on(latent, tmp_path):
     assert synthesize(latent, tmp_path, "--batch", "3") == 0
     examples = read_examples(tmp_path / "data", None, 64 * 64, 16)
@@ -115,6 +116,7 @@ def test_a_folder_to_train_on(latent, tmp_path):
     assert len({Image.open(example.file).tobytes() for example in examples}) == 4
 
 
+@pytest.mark.slow
 def test_a_row_with_an_empty_text_has_its_prompt(latent, tmp_path):
     rows = [{"prompt": "a red circle", "text": None}, {"prompt": "unused", "text": "a star"}]
     (tmp_path / "prompts.json").write_text(json.dumps(rows))
@@ -123,6 +125,7 @@ def test_a_row_with_an_empty_text_has_its_prompt(latent, tmp_path):
     assert [example.captions[0] for example in examples] == ["a red circle", "a star"]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on(latent, tmp_path):
     assert synthesize(latent, tmp_path) == 0
     files = sorted((tmp_path / "data" / "images").iterdir())
@@ -139,6 +142,7 @@ def test_a_stopped_run_goes_on(latent, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_processes_share_the_images_and_the_last_writes_the_table(latent, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
@@ -154,6 +158,7 @@ def test_processes_share_the_images_and_the_last_writes_the_table(latent, tmp_pa
         assert [row["seed"] for row in csv.DictReader(stream)] == ["7", "8", "9", "10"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more, words",
     [
@@ -173,6 +178,7 @@ def test_another_model_is_rejected(tmp_path, capsys):
     assert "is no latent Z-Image: it has no readable model_index.json" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_four_steps_to_a_model(latent, tmp_path):
     """Prepare, convert, train and merge, as the published program has them, then draw; by the
     commands of the README."""

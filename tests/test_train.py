@@ -57,6 +57,7 @@ RECORDED = json.loads((GOLDEN / "training.json").read_text())
 # The objective and the optimiser
 
 
+@pytest.mark.slow
 def test_seven_steps_are_the_published(golden, tiny_weights, tmp_path):
     recorded, run = golden("training_fp32"), RECORDED["adamw_7_steps"]
     model = L2PTransformer(L2PConfig.from_shapes(recipe.shapes(recipe.TINY)))
@@ -124,6 +125,7 @@ def test_the_full_models_trained_tensors_are_the_published(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_recomputing_gives_the_same_gradients(golden, tiny_weights, tmp_path):
     recorded, gradients = golden("training_fp32"), []
     for checkpointing in (False, True):
@@ -145,6 +147,7 @@ def test_recomputing_gives_the_same_gradients(golden, tiny_weights, tmp_path):
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_a_lora_is_what_its_file_says(data):
     """The trained model's output is that of the weights with B @ A of the file added."""
     last = training.train(config(data, lora_rank=4, steps=3, learning_rate=1e-2), progress=False)
@@ -228,6 +231,7 @@ def test_crops_are_the_published():
 SMALL = [case for case in CROPS if 0 not in case["output_hw"] and max(case["resized_hw"]) < 3000]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: f"{case['input_hw']}-{case['output_hw']}")
 def test_crops_lie_where_the_published_do(case):
     height, width = case["input_hw"]
@@ -373,6 +377,7 @@ def test_processes_share_a_batch(data):
     assert 2 < dropped < 14
 
 
+@pytest.mark.slow
 def test_one_of_an_images_captions_is_drawn_each_time(data):
     names = [["most", "most", "most", "some"], *(f"caption {number}" for number in range(1, 4))]
     (data / "metadata.csv").unlink()
@@ -391,6 +396,7 @@ def test_one_of_an_images_captions_is_drawn_each_time(data):
     assert 25 < drawn["some"] < 75
 
 
+@pytest.mark.slow
 def test_captions_are_encoded_once(data, monkeypatch):
     training.train(config(data, steps=1), progress=False)
     pipe = L2PPipeline.from_pretrained(None, torch_dtype=torch.float32)
@@ -437,6 +443,7 @@ class Page(HTMLParser):
         self.texts.add(text)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_it_should_and_merges(data):
     settings = config(
         data,
@@ -488,6 +495,7 @@ def test_a_run_leaves_what_it_should_and_merges(data):
         assert torch.equal(tensor, part.get(name, before[name]).float()), name
 
 
+@pytest.mark.slow
 def test_training_learns_its_images(data):
     for number in range(6):  # nothing the model has seen
         levels = np.sin(np.arange(96) / (2 + number))[:, None, None] * [100, 60, 20] + 128
@@ -502,6 +510,7 @@ def test_training_learns_its_images(data):
     assert sum(found[-12:]) < 0.7 * sum(found[:12])
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(data, monkeypatch):
     whole = training.train(
         config(data, output=str(data.parent / "whole"), caption_dropout=0.3, accumulate=2),
@@ -538,6 +547,7 @@ def told(run):
         return {int(row["step"]): float(row["loss"]) for row in csv.DictReader(stream)}
 
 
+@pytest.mark.slow
 def test_what_is_held_out_is_never_trained_on_and_its_loss_is_that_of_the_step_file(
     data, monkeypatch
 ):
@@ -599,6 +609,7 @@ def test_what_is_held_out_is_never_trained_on_and_its_loss_is_that_of_the_step_f
     assert found[6] != found[0]
 
 
+@pytest.mark.slow
 def test_step_files_hold_the_mean_that_was_asked_for(data):
     """Against the weights of every step of the same run without it."""
     plain = training.train(config(data, save_every=1, keep=0), progress=False).parent
@@ -619,6 +630,7 @@ class Doubled(training.Run):
         return 2 * super().loss(batch)
 
 
+@pytest.mark.slow
 def test_samples_that_a_stop_left_out_are_drawn_when_it_goes_on(data):
     def go_on(steps):
         training.train(
@@ -642,6 +654,7 @@ def test_samples_that_a_stop_left_out_are_drawn_when_it_goes_on(data):
     )
 
 
+@pytest.mark.slow
 def test_a_recipe_replaces_parts_of_the_run(data):
     plain = training.train(config(data, steps=1), progress=False).parent
     training.train(
@@ -660,6 +673,7 @@ def test_a_recipe_that_is_none_is_rejected(data, name):
         training.train(config(data, recipe=name), progress=False)
 
 
+@pytest.mark.slow
 def test_an_interrupt_saves_the_step_it_is_in(data, monkeypatch):
     def interrupted(*args):
         if not calls:
@@ -676,6 +690,7 @@ def test_an_interrupt_saves_the_step_it_is_in(data, monkeypatch):
     assert [step for step, _ in losses(data.parent / "run")] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "factor, words", [(float("nan"), "the loss is nan"), (1e4, "the loss diverges")]
 )
@@ -696,6 +711,7 @@ def test_a_run_that_goes_wrong_stops_at_the_last_good_state(data, monkeypatch, f
     assert torch.load(data.parent / "run" / "resume.pt")["step"] == 3
 
 
+@pytest.mark.slow
 def test_nothing_is_saved_where_the_loss_has_begun_to_climb(data, monkeypatch):
     monkeypatch.setattr(record, "RECENT", 1)
     calls = []
@@ -731,6 +747,7 @@ def test_a_loss_that_diverges_is_told_from_one_that_is_large(tmp_path, losses, s
     assert (step if log.trouble() else None) == stops_at
 
 
+@pytest.mark.slow
 def test_a_run_that_learned_nothing_yet_takes_other_settings(data, monkeypatch):
     monkeypatch.setattr(training.Run, "loss", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -739,6 +756,7 @@ def test_a_run_that_learned_nothing_yet_takes_other_settings(data, monkeypatch):
     training.train(config(data, optimizer="adamw8bit"), progress=False)
 
 
+@pytest.mark.slow
 def test_a_run_with_other_settings_is_not_gone_on_with(data):
     training.train(config(data, steps=1), progress=False)
     with pytest.raises(ValueError, match="weight_decay 0.01, now 0.1"):
@@ -752,6 +770,7 @@ def test_a_run_with_other_settings_is_not_gone_on_with(data):
         )
 
 
+@pytest.mark.slow
 def test_what_another_run_left_is_not_taken_away(data):
     run = data.parent / "run"
     run.mkdir()
@@ -763,6 +782,7 @@ def test_what_another_run_left_is_not_taken_away(data):
     }
 
 
+@pytest.mark.slow
 def test_half_a_line_of_the_log_is_forgotten(data):
     training.train(config(data, steps=3), progress=False)
     with (data.parent / "run" / "log.csv").open("a") as stream:
@@ -780,6 +800,7 @@ def test_a_launchers_stop_after_the_keyboards_does_not_abort_the_save():
             os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "file, words", [("resume.pt", "can't be read"), ("config.toml", "is no TOML")]
 )
@@ -822,6 +843,7 @@ def in_two_processes(settings):
     ]  # the launcher's own words come last, and are long
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_the_doubled_batch(data):
     samples = {
         "sample_every": 3,
@@ -840,6 +862,7 @@ def test_two_processes_train_as_one_with_the_doubled_batch(data):
     assert abs(pixels[1] - pixels[0]).max() <= 2  # each process generates some of them
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["state", "all"])
 def test_a_split_model_trains_saves_and_goes_on_as_a_whole_one(data, kind):
     """Two processes that hold half of everything, stopped after two steps, against one that was
@@ -955,6 +978,7 @@ def test_settings_that_make_no_sense_are_named(tmp_path, capsys, text, words):
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_paired_noise_needs_seeds(tmp_path):
     data = make_data(tmp_path / "data", seeds=False)
     with pytest.raises(ValueError, match="have no seeds"):
@@ -969,6 +993,7 @@ def state_of(run):
     return torch.load(run / "resume.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error",
     [
@@ -1002,6 +1027,7 @@ def test_a_failed_sample_is_a_warning(data, monkeypatch, error, task):
     assert last.exists() and [step for step, _ in losses(data.parent / "run")] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_the_state_is_saved_before_samples_are_generated(data, monkeypatch):
     """Also where only samples are due, and without a step file then."""
     seen = []
@@ -1025,6 +1051,7 @@ def test_the_state_is_saved_before_samples_are_generated(data, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error",
     [
@@ -1063,6 +1090,7 @@ def test_an_error_in_a_step_saves_the_steps_before_it_and_resumes_bit_for_bit(
     ) == losses(wanted.parent)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -1097,6 +1125,7 @@ def test_weights_of_half_a_step_are_not_saved(data, monkeypatch, changes):
     assert not (data.parent / "run" / "resume.pt").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_a_sentence_and_keeps_the_last_state(data, monkeypatch, capsys):
     training.train(config(data, steps=2, save_every=2), progress=False)
     before = (data.parent / "run" / "resume.pt").read_bytes()
@@ -1144,6 +1173,7 @@ SPOILED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", SPOILED)
 def test_a_spoiled_state_is_one_sentence(data, capsys, how):
     training.train(config(data, steps=1), progress=False)
@@ -1162,6 +1192,7 @@ def test_a_spoiled_state_is_one_sentence(data, capsys, how):
 # Resuming compares contents
 
 
+@pytest.mark.slow
 def test_a_run_resumes_where_data_and_checkpoint_were_moved_to(data, monkeypatch):
     settings = config(
         data, held_out=2, sample_every=2, sample_steps=1, batch=1, sample_prompts=("a star",)
@@ -1225,6 +1256,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", CHANGES)
 def test_changed_data_is_reported_and_nothing_is_trained_on_it(data, what):
     training.train(config(data, steps=2, save_every=2), progress=False)
@@ -1237,6 +1269,7 @@ def test_changed_data_is_reported_and_nothing_is_trained_on_it(data, what):
     )["step"] == 2
 
 
+@pytest.mark.slow
 def test_renamed_images_are_the_same_data(data):
     training.train(config(data, steps=2, save_every=2), progress=False)
     (data / "images" / "0.png").rename(data / "images" / "zero.png")
@@ -1245,6 +1278,7 @@ def test_renamed_images_are_the_same_data(data):
     assert [step for step, _ in losses(data.parent / "run")] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_another_checkpoint_or_text_encoder_is_reported(data, write):
     training.train(config(data, steps=1), progress=False)
     tensors = load_file(CHECKPOINT)
@@ -1263,6 +1297,7 @@ def test_another_checkpoint_or_text_encoder_is_reported(data, write):
         training.train(config(data, steps=2, tokenizer=str(data / "tokenizer")), progress=False)
 
 
+@pytest.mark.slow
 def test_a_state_of_before_there_were_hashes_resumes_with_a_note(data):
     training.train(config(data, steps=1), progress=False)
     file = data.parent / "run" / "resume.pt"
@@ -1275,6 +1310,7 @@ def test_a_state_of_before_there_were_hashes_resumes_with_a_note(data):
 # Two runs at once
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_folder_is_rejected_while_the_first_trains(data, monkeypatch):
     monkeypatch.setattr(training, "WAIT", 0)
 
@@ -1291,6 +1327,7 @@ def test_a_second_run_in_the_folder_is_rejected_while_the_first_trains(data, mon
     assert [step for step, _ in losses(data.parent / "run")] == [1, 2]
 
 
+@pytest.mark.slow
 def test_two_identical_commands_train_one_run(data):
     toml = data.parent / "run.toml"
     toml.write_text(to_toml(config(data, save_every=1)))
@@ -1357,6 +1394,7 @@ def test_what_a_killed_run_left_of_its_prompt_embeddings_is_removed(data):
     assert modes == {0o666 & ~mask}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="needs links and FIFOs")
 @pytest.mark.parametrize(
     "name",
@@ -1390,6 +1428,7 @@ def test_links_and_fifos_in_a_runs_folder_do_no_harm(data, name):
         shutil.rmtree(run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "content",
     ["", "step,loss,learning_rate,grad_norm,seconds\n", b"\xff\xfe", "a\n1,x,y,z,w\n", "a\n\0\n"],

@@ -249,6 +249,7 @@ def test_fewer_images_than_a_step_takes_are_rejected(data):
         training.train(config(data, batch=8), progress=False)
 
 
+@pytest.mark.slow
 def test_a_batch_of_two_sizes_has_the_gradient_of_its_images_one_by_one(data):
     """A batch of all six, four squares and two wide, as six accumulated batches of one each."""
     at_once = training.train(config(data, batch=6, steps=1, noise="paired"), progress=False)
@@ -285,6 +286,7 @@ def test_the_validation_set_follows_from_the_contents(data):
     assert copy in hold_out([copy, *examples], 2, 0)[1]  # else it would be learned from
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes, resumes", [({}, True), ({"held_out": 2}, False)])
 def test_a_run_of_the_first_version_resumes_or_says_why_not(data, changes, resumes):
     settings = config(data, steps=1, sample_every=1, sample_steps=1, **changes)
@@ -300,6 +302,7 @@ def test_a_run_of_the_first_version_resumes_or_says_why_not(data, changes, resum
         training.train(replace(settings, steps=2), progress=False)
 
 
+@pytest.mark.slow
 def test_other_repeats_are_another_run(data):
     training.train(config(data, steps=1), progress=False)
     with pytest.raises(ValueError, match="a run with other batches: .*repeats"):

@@ -159,6 +159,7 @@ def test_a_row_scale_of_int8_is_not_rounded(data):
     assert (gain - 1).abs().max() < 2e-3  # 4e-3 with the scale in bfloat16
 
 
+@pytest.mark.slow
 def test_a_pass_keeps_no_weights_cast_to_bfloat16(data, monkeypatch):
     seen, loss = [], training.Run.loss
 
@@ -171,6 +172,7 @@ def test_a_pass_keeps_no_weights_cast_to_bfloat16(data, monkeypatch):
     assert seen == [False]
 
 
+@pytest.mark.slow
 def test_a_split_model_gathers_weights_as_they_are_computed_with(data):
     """One of two processes, the other of which never answers: torch's fake process group."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -191,6 +193,7 @@ def test_a_split_model_gathers_weights_as_they_are_computed_with(data):
     assert summed == {torch.float32}
 
 
+@pytest.mark.slow
 def test_the_launchers_accumulation_does_not_shrink_gradients(data, monkeypatch):
     norms = []
     for number, name in (("1", "one"), ("4", "four")):
@@ -210,6 +213,7 @@ def test_a_launcher_set_up_for_another_split_is_told_of_shard(data, monkeypatch,
         training.train(config(data), progress=False)
 
 
+@pytest.mark.slow
 def test_the_bar_tells_the_memory_of_steps_alone(data, monkeypatch):
     told = []
     monkeypatch.setattr(training, "reset_peak", lambda device: told.append("reset"))
@@ -261,6 +265,7 @@ def test_processes_share_the_samples_and_each_others_troubles(data, monkeypatch)
         run.sample()
 
 
+@pytest.mark.slow
 def test_nothing_that_is_trained_is_cast_in_another_way_on_a_gpu(data, monkeypatch):
     """By torch's dispatch tables: under autocast, no operation on 16-bit numbers has a rule on one
     device alone. So the estimate, which runs on a CPU's shapes, has a GPU's dtypes."""

@@ -36,6 +36,7 @@ def moved(after):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["step_in_backward", "offload_state", "offload_activations"])
 def test_what_only_moves_things_changes_nothing(data, option):
     wanted = trained_by(data, "plain", steps=3)
@@ -46,6 +47,7 @@ def test_what_only_moves_things_changes_nothing(data, option):
     assert [loss for _, loss in saving] == pytest.approx([loss for _, loss in plain], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_log_tells_the_gradients_length_whenever_it_is_summed(data):
     for name, option in (("plain", {}), ("saving", {"step_in_backward": True})):
         trained_by(data, name, steps=2, **option)
@@ -62,6 +64,7 @@ def test_the_log_tells_the_gradients_length_whenever_it_is_summed(data):
     assert float(norms[0][0]) > 0
 
 
+@pytest.mark.slow
 def test_8_bits_of_state_lead_almost_the_same_way(data):
     wanted, found = (
         moved(trained_by(data, "plain")),
@@ -117,6 +120,7 @@ def test_a_frozen_linear_is_its_weight_and_lets_gradients_through(kind, error):
     torch.testing.assert_close(x.grad, y.grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, near", [("int8", 0.02), ("nf4", 0.25)])
 @pytest.mark.parametrize("lora", [0, 4])
 def test_frozen_layers_in_few_bits_train_almost_the_same(data, kind, near, lora):
@@ -139,6 +143,7 @@ EVERYTHING = {
 }
 
 
+@pytest.mark.slow
 def test_with_all_of_it_a_killed_run_goes_on_bit_for_bit(data, monkeypatch):
     wanted, calls = trained_by(data, "whole", **EVERYTHING), []
 
@@ -175,6 +180,7 @@ def parts(data, **changes):
         return estimate(config(data, height=96, width=96, **changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision, frozen_bytes", [("bf16", 2), ("no", 4)])
 def test_the_estimate_counts_weights_gradients_and_state(data, precision, frozen_bytes):
     model = load_model(CHECKPOINT, dtype=torch.float32)
@@ -190,6 +196,7 @@ def test_the_estimate_counts_weights_gradients_and_state(data, precision, frozen
     assert found["in all"] == sum(size for name, size in found.items() if name != "in all")
 
 
+@pytest.mark.slow
 def test_the_estimate_knows_what_saves_memory(data):
     passing = "activations and what passes"
     plain = parts(data, checkpointing=False)
@@ -221,6 +228,7 @@ def test_the_estimate_knows_the_size_of_8_bit_state(data):
         assert state_in_8_bits(count) == bytes_of(tree_leaves(optimizer.state_dict())), count
 
 
+@pytest.mark.slow
 def test_the_estimate_is_what_a_real_step_holds(data):
     """The same meter over real tensors: so shapes alone take the same path."""
     settings = config(data, mixed_precision="no")
@@ -244,6 +252,7 @@ def test_the_estimate_is_what_a_real_step_holds(data):
     )
 
 
+@pytest.mark.slow
 def test_estimating_leaves_nothing_behind(data, tiny_model, golden):
     recorded = golden("dit_fp32")
     inputs = recorded["input.image.64x128"], torch.tensor([0.3]), [recorded["input.caption.7"]]

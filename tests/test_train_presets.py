@@ -164,6 +164,7 @@ def test_each_block_is_compiled_once(data, monkeypatch):
     assert len(compiled) == blocks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -190,6 +191,7 @@ def test_a_saved_adapter_changes_the_model_as_it_was_trained(data, changes):
     assert any("adaLN" in name for name in names) == ("lora_targets" not in changes)
 
 
+@pytest.mark.slow
 def test_a_saved_dora_is_what_comfyui_computes(data):
     """W' = scale * (W + B A) / |W + B A| by rows, ComfyUI's weight_decompose."""
     settings = config(data, steps=2, batch=1, lora_rank=4, learning_rate=0.01, lora_kind="dora")

@@ -181,6 +181,7 @@ def test_every_loader_says_where_its_files_are_downloaded(name):
             assert each["url"].endswith("/" + each["name"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_thumbnails(name):
     path = WORKFLOWS / f"{TITLES[name]}.jpg"
