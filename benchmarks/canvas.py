@@ -364,7 +364,7 @@ def cases(image: str) -> list[tuple]:
         ),
         (
             "Upscale Latent to 192 x 192",
-            "counts in eighths: use Upscale Image between L2P Pixel Latent to Image and back",
+            "assumes latents of an eighth of the size: use Upscale Image between L2P Pixel Latent to Image and back",
             latent_after(
                 "LatentUpscale",
                 **{"upscale_method": "bilinear", "width": 192, "height": 192, "crop": "disabled"},
@@ -373,19 +373,19 @@ def cases(image: str) -> list[tuple]:
         ),
         (
             "Crop Latent to 64 x 64",
-            "counts in eighths: use Image Crop",
+            "assumes latents of an eighth of the size: use Image Crop",
             latent_after("LatentCrop", width=64, height=64, x=0, y=0),
             NO_PLAIN,
         ),
         (
             "Latent Composite at 32, 32",
-            "counts in eighths: use Image Composite Masked",
+            "assumes latents of an eighth of the size: use Image Composite Masked",
             pasted("LatentComposite"),
             NO_PLAIN,
         ),
         (
             "LatentCompositeMasked at 32, 32",
-            "counts in eighths: use Image Composite Masked; right at 0, 0",
+            "assumes latents of an eighth of the size: use Image Composite Masked; right at 0, 0",
             pasted("LatentCompositeMasked"),
             NO_PLAIN,
         ),
