@@ -364,7 +364,8 @@ def cases(image: str) -> list[tuple]:
         ),
         (
             "Upscale Latent to 192 x 192",
-            "assumes latents of an eighth of the size: use Upscale Image between L2P Pixel Latent to Image and back",
+            "assumes latents of an eighth of the size: use Upscale Image between L2P Pixel Latent"
+            " to Image and back",
             latent_after(
                 "LatentUpscale",
                 **{"upscale_method": "bilinear", "width": 192, "height": 192, "crop": "disabled"},
@@ -421,8 +422,8 @@ def measured(
     """What comes of a graph, in words. known: images of graphs that it is compared with."""
     try:
         found = pixels(server, graph)
-    except real_comfyui.Rejected as refused:
-        return f"fails: {str(refused).strip().rpartition(': ')[2].partition('. ')[0].rstrip('.')}"
+    except real_comfyui.Rejected as rejected:
+        return f"fails: {str(rejected).strip().rpartition(': ')[2].partition('. ')[0].rstrip('.')}"
     height, width = found.shape[:2]
     if " at 32, 32" in name:
         rows, columns = np.where((found > 250).all(axis=2))
