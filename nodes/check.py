@@ -1,7 +1,6 @@
 """A checkpoint and its text encoder → whether they work here."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import comfy.model_management
 import comfy.utils
@@ -9,12 +8,17 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..l2p_core import doctor
-from ..l2p_core.files.header import CheckpointError, find_files
+from ..l2p_core.files.header import find_files
 from ..l2p_core.images import to_images
 from ..l2p_core.proof import Finding
-from ..l2p_core.tokenizer import find_tokenizer
-from . import comfyui
-from .load import BUNDLED, model_files, model_paths, stamps, text_encoder_path, text_encoders
+from .load import (
+    bundled_or,
+    model_path,
+    model_paths,
+    stamps,
+    text_encoder_path,
+    tokenizer_for,
+)
 
 LINES = 15  # of a report, for the progress bar
 
@@ -35,15 +39,9 @@ class L2PCheckModel(io.ComfyNode):
             ),
             search_aliases=["doctor", "verify", "test checkpoint", "diagnose"],
             inputs=[
-                io.Combo.Input(
-                    "checkpoint",
-                    options=[BUNDLED, *model_files()],
-                    tooltip="A whole L2P model, in any precision.",
-                ),
-                io.Combo.Input(
-                    "text_encoder",
-                    options=[BUNDLED, *text_encoders()],
-                    tooltip="The text encoder that the model was trained with.",
+                bundled_or("checkpoint", tooltip="A whole L2P model, in any precision."),
+                bundled_or(
+                    "text_encoder", tooltip="The text encoder that the model was trained with."
                 ),
                 io.Image.Input(
                     "image",
@@ -67,37 +65,26 @@ class L2PCheckModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, checkpoint, text_encoder, image=None, prompt="") -> io.NodeOutput:
-        shards = model_paths(checkpoint)
         encoder = text_encoder_path(text_encoder)
         comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache()
         findings = doctor.examine_checkpoint(
-            checkpoint=shards[0] if len(shards) == 1 else shards[0].parent,
+            checkpoint=model_path(checkpoint),
             text_encoder=encoder,
             tokenizer=tokenizer_for(encoder),
             device=str(comfy.model_management.get_torch_device()),
             image=None if image is None else to_images(image[:1].movedim(-1, 1) * 2 - 1)[0],
             prompt=prompt or None,
         )
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-        ):  # its meter can't count inference tensors
+        # the doctor's memory meter can't count inference tensors
+        with torch.inference_mode(False), torch.no_grad():
             report = doctor.report(interruptible(findings))
         comfy.model_management.soft_empty_cache()
         return io.NodeOutput(report, ui=ui.PreviewText(report))
 
 
-def tokenizer_for(encoder: Path) -> Path:
-    """The tokenizer beside a text encoder, else ComfyUI's own of Qwen's models."""
-    try:
-        return find_tokenizer(encoder, None)
-    except CheckpointError:
-        return comfyui.QWEN_TOKENIZER
-
-
 def interruptible(findings: Iterator[Finding]) -> Iterator[Finding]:
-    """The findings, with a progress bar and an ear for Stop."""
+    """Pass the findings on, with a progress bar. Stop ends it."""
     progress = comfy.utils.ProgressBar(LINES)
     for finding in findings:
         comfy.model_management.throw_exception_if_processing_interrupted()

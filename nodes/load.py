@@ -52,9 +52,8 @@ class L2PCheckpointLoader(io.ComfyNode):
             ),
             search_aliases=["latent to pixel", "pixel space", "z-image l2p", "load model", "int8"],
             inputs=[
-                io.Combo.Input(
+                bundled_or(
                     "checkpoint",
-                    options=[BUNDLED, *model_files()],
                     tooltip=(
                         "A file of models/checkpoints or models/diffusion_models; of shards, any"
                         " one of them."
@@ -120,9 +119,8 @@ class L2PTextEncoderLoader(io.ComfyNode):
             ),
             search_aliases=["qwen3", "clip", "load clip", "prompt encoder"],
             inputs=[
-                io.Combo.Input(
+                bundled_or(
                     "text_encoder",
-                    options=[BUNDLED, *text_encoders()],
                     tooltip=(
                         "A file or Hugging Face folder in models/text_encoders. The bundled one"
                         " belongs to the bundled small model alone."
@@ -155,6 +153,13 @@ class L2PTextEncoderLoader(io.ComfyNode):
         return io.NodeOutput(clip)
 
 
+def bundled_or(name: str, *, tooltip: str) -> io.Combo.Input:
+    """The input `checkpoint` or `text_encoder`: a choice of the bundled one and of ComfyUI's
+    files."""
+    listed = {"checkpoint": model_files, "text_encoder": text_encoders}[name]
+    return io.Combo.Input(name, options=[BUNDLED, *listed()], tooltip=tooltip)
+
+
 def model_files() -> list[str]:
     """Model files, of whatever folder ComfyUI keeps them in, each once."""
     names = [
@@ -184,6 +189,16 @@ def model_paths(name: str) -> list[Path]:
     return sorted(
         path.parent.glob(f"{glob.escape(stem)}-{'[0-9]' * 5}-of-{path.name.rpartition('-')[2]}")
     )
+
+
+def model_path(name: str) -> Path:
+    """The model of that name as the library takes it: its file, or the index of its shards, or the
+    folder of shards that have none."""
+    first, *others = model_paths(name)
+    if not others:
+        return first
+    index = first.with_name(f"{first.name.rpartition('-of-')[0][:-6]}.safetensors.index.json")
+    return index if index.is_file() else first.parent
 
 
 def stamps(files: list[Path]) -> list[tuple]:
@@ -248,6 +263,14 @@ def text_encoder_path(name: str) -> Path:
         f"the text encoder {name} is no longer in models/text_encoders. Press R to list what is"
         " there"
     )
+
+
+def tokenizer_for(encoder: Path) -> Path:
+    """The tokenizer's folder: that of the text encoder, or ComfyUI's own for Qwen3-4B in a file."""
+    try:
+        return find_tokenizer(encoder, None)
+    except CheckpointError:
+        return comfyui.QWEN_TOKENIZER
 
 
 def load_text_encoder(path: Path, options: dict, disable_dynamic: bool = False) -> comfy.sd.CLIP:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
-import comfy.text_encoders
 import comfy.utils
 import folder_paths
 import numpy as np
@@ -22,7 +21,6 @@ from PIL import Image
 from ..l2p_core.files.atomic import atomic_write
 from ..l2p_core.files.header import CheckpointError
 from ..l2p_core.images import open_image
-from ..l2p_core.tokenizer import find_tokenizer
 from ..l2p_core.train.config import TrainConfig
 from ..l2p_core.train.presets import CARDS, preset
 from ..l2p_core.train.process import PREVIEW_WIDTH, TrainingProcess, stacked
@@ -37,7 +35,14 @@ from .datasets import (
     stamps_below,
 )
 from .files import bar, check_plain_name, model_folder
-from .load import BUNDLED, model_files, model_paths, stamps, text_encoder_path, text_encoders
+from .load import (
+    bundled_or,
+    model_path,
+    model_paths,
+    stamps,
+    text_encoder_path,
+    tokenizer_for,
+)
 from .prompt import note
 
 LAYERS = {"shallow": "5:-5", "whole": ""}
@@ -123,16 +128,10 @@ class L2PTrainLoRA(io.ComfyNode):
             ),
             search_aliases=["train", "training", "fine-tune", "lora", "dataset"],
             inputs=[
-                io.Combo.Input(
-                    "checkpoint",
-                    options=[BUNDLED, *model_files()],
-                    tooltip="The L2P model that the LoRA is for, not quantized.",
+                bundled_or(
+                    "checkpoint", tooltip="The L2P model that the LoRA is for, not quantized."
                 ),
-                io.Combo.Input(
-                    "text_encoder",
-                    options=[BUNDLED, *text_encoders()],
-                    tooltip=ENCODER_TOOLTIP,
-                ),
+                bundled_or("text_encoder", tooltip=ENCODER_TOOLTIP),
                 io.Combo.Input(
                     "dataset", options=[FROM_GRAPH, *dataset_folders()], tooltip=DATASET_TOOLTIP
                 ),
@@ -218,16 +217,11 @@ class L2PTrain(io.ComfyNode):
             ),
             search_aliases=["train", "training", "fine-tune", "finetune", "dataset"],
             inputs=[
-                io.Combo.Input(
+                bundled_or(
                     "checkpoint",
-                    options=[BUNDLED, *model_files()],
                     tooltip="The pixel initialisation, or any whole L2P model, not quantized.",
                 ),
-                io.Combo.Input(
-                    "text_encoder",
-                    options=[BUNDLED, *text_encoders()],
-                    tooltip=ENCODER_TOOLTIP,
-                ),
+                bundled_or("text_encoder", tooltip=ENCODER_TOOLTIP),
                 io.Combo.Input(
                     "dataset", options=[FROM_GRAPH, *dataset_folders()], tooltip=DATASET_TOOLTIP
                 ),
@@ -342,7 +336,7 @@ def train(
     check_plain_name("output", asked["output"], folder)
     runs = Path(folder_paths.get_output_directory()) / TRAINING
     run = runs / asked["output"]
-    refuse_taken(asked["output"], folder, run)
+    reject_taken(asked["output"], folder, run)
     check_packages(settings)
 
     config = TrainConfig(
@@ -372,7 +366,7 @@ def train(
     if step_file is None:
         raise ValueError(f"the run was stopped before its first step; {training.log} says why")
     name = publish(step_file)
-    samples, loss = picture(run / "samples.png"), picture(run / "loss.png")
+    samples, loss = run_image(run / "samples.png"), run_image(run / "loss.png")
     seen = stacked([samples, loss], PREVIEW_WIDTH)
     return io.NodeOutput(
         name,
@@ -384,11 +378,10 @@ def train(
 
 def asked_settings(asked: dict[str, Any]) -> dict[str, Any]:
     """Settings of `TrainConfig` that a training node asks for."""
-    checkpoint = model_paths(asked["checkpoint"])
     encoder = text_encoder_path(asked["text_encoder"])
     lines = [line.strip() for line in asked["sample_prompts"].splitlines()]
     return {
-        "checkpoint": str(checkpoint[0] if len(checkpoint) == 1 else folder_of(checkpoint)),
+        "checkpoint": str(model_path(asked["checkpoint"])),
         "text_encoder": str(encoder),
         "tokenizer": str(tokenizer_for(encoder)),
         "steps": asked["steps"],
@@ -403,22 +396,6 @@ def asked_settings(asked: dict[str, Any]) -> dict[str, Any]:
         "device": "cpu" if on_cpu() else "",
         "mixed_precision": "no" if on_cpu() else "bf16",
     }
-
-
-def folder_of(shards: list[Path]) -> Path:
-    """What `TrainConfig` calls a model in shards: their index, or the folder that holds no other
-    model."""
-    first = shards[0]
-    index = first.with_name(f"{first.name.rpartition('-of-')[0][:-6]}.safetensors.index.json")
-    return index if index.is_file() else first.parent
-
-
-def tokenizer_for(encoder: Path) -> Path:
-    """The tokenizer's folder: that of the text encoder, or ComfyUI's own for Qwen3-4B in a file."""
-    try:
-        return find_tokenizer(encoder, None)
-    except CheckpointError:
-        return Path(comfy.text_encoders.__path__[0]) / "qwen25_tokenizer"
 
 
 def data_folder(
@@ -443,7 +420,7 @@ def data_folder(
     return save_images(images, prompts or [], asked["trigger"], run)
 
 
-def refuse_taken(output: str, folder: Path, run: Path) -> None:
+def reject_taken(output: str, folder: Path, run: Path) -> None:
     """Raise CheckpointError where results of that name are there, and no run that they are of."""
     taken = sorted(folder.glob(f"{glob.escape(output)}-step*.safetensors"))
     if taken and not (run / "resume.pt").exists():
@@ -499,7 +476,7 @@ def stopped(training: TrainingProcess) -> Path | None:
     return training.result()
 
 
-def picture(file: Path) -> Image.Image:
+def run_image(file: Path) -> Image.Image:
     """An image of the run's folder; a white one where there is none."""
     if not file.is_file():
         return Image.new("RGB", (PREVIEW_WIDTH, 16), "white")
