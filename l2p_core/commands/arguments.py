@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from ..settings import FIELDS, describe, kind
@@ -28,6 +29,58 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", metavar="FOLDER", help="default: tokenizer/ in or beside the text encoder"
     )
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """Add `-o`, an image or a folder of images."""
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("out.png"),
+        metavar="PATH",
+        help="a .png for one image, a folder for several (default out.png)",
+    )
+
+
+def add_overwrite(parser: argparse._ActionsContainer) -> None:
+    """Add `--overwrite`."""
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace images that exist with other settings",
+    )
+
+
+def add_loras(parser: argparse.ArgumentParser) -> None:
+    """Add `--lora`, which `file_and_strength` reads."""
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="a LoRA of the checkpoint; may be given again (default strength 1)",
+    )
+
+
+def add_machine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the flags that say where many images are generated, and return their group."""
+    machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "--batch", type=int, default=1, metavar="N", help="images generated at a time (default 1)"
+    )
+    machine.add_argument("--device", help="default: the accelerator where there is one")
+    add_pipeline(machine)
+    machine.add_argument(
+        "--free-text-encoder",
+        action=argparse.BooleanOptionalAction,
+        help=(
+            "encode all prompts first, then free the encoder's memory (default: where it does not"
+            " fit beside the model)"
+        ),
+    )
+    add_overwrite(machine)
+    return machine
 
 
 def add_pipeline(machine: argparse._ArgumentGroup) -> None:

@@ -8,21 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..settings import FIELDS
-
-if TYPE_CHECKING:
-    from ..batch import Job
-    from ..pipeline import L2PPipeline
-
-
 from .arguments import (
     add_checkpoint,
-    add_pipeline,
+    add_loras,
+    add_machine,
+    add_output,
     add_settings,
     file_and_strength,
     pipeline_arguments,
     print_bundled,
     share,
 )
+
+if TYPE_CHECKING:
+    from ..batch import Job
+    from ..pipeline import L2PPipeline
 
 
 def add_generate(commands: argparse._SubParsersAction) -> None:
@@ -46,22 +46,9 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
             " text, and optionally file_name, seed and any other setting below)"
         ),
     )
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        default=Path("out.png"),
-        metavar="PATH",
-        help="a .png for one image, a folder for several (default out.png)",
-    )
+    add_output(parser)
     add_checkpoint(parser)
-    parser.add_argument(
-        "--lora",
-        action="append",
-        default=[],
-        metavar="FILE[:STRENGTH]",
-        help="a LoRA of the checkpoint; may be given again (default strength 1)",
-    )
+    add_loras(parser)
     image = parser.add_argument_group("image")
     add_settings(image, FIELDS)
     image.add_argument(
@@ -70,25 +57,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
         default=1,
         help="images for each prompt, with seeds one apart (default 1)",
     )
-    machine = parser.add_argument_group("machine")
-    machine.add_argument(
-        "--batch", type=int, default=1, help="images generated at a time (default 1)"
-    )
-    machine.add_argument("--device", help="default: the accelerator where there is one")
-    add_pipeline(machine)
-    machine.add_argument(
-        "--free-text-encoder",
-        action=argparse.BooleanOptionalAction,
-        help=(
-            "encode all prompts first, then free the encoder's memory (default: where it does not"
-            " fit beside the model)"
-        ),
-    )
-    machine.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace images that exist with other settings",
-    )
+    machine = add_machine(parser)
     machine.add_argument(
         "--estimate",
         action="store_true",

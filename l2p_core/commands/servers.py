@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..remote.workflow import PLACES
 from ..settings import FIELDS
-from .arguments import add_settings
+from .arguments import add_output, add_overwrite, add_settings
 
 
 def add_queue(commands: argparse._SubParsersAction) -> None:
@@ -36,14 +36,7 @@ def add_queue(commands: argparse._SubParsersAction) -> None:
             "may be given again: a free server takes the next image (default http://127.0.0.1:8188)"
         ),
     )
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        default=Path("out.png"),
-        metavar="PATH",
-        help="a .png for one image, a folder for several (default out.png)",
-    )
+    add_output(parser)
     parser.add_argument(
         "--timeout",
         type=float,
@@ -51,11 +44,7 @@ def add_queue(commands: argparse._SubParsersAction) -> None:
         metavar="SECONDS",
         help="how long to wait for a server that is away or restarts (default 600)",
     )
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace images that exist with other settings",
-    )
+    add_overwrite(parser)
     image = parser.add_argument_group("image", "what is not given stays as it is in the workflow")
     texts = image.add_mutually_exclusive_group()
     texts.add_argument("--prompt", metavar="TEXT", help="what to generate")

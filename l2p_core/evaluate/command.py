@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..commands.arguments import add_checkpoint, add_pipeline, add_settings
+from ..commands.arguments import add_checkpoint, add_loras, add_machine, add_settings
 from ..settings import FIELDS
 
 BENCHMARKS = ("geneval", "dpg", "shapes", "prompts")
@@ -65,13 +65,7 @@ def add_write(actions: argparse._SubParsersAction) -> None:
         ),
     )
     add_checkpoint(parser)
-    parser.add_argument(
-        "--lora",
-        action="append",
-        default=[],
-        metavar="FILE[:STRENGTH]",
-        help="a LoRA of the checkpoint; may be given again (default strength 1)",
-    )
+    add_loras(parser)
     add_settings(parser.add_argument_group("image"), GENERAL)
     add_machine(parser)
 
@@ -81,24 +75,6 @@ def add_write(actions: argparse._SubParsersAction) -> None:
         run_write(args)
 
     parser.set_defaults(run=run, when_stopped=RESUMES)
-
-
-def add_machine(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say how images are generated."""
-    machine = parser.add_argument_group("machine")
-    machine.add_argument(
-        "--batch", type=int, default=1, metavar="N", help="images generated at a time (default 1)"
-    )
-    machine.add_argument("--device", help="default: the accelerator where there is one")
-    add_pipeline(machine)
-    machine.add_argument(
-        "--free-text-encoder",
-        action=argparse.BooleanOptionalAction,
-        help="as for l2p generate",
-    )
-    machine.add_argument(
-        "--overwrite", action="store_true", help="replace images that exist with other settings"
-    )
 
 
 def add_score(actions: argparse._SubParsersAction) -> None:
