@@ -7,12 +7,11 @@ All linears of the blocks are quantized. PSNR is over all images, with 255 as th
 the score's."""
 
 import argparse
-import math
 import tempfile
 from pathlib import Path
 
-import numpy as np
 from comfyui_l2p.l2p_core import L2PPipeline
+from comfyui_l2p.l2p_core.evaluate.metrics import psnr_of, squared_error
 from comfyui_l2p.l2p_core.files.quantization import FORMATS
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
 from comfyui_l2p.l2p_core.shapes.scenes import test_scenes
@@ -25,11 +24,8 @@ KINDS = [(name, kind) for name, about in FORMATS.items() for kind in about.granu
 
 
 def psnr(images: list[Image.Image], wanted: list[Image.Image]) -> float:
-    squares = [
-        np.square(np.asarray(one, float) - np.asarray(other, float)).mean()
-        for one, other in zip(images, wanted, strict=True)
-    ]
-    return 10 * math.log10(255**2 / np.mean(squares))
+    errors = [squared_error(*pair) for pair in zip(images, wanted, strict=True)]
+    return psnr_of(sum(errors) / len(errors))
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from ..files.atomic import atomic_write
 from ..images import open_image
 from ..interrupt import STATUS
 from .config import TrainConfig, to_toml
-from .record import Row, image_of_curves, read_table
+from .record import Row, grid, image_of_curves, read_table
 from .resume import step_file
 
 PACKAGE = Path(__file__).resolve().parents[2]  # a folder with a __main__.py
@@ -157,10 +157,6 @@ def duration(seconds: float) -> str:
 
 def stacked(images: list[Image.Image], width: int) -> Image.Image:
     """Return images of that width below one another."""
-    scaled = [image.resize((width, round(image.height * width / image.width))) for image in images]
-    sheet = Image.new("RGB", (width, sum(image.height for image in scaled)))
-    top = 0
-    for image in scaled:
-        sheet.paste(image, (0, top))
-        top += image.height
-    return sheet
+    return grid(
+        [[image.resize((width, round(image.height * width / image.width)))] for image in images]
+    )
