@@ -4,6 +4,7 @@ travel as files.
 `real_comfyui.Worker` is the other end. Nothing here asserts; the tests compare what comes back."""
 
 import asyncio
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -42,6 +43,23 @@ def import_pack() -> list[str]:
     return sorted(set(nodes.NODE_CLASS_MAPPINGS) - before)
 
 
+@contextlib.contextmanager
+def listed(kind: str, path: str):
+    """Within it ComfyUI lists the file of that path among its models of that kind; yields the name
+    that it lists. A name without a folder stays."""
+    folder, _, name = path.rpartition("/")
+    if not folder:
+        yield name
+        return
+    folder_paths.add_model_folder_path(kind, folder, is_default=True)
+    folder_paths.filename_list_cache.clear()
+    try:
+        yield name
+    finally:  # the test removes its folder
+        folder_paths.folder_names_and_paths[kind][0].remove(folder)
+        folder_paths.filename_list_cache.clear()
+
+
 def of_pack(module: str):
     """A module of the pack, as ComfyUI imported it."""
     package = nodes.NODE_CLASS_MAPPINGS["L2PKSampler"].__module__.removesuffix(".nodes.sample")
@@ -71,10 +89,9 @@ def load(path: str, loader: str, **options):
         return comfy.sd.load_checkpoint_guess_config(path, output_clip=False)[:3]
     if loader == "diffusion":
         return comfy.sd.load_diffusion_model(path), None, None
-    folder, _, name = path.rpartition("/")
-    folder_paths.add_model_folder_path("diffusion_models", folder, is_default=True)
-    folder_paths.filename_list_cache.clear()
-    return nodes.NODE_CLASS_MAPPINGS["L2PCheckpointLoader"].execute(name, **options)[0], None, None
+    with listed("diffusion_models", path) as name:
+        model = nodes.NODE_CLASS_MAPPINGS["L2PCheckpointLoader"].execute(name, **options)[0]
+    return model, None, None
 
 
 def forward(
@@ -333,11 +350,8 @@ def detect_as_core(shapes: dict[str, list[int]]) -> str | None:
 
 
 def encode(prompt: str, output: str, text_encoder: str) -> list[int]:
-    folder, _, text_encoder = text_encoder.rpartition("/")
-    if folder:
-        folder_paths.add_model_folder_path("text_encoders", folder, is_default=True)
-        folder_paths.filename_list_cache.clear()
-    clip = nodes.NODE_CLASS_MAPPINGS["L2PTextEncoderLoader"].execute(text_encoder)[0]
+    with listed("text_encoders", text_encoder) as name:
+        clip = nodes.NODE_CLASS_MAPPINGS["L2PTextEncoderLoader"].execute(name)[0]
     clip.l2p_read_prompt = None  # prompts are encoded as they are, the bundled model's too
     positive, negative = nodes.NODE_CLASS_MAPPINGS["L2PTextEncode"].execute(clip, prompt, "").args
     save_file(
@@ -414,15 +428,12 @@ def missing_packages(settings: dict, there: list[str]) -> str | None:
 
 def check_model(checkpoint: str, text_encoder: str) -> str:
     """The report of L2P Check Model. Both are paths, or names that its lists have."""
-    folders = "diffusion_models", "text_encoders"
-    paths = [name.rpartition("/") for name in (checkpoint, text_encoder)]
-    for kind, (folder, _, _) in zip(folders, paths):
-        if folder:
-            folder_paths.add_model_folder_path(kind, folder, is_default=True)
-    folder_paths.filename_list_cache.clear()
-    checkpoint, text_encoder = (name for _, _, name in paths)
-    with torch.inference_mode():  # as ComfyUI runs nodes
-        result = nodes.NODE_CLASS_MAPPINGS["L2PCheckModel"].execute(checkpoint, text_encoder)
+    with (
+        listed("diffusion_models", checkpoint) as model,
+        listed("text_encoders", text_encoder) as encoder,
+        torch.inference_mode(),  # as ComfyUI runs nodes
+    ):
+        result = nodes.NODE_CLASS_MAPPINGS["L2PCheckModel"].execute(model, encoder)
     assert result.ui.value == result.args[0]
     return result.args[0]
 
@@ -430,18 +441,16 @@ def check_model(checkpoint: str, text_encoder: str) -> str:
 def quantize_while_stopping(path: str) -> None:
     """Quantize with Stop pressed when the progress bar first moves; later moves may be too close
     together to be shown."""
-    folder, _, name = path.rpartition("/")
-    folder_paths.add_model_folder_path("diffusion_models", folder, is_default=True)
-    folder_paths.filename_list_cache.clear()
 
     def press_stop(*_, **__) -> None:
         comfy.model_management.interrupt_current_processing(True)
 
     comfy.utils.set_progress_bar_global_hook(press_stop)
     try:
-        nodes.NODE_CLASS_MAPPINGS["L2PQuantizeCheckpoint"].execute(
-            name, "int8_tensorwise", "row", "small", "", False
-        )
+        with listed("diffusion_models", path) as name:
+            nodes.NODE_CLASS_MAPPINGS["L2PQuantizeCheckpoint"].execute(
+                name, "int8_tensorwise", "row", "small", "", False
+            )
     finally:
         comfy.utils.set_progress_bar_global_hook(None)
         comfy.model_management.interrupt_current_processing(False)
