@@ -228,15 +228,14 @@ def kill_train(count: int, rng: random.Random) -> dict:
 
 
 def break_headers(count: int, rng: random.Random) -> dict:
-    """Each broken file is read or refused in words, quickly and in little memory, by all that reads
-    headers."""
+    """Check that each broken header is read or rejected in words, quickly and in little memory."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
     import resource
 
     from comfyui_l2p.l2p_core import CheckpointError, read_layout
     from test_hostile import header_of, use, write_broken
 
-    whole, refused, slowest = read_layout(MODEL), 0, 0.0
+    whole, rejected, slowest = read_layout(MODEL), 0, 0.0
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     source, path = header_of(MODEL), Path("hostile.safetensors")
     for _ in range(count):
@@ -245,12 +244,12 @@ def break_headers(count: int, rng: random.Random) -> dict:
         try:
             use(path, whole)
         except CheckpointError:
-            refused += 1
+            rejected += 1
         slowest = max(slowest, time.process_time() - began)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     return {
         "headers": count,
-        "refused": refused,
+        "rejected": rejected,
         "slowest, CPU seconds": round(slowest, 2),
         "memory grew, MB": grown // 1024,
     }

@@ -60,7 +60,7 @@ class LocalDecoder(nn.Module):
         """image: (B, 3, H, W), H and W multiples of 2^levels. features: (B, D, h, w), one for each
         innermost pixel, or resized to that by nearest (patch 160 has tokens of 160 pixels and
         innermost pixels of 64); or a list of them, for which a list is returned and the image's
-        half is computed once. tile: side in pixels of the squares that are computed one after
+        half is computed once. tile: side in pixels of the tiles that are computed one after
         another, rounded up to a multiple of 2^levels; 0 for the whole at once; None for
         `tile_side`, or 0 where gradients are kept. The result is the same."""
         if isinstance(features, Tensor):

@@ -37,7 +37,7 @@ def export(
     changes.
 
     naming: published or comfyui, which packs q, k and v. prefix: None for the naming's usual one.
-    dtype: fp32, bf16 or fp16 for all tensors, quantized ones multiplied out; None keeps each
+    dtype: fp32, bf16 or fp16 for all tensors, quantized ones dequantized; None keeps each
     tensor's. convrot_groupsize: see `read_layout`. Raises CheckpointError where the file is no L2P
     model, or can't be laid out so."""
     layout = read_layout(checkpoint, convrot_groupsize)
@@ -103,13 +103,13 @@ def arrange(
         if others:
             raise CheckpointError(
                 f"{name} packs q, k and v, which are quantized in different ways. Keep the"
-                " published naming, or multiply them out: --dtype bf16"
+                " published naming, or dequantize them: --dtype bf16"
             )
         assert kind is not None  # what is not quantized is done
         if FORMATS[kind].block and (len(sources) > 1 or sources[0].third is not None):
             raise CheckpointError(
                 f"{name} is {kind}, whose scales can't be packed or taken apart. Keep the file's"
-                f" {'published' if len(sources) > 1 else 'comfyui'} naming, or multiply it out:"
+                f" {'published' if len(sources) > 1 else 'comfyui'} naming, or dequantize it:"
                 " --dtype bf16"
             )
         stored = (sum(source.stored_shape[0] for source in sources), *sources[0].stored_shape[1:])

@@ -328,7 +328,7 @@ def blocks(piece: Piece) -> Iterator[memoryview]:
 
 
 def read_floats(source: Source, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Blocks of rows as floating point; what is quantized is multiplied out."""
+    """Blocks of rows as floating point; quantized tensors are dequantized."""
     if source.format is None:
         yield from (block.to(dtype) for block in read_blocks(source))
     elif FORMATS[source.format].block:  # the order of its scales is not that of the rows

@@ -179,7 +179,7 @@ def test_int8_layer_is_the_dequantized_product_within_input_rounding(tiny_weight
     assert layer.to(torch.bfloat16).weight_scale.dtype == torch.float32
 
 
-def test_a_quantized_convolution_is_multiplied_out(tiny_weights, tiny_model, write, arguments):
+def test_a_quantized_convolution_is_dequantized(tiny_weights, tiny_model, write, arguments):
     key = "local_decoder.bottleneck.0.weight"
     scale = tiny_weights[key].abs().amax((1, 2, 3))[:, None] / 127
     quantized = {
@@ -195,7 +195,7 @@ def test_a_quantized_convolution_is_multiplied_out(tiny_weights, tiny_model, wri
     )
 
 
-def test_float8_is_multiplied_out(tiny_weights, tiny_model, write, arguments):
+def test_float8_is_dequantized(tiny_weights, tiny_model, write, arguments):
     key = "layers.0.feed_forward.w1.weight"
     scale = tiny_weights[key].abs().max() / 448
     quantized = {
@@ -214,7 +214,7 @@ def of_layers(key, tensor):
 
 @pytest.mark.parametrize("naming", ["published", "comfyui"])
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_float8_in_the_older_spelling_is_multiplied_out(tiny_weights, write, prefix, naming):
+def test_float8_in_the_older_spelling_is_dequantized(tiny_weights, write, prefix, naming):
     """LAYER.scale_weight, and a tensor scaled_fp8 that marks the file."""
     weights = tiny_weights if naming == "published" else comfyui_naming(tiny_weights)
     scaled, plain = scaled_fp8(weights, of_layers, "scale_weight")
@@ -272,7 +272,7 @@ def without(weights, *starts):
     return {name: tensor for name, tensor in weights.items() if not name.startswith(starts)}
 
 
-REFUSED = {
+REJECTED = {
     "trained part": (
         lambda w: without(w, "layers.1.", "layers.2."),
         "lacks main layers 1..2: it is a trained part. Merge .*: l2p merge",
@@ -435,9 +435,9 @@ def test_threads_that_read_keep_the_order_and_are_given_back(tiny_weights, write
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("case", REJECTED)
 def test_what_is_no_whole_model_is_named(tiny_weights, write, case):
-    make, said = REFUSED[case]
+    make, said = REJECTED[case]
     path = write(make(tiny_weights))
     with pytest.raises(CheckpointError, match=said):
         load_model(path)

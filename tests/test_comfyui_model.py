@@ -12,7 +12,7 @@ from real_comfyui import Rejected
 from safetensors.torch import load_file, save_file
 
 LOADERS = ("checkpoint", "diffusion", "node")
-INT8_SINCE = (0, 27)  # ComfyUI's own INT8 linear; before, the pack multiplies the weights out
+INT8_SINCE = (0, 27)  # ComfyUI's own INT8 linear; before, the pack dequantizes the weights
 
 
 @pytest.fixture

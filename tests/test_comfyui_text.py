@@ -47,7 +47,7 @@ def test_a_long_prompt_is_cut_where_the_library_cuts_it(comfyui, encoder, tmp_pa
 
 @pytest.mark.parametrize("spelling", ["weight_scale", "scale_weight"])
 def test_an_fp8_encoder_of_another_width_keeps_its_scales(comfyui, tmp_path, spelling):
-    """The same numbers as FP8 with scales, and multiplied out beforehand."""
+    """The same numbers as FP8 with scales, and dequantized beforehand."""
     shutil.copytree(BUNDLED_MODEL / "tokenizer", tmp_path / "tokenizer")
     weights = load_file(BUNDLED_MODEL / "text_encoder" / "model.safetensors")
     weights = {f"model.{key}": tensor for key, tensor in weights.items()}

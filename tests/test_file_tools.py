@@ -109,7 +109,7 @@ def test_merge_of_two_namings_follows_the_base(tiny_weights, trained, write, out
     same(out, prefixed(comfyui_naming({**tiny_weights, **trained})))
 
 
-REFUSED_PARTS = {
+REJECTED_PARTS = {
     "unknown": (
         lambda w: {"layers.0.extra.weight": torch.ones(1)},
         r"has 1 of .* tensors that base.safetensors lacks \(first: layers.0.extra.weight\).*--skip",
@@ -122,11 +122,11 @@ REFUSED_PARTS = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED_PARTS)
-def test_merge_refuses_what_does_not_fit_unless_skipped_by_name(
+@pytest.mark.parametrize("case", REJECTED_PARTS)
+def test_merge_rejects_what_does_not_fit_unless_skipped_by_name(
     tiny_weights, trained, write, out, case
 ):
-    make, said = REFUSED_PARTS[case]
+    make, said = REJECTED_PARTS[case]
     base, wrong = write(tiny_weights, "base.safetensors"), make(tiny_weights)
     part = write({**trained, **wrong}, "part.safetensors")
     with pytest.raises(CheckpointError, match=said):
@@ -523,7 +523,7 @@ def test_int8_parts_with_their_own_scales_are_packed_row_by_row(tiny_weights, wr
     )
 
 
-def test_export_multiplies_int8_out(tiny_weights, write, out):
+def test_export_dequantizes_int8(tiny_weights, write, out):
     tensors, _ = int8(comfyui_naming(tiny_weights), PREFIX, "row", "tensors")
     export(write(tensors), out, "published", dtype="fp32")
     weight = load_file(out)["layers.1.attention.to_v.weight"]

@@ -53,9 +53,9 @@ def test_the_registry_finds_what_it_shows():
         assert re.search(rf'^{field} = "\S+"$', written, re.MULTILINE), field
     for field, most in (("Icon", 400), ("Banner", 2000)):
         path = re.search(rf'^{field} = "https://.+/main/(.+)"$', written, re.MULTILINE)[1]
-        picture = (ROOT / path).read_text()
-        sides = re.search(r'<svg [^>]*width="(\d+)" height="(\d+)"', picture).groups()
-        assert max(map(int, sides)) <= most and len(picture) < 8_000
+        drawing = (ROOT / path).read_text()
+        sides = re.search(r'<svg [^>]*width="(\d+)" height="(\d+)"', drawing).groups()
+        assert max(map(int, sides)) <= most and len(drawing) < 8_000
 
 
 @pytest.mark.slow

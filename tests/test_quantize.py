@@ -134,7 +134,7 @@ FOUR_BITS = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])  # what E2M1 can say, wit
 
 def by_hand_in_blocks(kind, weight):
     """A weight as mxfp8 or nvfp4 says it (OCP Microscaling Formats 1.0; NVIDIA, "Introducing
-    NVFP4"), multiplied out."""
+    NVFP4"), dequantized."""
     block = 32 if kind == "mxfp8" else 16
     groups = weight.unflatten(1, (-1, block))
     largest = groups.abs().amax(-1, keepdim=True)

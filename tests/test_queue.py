@@ -652,7 +652,7 @@ def test_a_refusal_is_explained(tmp_path, fakes, workflow, capsys, status, body,
     )
 
 
-def test_a_server_that_refuses_leaves_its_work_to_the_other(tmp_path, fakes, workflow):
+def test_a_server_that_rejects_leaves_its_work_to_the_other(tmp_path, fakes, workflow):
     bad, good = fakes(), fakes()
     bad.answer = (400, missing("L2PKSampler"))
     assert (

@@ -335,7 +335,7 @@ def test_a_disk_that_fails_is_named(source, tmp_path):
     assert os.listdir(tmp_path) == ["source.safetensors"]
 
 
-def test_casting_refuses_what_does_not_fit(write, tmp_path):
+def test_casting_rejects_what_does_not_fit(write, tmp_path):
     layout = read_layout(write({"a": torch.tensor([1e5])}))
     with pytest.raises(
         CheckpointError, match="a holds NaN or infinite numbers as F16.*or take bf16"

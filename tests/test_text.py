@@ -347,7 +347,7 @@ def test_features_that_are_nan_are_rejected(tmp_path):
 
 
 @pytest.mark.parametrize("spelling", ["weight_scale", "scale_weight"])
-def test_an_fp8_encoder_is_multiplied_out(tmp_path, spelling):
+def test_an_fp8_encoder_is_dequantized(tmp_path, spelling):
     weights = load_file(BUNDLED_MODEL / "text_encoder" / "model.safetensors")
     weights = {f"model.{key}": tensor for key, tensor in weights.items()}
     scaled, plain = scaled_fp8(

@@ -145,7 +145,7 @@ def add_quantize(commands: argparse._SubParsersAction) -> None:
         choices=list(FORMATS),
         default="int8_tensorwise",
         help=(
-            "default int8_tensorwise; this program computes in INT8 and multiplies the others out,"
+            "default int8_tensorwise; this program computes in INT8 and dequantizes the others,"
             " ComfyUI computes in FP8 on RTX 40 and newer, in mxfp8 and nvfp4 (4 bits) on RTX 50"
             " and newer"
         ),
@@ -215,7 +215,7 @@ def add_export(commands: argparse._SubParsersAction) -> None:
         help="write a model under other names, in another dtype",
         description=(
             "Write an L2P model or a trained part under other names or in another dtype. "
-            "INT8 stays INT8 unless --dtype multiplies it out."
+            "INT8 stays INT8 unless --dtype dequantizes it."
         ),
     )
     parser.add_argument("checkpoint", type=Path)

@@ -25,7 +25,7 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 
 READERS = 4  # threads: more than a disk feeds, and each holds what it casts
-KEPT_IN_8_BITS = "int8_tensorwise"  # other formats are multiplied out
+KEPT_IN_8_BITS = "int8_tensorwise"  # other formats are dequantized
 
 
 def load_model(
@@ -113,7 +113,7 @@ class Reader:
             layer = name.rpartition(".")[0]
             if source.format is None:
                 loaded[name] = self.read(source.entry, source.third, self.dtype)
-                self.refuse_nan(source.entry.key, loaded[name])
+                self.reject_nan(source.entry.key, loaded[name])
                 continue
             assert source.scale is not None  # every format has one
             if source.format == KEPT_IN_8_BITS and isinstance(
@@ -125,7 +125,7 @@ class Reader:
                 scale = self.read(source.scale, third, torch.float32)
                 loaded[name] = self.read(source.entry, source.third)
                 loaded[f"{layer}.weight_scale"] = scale.reshape(1 if shared else (-1, 1))
-                self.refuse_nan(source.scale.key, scale)
+                self.reject_nan(source.scale.key, scale)
             else:
                 if dequantized is None:
                     dequantized = dequantize(
@@ -139,7 +139,7 @@ class Reader:
                 loaded[name] = (
                     dequantized if source.third is None else dequantized.chunk(3)[source.third]
                 )
-            self.refuse_nan(source.entry.key, loaded[name])
+            self.reject_nan(source.entry.key, loaded[name])
         return loaded
 
     def read(
@@ -151,7 +151,7 @@ class Reader:
             tensor = tensor.chunk(3)[third]
         return tensor.to(self.device, dtype)
 
-    def refuse_nan(self, key: str, tensor: Tensor) -> None:
+    def reject_nan(self, key: str, tensor: Tensor) -> None:
         """Raise CheckpointError where a tensor holds NaN or infinite numbers."""
         if not tensor.is_floating_point() or not tensor.numel():
             return

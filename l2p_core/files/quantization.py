@@ -2,7 +2,7 @@
 linear layer.
 
 INT8 weights stay 8 bits in memory and are multiplied as such by comfy-kitchen; the other formats
-are multiplied out."""
+are dequantized."""
 
 from collections.abc import Callable, Mapping
 from functools import cache
