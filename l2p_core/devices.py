@@ -6,6 +6,7 @@ were at hand when this was written."""
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -65,6 +66,13 @@ def free_memory(device: torch.device) -> int | None:
     if device.type == "cpu" or tell is None:
         return None
     return tell(device)[0]
+
+
+def memory_counter(device: torch.device) -> Any:
+    """Return the module of torch that counts a device's memory: torch.cuda, also for ROCm, or
+    torch.xpu. None for a CPU and for MPS, where torch keeps no peak."""
+    module = getattr(torch, device.type, None)
+    return module if hasattr(module, "max_memory_allocated") else None
 
 
 def empty_cache(device: torch.device) -> None:

@@ -24,7 +24,7 @@ from .files.header import CheckpointError, read_header
 from .files.layout import Layout, read_layout
 from .files.load import check, load_model
 from .images import open_image, to_pixels
-from .meter import Meter
+from .meter import peak_on
 from .pipeline import BUNDLED_MODEL, L2PPipeline
 from .proof import AFTER_SCALE, SCENE_PROMPT, Finding, Probe, draw_scene, prove, untested
 from .shapes import scenes
@@ -343,15 +343,7 @@ def measure_pass(pipe: L2PPipeline, probe: Probe) -> Finding:
     probe.run(0.5)
     synchronize(probe.device)
     seconds = time.perf_counter() - started
-    if probe.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(probe.device)
-        before = torch.cuda.memory_allocated(probe.device)
-        probe.run(0.5)
-        peak = torch.cuda.max_memory_allocated(probe.device) - before
-    else:
-        with Meter() as meter:
-            probe.run(0.5)
-        peak = meter.peak()
+    peak = peak_on(probe.device, lambda: probe.run(0.5))
     return Finding(
         "one pass",
         None,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .devices import memory_counter
 from .model import rope_of_image, rope_of_prompt
 
 
@@ -77,6 +78,22 @@ def peak_bytes(run: Callable[[], Tensor]) -> tuple[int, Tensor]:
     with torch.no_grad(), Meter() as meter:
         output = run()
     return meter.peak(without=output), output
+
+
+def peak_on(device: torch.device, run: Callable[[], object]) -> int:
+    """Return the bytes that a device holds at the peak of `run`, beside those before.
+
+    The device's own counter says so where it has one (`memory_counter`); elsewhere the tensors
+    that are alive are counted."""
+    counter = memory_counter(device)
+    if counter is None:
+        with Meter() as meter:
+            run()
+        return meter.peak()
+    counter.reset_peak_memory_stats(device)
+    before = counter.memory_allocated(device)
+    run()
+    return counter.max_memory_allocated(device) - before
 
 
 @contextmanager

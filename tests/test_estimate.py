@@ -6,11 +6,12 @@ import pytest
 import torch
 from comfyui_l2p.l2p_core import L2PPipeline
 from comfyui_l2p.l2p_core.cli import main
+from comfyui_l2p.l2p_core.devices import memory_counter
 from comfyui_l2p.l2p_core.estimate import estimate
 from comfyui_l2p.l2p_core.files.load import bytes_in_memory
 from comfyui_l2p.l2p_core.fit import RESERVE, SHARE, Needs, place
 from comfyui_l2p.l2p_core.flow import euler, guided_velocity, schedule
-from comfyui_l2p.l2p_core.meter import Meter, bytes_of
+from comfyui_l2p.l2p_core.meter import Meter, bytes_of, peak_on
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
 from comfyui_l2p.l2p_core.settings import Settings
 from comfyui_l2p.quant.quantize import quantize
@@ -180,3 +181,23 @@ def test_the_command_estimates_and_draws_nothing(tmp_path, capsys, monkeypatch):
     told = capsys.readouterr().out
     assert "in all" in told and "passes through the model: 14 of 1 x 96 x 960 pixels" in told
     assert not list(tmp_path.iterdir())
+
+
+def test_an_accelerator_counts_its_own_peak(monkeypatch):
+    """Where torch keeps a peak for it; elsewhere the tensors that are alive are counted."""
+    assert memory_counter(torch.device("cuda", 1)) is torch.cuda
+    assert memory_counter(torch.device("xpu")) is torch.xpu
+    assert memory_counter(torch.device("mps")) is None
+    held = {"now": 1000, "peak": 9000}
+
+    def run():
+        held["peak"] = max(held["peak"], 3500)
+        torch.empty(250, dtype=torch.float32).clone()
+
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: held["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: held["peak"])
+    monkeypatch.setattr(
+        torch.cuda, "reset_peak_memory_stats", lambda device: held.update(peak=held["now"])
+    )
+    assert peak_on(torch.device("cuda"), run) == 2500
+    assert peak_on(torch.device("cpu"), run) == 2000

@@ -31,6 +31,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..devices import memory_counter
 from ..files.atomic import WAIT, WriteError, atomic_write, locked, process_rank
 from ..files.header import hash_files
 from ..files.layout import Layout
@@ -803,14 +804,14 @@ def swapped_weights(
 
 def reset_peak(device: torch.device) -> None:
     """Forget what a GPU held so far, in loading or sampling."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    counter = memory_counter(device)
+    if counter is not None:
+        counter.reset_peak_memory_stats(device)
 
 
 def memory(device: torch.device) -> dict[str, str]:
     """The most that a GPU held in the steps since `reset_peak`, for the progress bar."""
-    return (
-        {"memory": f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB"}
-        if device.type == "cuda"
-        else {}
-    )
+    counter = memory_counter(device)
+    if counter is None:
+        return {}
+    return {"memory": f"{counter.max_memory_allocated(device) / 1e9:.1f} GB"}
