@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache, partial
 from itertools import groupby, islice
@@ -108,41 +108,11 @@ def generate(
     check_batch(batch)
     if not jobs:
         return
-    stop = Event()
     with (
         lock_outputs([job.output for job in jobs]),
-        ThreadPoolExecutor(1) as beside,
-        ExitStack() as at_end,
+        closing(Records(pipe, batch)) as records,
     ):
-        at_end.callback(stop.set)  # hashing, which leaves the interpreter free to sample
-        checkpoint_hash = beside.submit(hash_files, pipe.layout.files, stop)
-        encoder_hash = beside.submit(hash_files, encoder_files(pipe.text_encoder_path), stop)
-        lora_hashes = [beside.submit(hash_files, lora.layout.files, stop) for lora in pipe.loras]
-        hash_once = cache(
-            lambda file: hash_files([Path(file)], stop)
-        )  # an input image may serve thousands
-
-        def record(job: Job) -> dict:
-            hashes = {
-                name: hash_once(file) for name in INPUTS if (file := getattr(job.settings, name))
-            }
-            return image_record(
-                job,
-                pipe,
-                batch,
-                checkpoint_hash.result(),
-                encoder_hash.result(),
-                hashes,
-                [each.result() for each in lora_hashes],
-            )
-
-        missing = [
-            job
-            for job in jobs
-            if overwrite or not job.output.exists() or not is_generated(job.output, record(job))
-        ]
-        if len(missing) < len(jobs):
-            print(f"{len(jobs) - len(missing)} of {len(jobs)} images exist already")
+        missing = missing_jobs(jobs, records, overwrite)
         if not missing:
             return
         if free_memory(pipe.device) is not None:  # on a CPU nothing is to be chosen
@@ -161,17 +131,72 @@ def generate(
         steps = sum(stage.steps for job in missing for stage in pipe.plan_stages(job.settings))
         with tqdm(total=steps, unit="step", disable=not progress) as bar:
             for group in batches(missing, batch):
-                files = {
-                    name: read_input(name, file)
-                    for name in INPUTS
-                    if (file := group[0].shared[name])
-                }
                 images = generate_batch(
-                    group, pipe, encode, files, partial(_advance, bar, len(group))
+                    group, pipe, encode, input_images(group), partial(_advance, bar, len(group))
                 )
                 for job, image in zip(group, images, strict=True):
-                    save_image(image, job.output, record(job))
+                    save_image(image, job.output, records.of(job))
                 bar.update(len(group))
+
+
+class Records:
+    """What the PNGs of one run carry. The files behind it are hashed once, in another thread, so
+    that sampling need not wait for them."""
+
+    def __init__(self, pipe: L2PPipeline, batch: int):
+        encoder = encoder_files(pipe.text_encoder_path)  # raises where there is none
+        self._pipe, self._batch, self._stop = pipe, batch, Event()
+        self._beside = beside = ThreadPoolExecutor(1)  # hashing leaves the interpreter free
+        self._checkpoint = beside.submit(hash_files, pipe.layout.files, self._stop)
+        self._encoder = beside.submit(hash_files, encoder, self._stop)
+        self._loras = [
+            beside.submit(hash_files, lora.layout.files, self._stop) for lora in pipe.loras
+        ]
+        self._hash_once = cache(
+            lambda file: hash_files([Path(file)], self._stop)
+        )  # an input image may serve thousands
+
+    def of(self, job: Job, hashes: dict[str, str] | None = None) -> dict:
+        """Return what the PNG of a job carries. hashes: those of its input files, where they are
+        on another machine."""
+        return image_record(
+            job,
+            self._pipe,
+            self._batch,
+            self._checkpoint.result(),
+            self._encoder.result(),
+            self.input_hashes(job) if hashes is None else hashes,
+            [each.result() for each in self._loras],
+        )
+
+    def input_hashes(self, job: Job) -> dict[str, str]:
+        """Return the SHA-256 of input_image and inpaint_mask, where there are such."""
+        return {
+            name: self._hash_once(file) for name in INPUTS if (file := getattr(job.settings, name))
+        }
+
+    def close(self) -> None:
+        """Stop hashing."""
+        self._stop.set()
+        self._beside.shutdown()
+
+
+def missing_jobs(jobs: list[Job], records: Records, overwrite: bool) -> list[Job]:
+    """Return the jobs whose images do not exist yet, or all to overwrite them. Raises ValueError
+    where an image exists with other settings."""
+    missing = [
+        job
+        for job in jobs
+        if overwrite or not job.output.exists() or not is_generated(job.output, records.of(job))
+    ]
+    if len(missing) < len(jobs):
+        print(f"{len(jobs) - len(missing)} of {len(jobs)} images exist already")
+    return missing
+
+
+def input_images(group: list[Job]) -> dict[str, Image.Image]:
+    """Return the images input_image and inpaint_mask of a batch, where there are such."""
+    return {name: read_input(name, file) for name in INPUTS if (file := group[0].shared[name])}
 
 
 def read_inputs(image_file: str, mask_file: str) -> Image.Image:

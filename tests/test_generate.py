@@ -247,10 +247,10 @@ def test_an_error_does_not_wait_for_the_hash(tmp_path, monkeypatch):
         return ""
 
     monkeypatch.setattr(generate_module, "hash_files", slow)
-    assert (
-        main(["generate", "a", "-o", str(tmp_path / "out.png"), *FEW, "--text-encoder", "nowhere"])
-        == 1
-    )
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    flags = [*FEW, "--text-encoder", str(empty)]
+    assert main(["generate", "a", "-o", str(tmp_path / "out.png"), *flags]) == 1
     assert hashed and all(hashed), "told to stop, not timed out"
 
 

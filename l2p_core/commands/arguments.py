@@ -128,6 +128,41 @@ def add_pipeline(machine: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_ray(machine: argparse._ActionsContainer, collect: bool = True) -> None:
+    """Add `--ray`, and `--collect` where files are written."""
+    machine.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help=(
+            "use all GPUs of a Ray cluster: HOST:PORT of one that this machine belongs to; without"
+            " ADDRESS that of RAY_ADDRESS, or Ray on this machine alone. Needs pip install"
+            " 'comfyui-l2p[ray]'"
+        ),
+    )
+    if collect:
+        machine.add_argument(
+            "--collect",
+            action="store_true",
+            help="with --ray: send images here (default: the machines share the output folder)",
+        )
+
+
+def check_ray(args: argparse.Namespace, processes: int = 1) -> None:
+    """Raise ImportError where --ray is given and Ray is not installed, and ValueError for flags
+    that do not fit."""
+    if args.ray is None:
+        if getattr(args, "collect", False):
+            raise ValueError("--collect is for a Ray cluster; give --ray too")
+        return
+    require("ray", ("ray",))
+    if processes > 1:
+        raise ValueError(
+            f"--ray is for one process, and here are {processes}; start l2p without a launcher"
+        )
+
+
 def pipeline_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """What the flags of `add_checkpoint` and `add_pipeline` are called by
     `L2PPipeline.from_pretrained`."""

@@ -13,7 +13,9 @@ from .arguments import (
     add_loras,
     add_machine,
     add_output,
+    add_ray,
     add_settings,
+    check_ray,
     file_and_strength,
     pipeline_arguments,
     print_bundled,
@@ -22,6 +24,7 @@ from .arguments import (
 
 if TYPE_CHECKING:
     from ..batch import Job
+    from ..options import PipelineOptions
     from ..pipeline import L2PPipeline
 
 
@@ -33,7 +36,8 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
         description=(
             "Generate images from a prompt or a file of prompts. The same command resumes an"
             " interrupted run: images that exist with the same settings are kept. Under `accelerate"
-            " launch` or torchrun, the prompts are split over the processes."
+            " launch` or torchrun, the prompts are split over the processes; with --ray over a"
+            " cluster."
         ),
     )
     parser.add_argument("prompt", nargs="?", help="what to generate")
@@ -58,6 +62,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
         help="images for each prompt, with seeds one apart (default 1)",
     )
     machine = add_machine(parser)
+    add_ray(machine)
     machine.add_argument(
         "--estimate",
         action="store_true",
@@ -75,17 +80,19 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
 
     def run(args: argparse.Namespace) -> None:
         from ..batch import generate, plan
-        from ..pipeline import L2PPipeline
+        from ..options import PipelineOptions
         from ..tables import read_rows
 
         if (args.prompt is None) == (args.prompts is None) and not args.estimate:
             raise ValueError("give a prompt, or a file of them with --prompts")
         rank, processes, device = share(args.device)
-        pipe = L2PPipeline.from_pretrained(
-            **pipeline_arguments(args), device=device, progress=args.checkpoint is not None
+        check_ray(args, processes)
+        options = PipelineOptions(
+            {**pipeline_arguments(args), "progress": args.checkpoint is not None},
+            batch=args.batch,
+            loras=tuple(map(file_and_strength, args.lora)),
         )
-        for given in args.lora:
-            pipe.load_lora(*file_and_strength(given))
+        pipe = options.open("cpu" if args.ray is not None else device)
         if args.checkpoint is None and rank == 0:
             print_bundled()
         rows = read_rows(args.prompts) if args.prompts else [{"prompt": args.prompt or ""}]
@@ -94,18 +101,35 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
         if args.estimate:
             print_estimate(pipe, jobs, args.batch, args.free_text_encoder, args.memory)
             return
-        generate(
-            jobs[rank::processes],
-            pipe,
-            args.batch,
-            args.free_text_encoder,
-            args.overwrite,
-            progress=rank == 0,
-        )
+        if args.ray is not None:
+            generate_on_cluster(args, jobs, pipe, options)
+        else:
+            generate(
+                jobs[rank::processes],
+                pipe,
+                args.batch,
+                args.free_text_encoder,
+                args.overwrite,
+                progress=rank == 0,
+            )
         if rank == 0:
             print(args.output)
 
     parser.set_defaults(run=run, when_stopped="The same command resumes")
+
+
+def generate_on_cluster(
+    args: argparse.Namespace, jobs: list[Job], pipe: L2PPipeline, options: PipelineOptions
+) -> None:
+    """Generate by the actors of a Ray cluster."""
+    from ..cluster.generate import generate
+
+    if args.free_text_encoder:
+        raise ValueError(
+            "--free-text-encoder does not go with --ray, where prompts reach a GPU one after"
+            " another: an encoder without room beside the model stays on the CPU. Leave it out"
+        )
+    generate(jobs, pipe, options, args.ray, args.device, args.collect, args.overwrite)
 
 
 def print_estimate(

@@ -101,8 +101,8 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
     def run(args: argparse.Namespace) -> None:
         needed = ("fastapi", "fastapi_offline", "uvicorn", "python_multipart", "prometheus_client")
         require("serve", needed)
+        from ..options import PipelineOptions
         from ..serve.run import ServeOptions, read_gpus, read_key, serve
-        from ..serve.worker import PipelineOptions
 
         options = ServeOptions(
             host=args.host,

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..devices import default_device, default_dtype
+from ..options import PipelineOptions
 from ..pipeline import L2PPipeline
 from ..text import encoder_files
 from .dispatch import Dispatcher
 from .requests import Limits
-from .worker import Failed, PipelineOptions, ProcessWorker, Worker, WorkerDied
+from .worker import Failed, ProcessWorker, Worker, WorkerDied
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MIN_KEY = 16  # characters

@@ -7,7 +7,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from threading import Lock
 from typing import Any, Protocol
@@ -15,7 +14,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from ..batch import generate_batch
-from ..devices import free_memory
+from ..options import PipelineOptions
 from .requests import Order
 
 Report = Callable[[int, int, list[Image.Image] | None], None]  # steps done, steps in all, previews
@@ -47,35 +46,6 @@ class Worker(Protocol):
 
     def close(self) -> None:
         """End the worker."""
-
-
-@dataclass(frozen=True)
-class PipelineOptions:
-    """What to load, as `L2PPipeline.from_pretrained` takes it; it can be pickled."""
-
-    arguments: dict[str, Any]
-    threads: int | None = None  # of the CPU, for this worker; None for all
-    batch: int = 1  # images at a time, for which there has to be memory
-
-    def load(self, device: str) -> Any:
-        """Load model and text encoder to the device."""
-        import torch
-
-        from ..pipeline import L2PPipeline
-
-        if self.threads:
-            torch.set_num_threads(self.threads)
-        if device.startswith("cuda"):
-            torch.cuda.set_device(device)
-        pipe = L2PPipeline.from_pretrained(**self.arguments, device=device)
-        if free_memory(pipe.device) is not None:
-            placement = pipe.place(pipe.complete({}), self.batch)
-            # Prompts keep coming, so an encoder without room beside the model stays on the CPU.
-            on_cpu = placement.encode_on_cpu or placement.free_text_encoder
-            pipe.adopt(placement._replace(encode_on_cpu=on_cpu))
-        pipe.encode_prompt("")
-        assert pipe.transformer is not None  # loaded here
-        return pipe
 
 
 def generate(

@@ -1,0 +1,1 @@
+"""Several machines: Ray. Nothing here imports it before a function is called."""

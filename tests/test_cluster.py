@@ -1,0 +1,113 @@
+"""Ray: nodes of a cluster on this machine, of which some are killed."""
+
+import importlib.util
+import os
+import shutil
+import sys
+import threading
+import time
+
+import pytest
+from comfyui_l2p.l2p_core.cli import main
+from comfyui_l2p.l2p_core.cluster import connect
+from comfyui_l2p.l2p_core.cluster.generate import check_record, keep
+from PIL import Image
+
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None or sys.platform != "linux",
+    reason="needs Linux and the extra ray",
+)
+FEW = ["--steps", "2", "--height", "32", "--width", "32", "--device", "cpu"]
+SECONDS = 60
+
+
+class Cluster:
+    """A head and a second node, of one CPU each. address: what --ray takes."""
+
+    def __init__(self):
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        connect.stay_local()
+        from ray.cluster_utils import Cluster as LocalCluster
+
+        self.local = LocalCluster(
+            initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+        )
+        self.address = self.local.address
+        self.second = self.local.add_node(num_cpus=1, wait=False)
+
+    def kill(self):
+        self.local.remove_node(self.second, allow_graceful=False)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    made = Cluster()
+    yield made
+    made.local.shutdown()
+
+
+def pixels(folder):
+    return {file.name: Image.open(file).tobytes() for file in folder.iterdir()}
+
+
+def when_there_are(count, folder, act):
+    """Act in a thread once the folder holds so many images."""
+
+    def wait():
+        until = time.monotonic() + SECONDS
+        while len(list(folder.glob("*.png"))) < count and time.monotonic() < until:
+            time.sleep(0.01)
+        act()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_node_dies_and_the_images_are_those_of_a_run_without_ray(cluster, tmp_path, capsys):
+    arguments = ["generate", "a red circle", "--count", "24", *FEW, "-o"]
+    assert main([*arguments, str(tmp_path / "alone")]) == 0
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    for number in (3, 4):  # what is there already is kept
+        shutil.copy(tmp_path / "alone" / f"00000-{number}.png", shared)
+    there = (shared / "00000-3.png").stat().st_mtime_ns
+
+    killer = when_there_are(8, shared, cluster.kill)
+    assert main([*arguments, str(shared), "--ray", cluster.address]) == 0
+    killer.join()
+    told = capsys.readouterr()
+    assert "2 of 24 images exist already" in told.out and "a worker of the cluster died" in told.err
+    assert pixels(shared) == pixels(tmp_path / "alone")
+    assert (shared / "00000-3.png").stat().st_mtime_ns == there
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--ray", "a green star"], "A prompt goes before --ray"),
+        (["--ray", "127.0.0.1:1"], "no Ray answers at 127.0.0.1:1"),
+        (["--collect"], "--collect is for a Ray cluster"),
+        (["--ray", "--free-text-encoder"], "--free-text-encoder does not go with --ray"),
+    ],
+)
+def test_flags_that_do_not_fit_get_a_sentence(tmp_path, monkeypatch, capsys, flags, said):
+    monkeypatch.setattr("comfyui_l2p.l2p_core.commands.arguments.require", lambda *_: None)
+    assert main(["generate", "a circle", "-o", str(tmp_path / "out.png"), *FEW, *flags]) == 1
+    assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_without_the_extra_it_says_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["generate", "a circle", "-o", str(tmp_path / "out.png"), "--ray"]) == 1
+    assert "pip install 'comfyui-l2p[ray]'" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_not_shared_and_another_checkpoint_are_found_out(tmp_path):
+    with pytest.raises(ValueError, match="the folder is not shared. Give --collect"):
+        keep(tmp_path / "out.png", None)
+    check_record({"seed": 1, "checkpoint_sha256": "a"}, {"seed": 1, "checkpoint_sha256": "a"})
+    with pytest.raises(ValueError, match="checkpoint_sha256 'b', here 'a'"):
+        check_record({"checkpoint_sha256": "b"}, {"checkpoint_sha256": "a"})
