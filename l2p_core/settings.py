@@ -131,7 +131,8 @@ class Settings:
     )
     cfg_truncation: float = setting(
         1.0,
-        "guidance up to this share of the way from noise to image; later steps take half the time",
+        "apply guidance until 1 - sigma exceeds this value; later steps skip it and take half the"
+        " time",
         low=0.0,
         high=1.0,
         metavar="0..1",

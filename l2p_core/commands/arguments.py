@@ -59,7 +59,7 @@ def add_loras(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE[:STRENGTH]",
-        help="a LoRA of the checkpoint; may be given again (default strength 1)",
+        help="a LoRA of the checkpoint; may be repeated (default strength 1)",
     )
 
 
@@ -69,14 +69,14 @@ def add_machine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     machine.add_argument(
         "--batch", type=int, default=1, metavar="N", help="images generated at a time (default 1)"
     )
-    machine.add_argument("--device", help="default: the accelerator where there is one")
+    machine.add_argument("--device", help="default: the accelerator, if there is one")
     add_pipeline(machine)
     machine.add_argument(
         "--free-text-encoder",
         action=argparse.BooleanOptionalAction,
         help=(
-            "encode all prompts first, then free the encoder's memory (default: where it does not"
-            " fit beside the model)"
+            "encode all prompts first, then free the text encoder (default: if it does not fit"
+            " beside the model)"
         ),
     )
     add_overwrite(machine)
@@ -104,27 +104,27 @@ def add_pipeline(machine: argparse._ArgumentGroup) -> None:
         type=int,
         metavar="PIXELS",
         help=(
-            "side of the tiles that the local decoder computes one after another: the same"
-            " image in less memory; 0 for no tiles (default: tiles for large images)"
+            "side of the tiles in which the local decoder computes: the same image in less memory;"
+            " 0 for no tiles (default: tiles for large images)"
         ),
     )
     machine.add_argument(
         "--offload",
         action=argparse.BooleanOptionalAction,
         help=(
-            "keep the model in the CPU's memory, and on the GPU only the block that computes and"
-            " the next (default: where it does not fit)"
+            "offload the model to the CPU and prefetch one block at a time (default: if the model"
+            " does not fit)"
         ),
     )
     machine.add_argument(
         "--batch-guidance",
         action="store_true",
-        help="both passes of a guided step as one of twice the batch",
+        help="run both passes of a guided step as one batch of twice the size",
     )
     machine.add_argument(
         "--compile-blocks",
         action="store_true",
-        help="compile the model's blocks, which takes a while at the first images",
+        help="compile the model's blocks (torch.compile); the first images take longer",
     )
 
 

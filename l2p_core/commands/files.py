@@ -11,9 +11,13 @@ from ..files.content import printable
 
 def add_inspect(commands: argparse._SubParsersAction) -> None:
     """Add the command `l2p inspect`."""
-    parser = commands.add_parser("inspect", help="say what a checkpoint is, from its header alone")
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser = commands.add_parser(
+        "inspect",
+        help="report what a checkpoint is, from its header alone",
+        description="Report what a checkpoint is, from its header alone.",
+    )
+    parser.add_argument("checkpoint", type=Path, help="file, index or folder of shards")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
     def run(args: argparse.Namespace) -> None:
         from ..files.describe import describe, report
@@ -31,7 +35,8 @@ def add_convert(commands: argparse._SubParsersAction) -> None:
         help="make a pixel initialisation to train from",
         description=(
             "Make a pixel initialisation from a latent Z-Image or Z-Image-Turbo, or from a trained"
-            " L2P model of a smaller patch. What fits is copied, the rest is drawn from the seed."
+            " L2P model of a smaller patch. Tensors that fit are copied; the others are initialised"
+            " from the seed."
         ),
     )
     parser.add_argument(
@@ -46,7 +51,7 @@ def add_convert(commands: argparse._SubParsersAction) -> None:
         type=Path,
         default=[],
         metavar="SHARD",
-        help="another way to give them",
+        help="the source files, under the published script's flag",
     )
     parser.add_argument("-o", "--output", "--output_path", type=Path, required=True, metavar="FILE")
     parser.add_argument(
@@ -55,7 +60,7 @@ def add_convert(commands: argparse._SubParsersAction) -> None:
         default=16,
         help="16, 64, 128 or 160, for 1K, 4K, 8K or 10K pixels (default 16)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the new tensors (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the new tensors (default 0)")
 
     def run(args: argparse.Namespace) -> None:
         from ...quant.convert import convert
@@ -74,10 +79,10 @@ def add_merge(commands: argparse._SubParsersAction) -> None:
 
     parser = commands.add_parser(
         "merge",
-        help="put a trained part over its pixel initialisation, or a LoRA into its model",
+        help="merge trained tensors into their pixel initialisation, or a LoRA into its model",
         description=(
-            "Put what a training saved over the pixel initialisation it started from, or add a LoRA"
-            " to its model's weights."
+            "Merge trained tensors into the pixel initialisation that training started from, or a"
+            " LoRA into its base model."
         ),
     )
     parser.add_argument(
@@ -86,7 +91,7 @@ def add_merge(commands: argparse._SubParsersAction) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help="what the training saved",
+        help="the trained tensors (step-N.safetensors), or the LoRA",
     )
     parser.add_argument(
         "--base",
@@ -94,7 +99,7 @@ def add_merge(commands: argparse._SubParsersAction) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help="the pixel initialisation, or the LoRA's model",
+        help="the pixel initialisation, or the LoRA's base model",
     )
     parser.add_argument("-o", "--output", "--file_out", type=Path, required=True, metavar="FILE")
     parser.add_argument(
@@ -104,9 +109,11 @@ def add_merge(commands: argparse._SubParsersAction) -> None:
         "--skip",
         action="append",
         metavar="PATTERN",
-        help="leave out trained tensors by name, such as 'layers.0.*'; may be given again",
+        help="leave out trained tensors by name, such as 'layers.0.*'; may be repeated",
     )
-    parser.add_argument("--strength", type=float, metavar="X", help="of a LoRA (default 1)")
+    parser.add_argument(
+        "--strength", type=float, metavar="X", help="strength of a LoRA (default 1)"
+    )
 
     def run(args: argparse.Namespace) -> None:
         from ...quant.merge import merge
@@ -135,7 +142,7 @@ def add_quantize(commands: argparse._SubParsersAction) -> None:
         help="make an INT8, FP8 or 4-bit model, a third of the size or less",
         description=(
             "Write a whole model with its large linears in 8 or 4 bits, in a format that ComfyUI"
-            " and this program load as it is. Prints what each tensor lost."
+            " and this program load directly. Prints the quantization error of each tensor."
         ),
     )
     parser.add_argument("checkpoint", type=Path)
@@ -154,8 +161,8 @@ def add_quantize(commands: argparse._SubParsersAction) -> None:
         "--granularity",
         choices=FORMATS["int8_tensorwise"].granularities,
         help=(
-            "of INT8: a scale for each row (default), for each tensor, or for each row after a"
-            " rotation that spreads outliers"
+            "scales of INT8: one for each row (default), one for each tensor, or one for each row"
+            " after a rotation that spreads outliers"
         ),
     )
     parser.add_argument(
@@ -173,15 +180,21 @@ def add_quantize(commands: argparse._SubParsersAction) -> None:
         default=[],
         metavar="PATTERN",
         help=(
-            "quantize these too, by ComfyUI's names, such as 'layers.0.*.w1.weight'; may be given"
-            " again"
+            "also quantize these tensors, by ComfyUI's names, such as 'layers.0.*.w1.weight'; may"
+            " be repeated"
         ),
     )
     parser.add_argument(
-        "--exclude", action="append", default=[], metavar="PATTERN", help="keep these in BF16"
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="keep these tensors in BF16",
     )
     parser.add_argument(
-        "--prefix", default="model.diffusion_model.", help="default model.diffusion_model."
+        "--prefix",
+        default="model.diffusion_model.",
+        help="key prefix of the tensor names (default model.diffusion_model.)",
     )
     parser.add_argument(
         "--report", type=Path, metavar="FILE", help="write the whole report as JSON"
@@ -212,9 +225,9 @@ def add_export(commands: argparse._SubParsersAction) -> None:
 
     parser = commands.add_parser(
         "export",
-        help="write a model under other names, in another dtype",
+        help="write a model with other tensor names or in another dtype",
         description=(
-            "Write an L2P model or a trained part under other names or in another dtype. "
+            "Write an L2P model or a trained part with other tensor names or in another dtype. "
             "INT8 stays INT8 unless --dtype dequantizes it."
         ),
     )
@@ -227,7 +240,8 @@ def add_export(commands: argparse._SubParsersAction) -> None:
         help="T2I-L2P's names, or ComfyUI's with q, k and v packed (default comfyui)",
     )
     parser.add_argument(
-        "--prefix", help="default: none for published, model.diffusion_model. for comfyui"
+        "--prefix",
+        help="key prefix (default: none for published, model.diffusion_model. for comfyui)",
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, help="of all tensors (default: each tensor's own)"

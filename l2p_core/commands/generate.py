@@ -36,8 +36,8 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
         description=(
             "Generate images from a prompt or a file of prompts. The same command resumes an"
             " interrupted run: images that exist with the same settings are kept. Under `accelerate"
-            " launch` or torchrun, the prompts are split over the processes; with --ray over a"
-            " cluster."
+            " launch` or torchrun, the prompts are divided among the processes; with --ray, among"
+            " those of a cluster."
         ),
     )
     parser.add_argument("prompt", nargs="?", help="what to generate")
@@ -67,15 +67,15 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
         "--estimate",
         action="store_true",
         help=(
-            "say how much memory this takes and how often the model runs, by the "
-            "checkpoint's header alone"
+            "print the peak memory and the number of passes, from the checkpoint's header alone;"
+            " generate nothing"
         ),
     )
     machine.add_argument(
         "--memory",
         type=float,
         metavar="GB",
-        help="with --estimate: plan for an accelerator with so much free memory",
+        help="with --estimate: plan for an accelerator with this much free memory",
     )
 
     def run(args: argparse.Namespace) -> None:

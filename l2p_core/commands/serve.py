@@ -25,17 +25,21 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
         "--host",
         default="127.0.0.1",
         metavar="ADDRESS",
-        help="address to listen at; 0.0.0.0 for all, which needs an API key (default 127.0.0.1)",
+        help="address to listen on; 0.0.0.0 for all, which needs an API key (default 127.0.0.1)",
     )
     network.add_argument(
-        "--port", type=int, default=23231, metavar="N", help="0 for any free one (default 23231)"
+        "--port",
+        type=int,
+        default=23231,
+        metavar="N",
+        help="port to listen on; 0 for any free port (default 23231)",
     )
     network.add_argument(
         "--api-key",
         metavar="KEY",
         help=(
-            "guards page and API; every user of this machine can read it in the list of processes,"
-            " so prefer one of the other two (default: L2P_API_KEY of the environment)"
+            "key of the page and the API; every user of this machine can read it in the list of"
+            " processes, so prefer --api-key-file or the default (the variable L2P_API_KEY)"
         ),
     )
     network.add_argument(
@@ -44,7 +48,7 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
     network.add_argument(
         "--no-auth",
         action="store_true",
-        help="let everyone who reaches the address use the server without a key",
+        help="let everyone who can reach the address use the server without a key",
     )
     machine = parser.add_argument_group("machine")
     machine.add_argument(
@@ -73,9 +77,9 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
         help="largest height and width (default: twice the trained resolution)",
     )
     for name, default, help in (
-        ("steps", 100, "most steps of an image"),
-        ("images", 10, "most images of a request"),
-        ("queue", 200, "most images that wait"),
+        ("steps", 100, "maximum number of steps"),
+        ("images", 10, "maximum number of images in a request"),
+        ("queue", 200, "maximum number of waiting images"),
     ):
         limits.add_argument(
             f"--max-{name}",
@@ -123,4 +127,4 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
             print_bundled()
         serve(options, PipelineOptions(pipeline_arguments(args), batch=args.batch))
 
-    parser.set_defaults(run=run, when_stopped="Images that were not finished are lost")
+    parser.set_defaults(run=run, when_stopped="Unfinished images are lost")

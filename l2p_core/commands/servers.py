@@ -17,9 +17,9 @@ def add_queue(commands: argparse._SubParsersAction) -> None:
         help="run a workflow on ComfyUI servers, with many prompts",
         description=(
             "Send a workflow to one or several ComfyUI servers with these values filled in, and"
-            " fetch the images. A value goes to the input of that name; several inputs that say"
-            " the same in the workflow are filled alike. The same command resumes an interrupted"
-            " run: images that exist with the same settings are kept."
+            " fetch the images. A value is set on the inputs of that name. If several inputs have"
+            " the same value in the workflow, all of them are set. The same command resumes an"
+            " interrupted run: images that exist with the same settings are kept."
         ),
     )
     parser.add_argument(
@@ -33,7 +33,7 @@ def add_queue(commands: argparse._SubParsersAction) -> None:
         action="append",
         metavar="URL",
         help=(
-            "may be given again: a free server takes the next image (default http://127.0.0.1:8188)"
+            "may be repeated: a free server takes the next image (default http://127.0.0.1:8188)"
         ),
     )
     add_output(parser)
@@ -42,10 +42,12 @@ def add_queue(commands: argparse._SubParsersAction) -> None:
         type=float,
         default=600,
         metavar="SECONDS",
-        help="how long to wait for a server that is away or restarts (default 600)",
+        help="how long to wait for a server that does not answer or restarts (default 600)",
     )
     add_overwrite(parser)
-    image = parser.add_argument_group("image", "what is not given stays as it is in the workflow")
+    image = parser.add_argument_group(
+        "image", "settings that are not given keep the workflow's values"
+    )
     texts = image.add_mutually_exclusive_group()
     texts.add_argument("--prompt", metavar="TEXT", help="what to generate")
     texts.add_argument(
@@ -71,7 +73,7 @@ def add_queue(commands: argparse._SubParsersAction) -> None:
         action="append",
         default=[],
         metavar="NODE.INPUT=VALUE",
-        help="any other input; NODE is the node's id, title or class; may be given again",
+        help="any other input; NODE is the node's id, title or class; may be repeated",
     )
 
     def run(args: argparse.Namespace) -> None:
@@ -93,5 +95,5 @@ def add_queue(commands: argparse._SubParsersAction) -> None:
 
     parser.set_defaults(
         run=run,
-        when_stopped=("Our jobs were taken off the servers; the same command resumes"),
+        when_stopped="This run's jobs were removed from the servers; the same command resumes",
     )

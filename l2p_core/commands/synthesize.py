@@ -20,7 +20,7 @@ def add_synthesize(commands: argparse._SubParsersAction) -> None:
         description=(
             "Generate images with a latent Z-Image through diffusers, as a folder for l2p train:"
             " images/ and metadata.csv with the seeds. An interrupted run resumes. Under"
-            " `accelerate launch` the images are split over the processes."
+            " `accelerate launch`, the images are divided among the processes."
         ),
     )
     parser.add_argument(
@@ -49,7 +49,7 @@ def add_synthesize(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--batch", type=int, default=1, help="images generated at a time (default 1)"
     )
-    parser.add_argument("--device", help="default: the GPU where there is one")
+    parser.add_argument("--device", help="default: the GPU, if there is one")
     writing = parser.add_argument_group("prompts")
     writing.add_argument(
         "--write-prompts",
@@ -57,7 +57,7 @@ def add_synthesize(commands: argparse._SubParsersAction) -> None:
         metavar="N",
         help=(
             "write N prompts first, of 200 to 350 characters, about categories of a taxonomy; the"
-            " text encoder writes them as the language model that it is"
+            " text encoder, a language model, writes them"
         ),
     )
     writing.add_argument(
@@ -75,14 +75,17 @@ def add_synthesize(commands: argparse._SubParsersAction) -> None:
         "--taxonomy",
         type=Path,
         metavar="FILE",
-        help="a text file of categories under '# class' and '## sub-class' (default: our own)",
+        help=(
+            "a text file of categories under '# class' and '## sub-class' (default: the included"
+            " one)"
+        ),
     )
     writing.add_argument(
         "--prompt-seed",
         type=int,
         default=0,
         metavar="N",
-        help="of the order of categories and of what is sampled (default 0)",
+        help="seed of the order of categories and of sampling (default 0)",
     )
     writing.add_argument(
         "--prompt-batch", type=int, default=16, metavar="N", help="prompts at a time (default 16)"

@@ -22,8 +22,8 @@ def add_train(commands: argparse._SubParsersAction) -> None:
         help="train a pixel initialisation, or resume a run",
         description=(
             "Train an L2P model on images with captions. The settings come from a TOML file, from"
-            " the flags below, which are the file's names, or from both. A run that was stopped"
-            " resumes from its last save."
+            " the flags below (the same names), or from both. A run that was stopped resumes from"
+            " its last save."
         ),
     )
     parser.add_argument(
@@ -31,19 +31,19 @@ def add_train(commands: argparse._SubParsersAction) -> None:
         nargs="?",
         type=Path,
         metavar="FILE.toml",
-        help="the settings; a flag says otherwise",
+        help="the settings; flags override them",
     )
     parser.add_argument(
         "--estimate",
         action="store_true",
-        help="say what a step holds in memory, from the checkpoint's header alone",
+        help="print the peak memory of a step, from the checkpoint's header alone; train nothing",
     )
     parser.add_argument(
         "--memory",
         choices=CARDS,
         help=(
-            "choose the settings below that a GPU of so much memory needs, for what is trained: the"
-            " published layers, all (freeze ''), or a LoRA; settings that are given stay"
+            "choose settings that fit a GPU with this much memory, for what is trained: the"
+            " published layers, all layers (freeze '') or a LoRA; explicit settings take precedence"
         ),
     )
     parser.add_argument(

@@ -11,14 +11,14 @@ from ..settings import FIELDS
 BENCHMARKS = ("geneval", "dpg", "shapes", "prompts")
 SCORED = ("geneval", "dpg", "shapes")
 GENERAL = [name for name in FIELDS if name not in ("input_image", "inpaint_mask")]
-RESUMES = "The same command resumes: what was finished is kept"
+RESUMES = "The same command resumes; finished work is kept"
 
 
 def add_evaluate(commands: argparse._SubParsersAction) -> None:
     """Add the command `l2p evaluate`."""
     parser = commands.add_parser(
         "evaluate",
-        help="benchmarks, and what a change of a checkpoint costs in images",
+        help="run benchmarks, and compare checkpoints or settings",
         description=(
             "Generate the images of GenEval, DPG-Bench or any prompts, score them, and compare"
             " checkpoints on the same prompts and seeds."
@@ -34,11 +34,11 @@ def add_write(actions: argparse._SubParsersAction) -> None:
     """Add `l2p evaluate write`."""
     parser = actions.add_parser(
         "write",
-        help="generate a benchmark's images in the folders that its scorer reads",
+        help="generate a benchmark's images in the folder layout of its scorer",
         description=(
-            "Generate a benchmark's images in the folders that its scorer reads, with a card that"
-            " says what generated them. The same command resumes an interrupted run. Under"
-            " `accelerate launch` or torchrun, the prompts are split over the processes."
+            "Generate a benchmark's images in the folder layout of its scorer, with a card that"
+            " records the settings. The same command resumes an interrupted run. Under"
+            " `accelerate launch` or torchrun, the prompts are divided among the processes."
         ),
     )
     parser.add_argument("benchmark", choices=BENCHMARKS)
@@ -49,13 +49,11 @@ def add_write(actions: argparse._SubParsersAction) -> None:
         metavar="SOURCE",
         help=(
             "geneval: its evaluation_metadata.jsonl; dpg: its folder of prompts; prompts: a prompt"
-            " file as for l2p generate; shapes, the score of the bundled model: nothing"
+            " file as for l2p generate; shapes, the score of the bundled model: no source"
         ),
     )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument(
-        "--limit", type=int, metavar="N", help="only so many prompts, spread evenly"
-    )
+    parser.add_argument("--limit", type=int, metavar="N", help="use only N prompts, spread evenly")
     parser.add_argument(
         "--count",
         type=int,
@@ -95,7 +93,7 @@ def add_score(actions: argparse._SubParsersAction) -> None:
         metavar="INPUT",
         help=(
             "a folder of l2p evaluate write; or a file of detections (geneval) or answers (dpg),"
-            " such as the official program wrote"
+            " such as those of the official program"
         ),
     )
     parser.add_argument(
@@ -109,7 +107,8 @@ def add_score(actions: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--color-model",
         metavar="PATH",
-        help="geneval: a CLIP of transformers that names colours, such as clip-vit-large-patch14",
+        help="geneval: a CLIP of transformers that names colours, such as"
+        " openai/clip-vit-large-patch14",
     )
     parser.add_argument(
         "--csv", type=Path, metavar="FILE", help="dpg: its dpg_bench.csv, with the questions"
@@ -119,13 +118,13 @@ def add_score(actions: argparse._SubParsersAction) -> None:
         metavar="PATH",
         help="dpg: a model of transformers that answers questions (BLIP, BLIP-2 or ViLT)",
     )
-    parser.add_argument("--device", help="default: the accelerator where there is one")
+    parser.add_argument("--device", help="default: the accelerator, if there is one")
     parser.add_argument(
         "-o",
         "--output",
         type=Path,
         metavar="FOLDER",
-        help="where the scores are written (default: beside what is scored)",
+        help="folder for the scores (default: beside the input)",
     )
 
     def run(args: argparse.Namespace) -> None:
@@ -142,12 +141,12 @@ def add_compare(actions: argparse._SubParsersAction) -> None:
         "compare",
         help="compare checkpoints, formats or settings on the same prompts and seeds",
         description=(
-            "Generate the same prompts and seeds with each of these, and compare all with the"
-            " first: PSNR, SSIM, LPIPS where it is installed, and the shapes score. Each is"
+            "Generate the same prompts and seeds with every argument, and compare each with the"
+            " first: PSNR, SSIM, LPIPS if it is installed, and the shapes score. An argument is"
             " CHECKPOINT[:NAME=VALUE,...], where NAME is a setting of l2p generate, dtype,"
-            " decoder_tile, offload, batch_guidance or compile_blocks, and `bundled` is the bundled"
-            " model; or a folder of l2p evaluate write. Writes compare.json, report.html, and a"
-            " sheet of the ten pairs that lie farthest apart."
+            " decoder_tile, offload, batch_guidance or compile_blocks, and CHECKPOINT may be"
+            " `bundled`; or a folder of l2p evaluate write. Writes compare.json, report.html, and a"
+            " sheet of the ten pairs that differ most."
         ),
     )
     parser.add_argument(
@@ -162,9 +161,7 @@ def add_compare(actions: argparse._SubParsersAction) -> None:
         help="a prompt file as for l2p generate, or shapes for those of the bundled model's score",
     )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument(
-        "--limit", type=int, metavar="N", help="only so many prompts, spread evenly"
-    )
+    parser.add_argument("--limit", type=int, metavar="N", help="use only N prompts, spread evenly")
     parser.add_argument(
         "--count", type=int, default=1, metavar="N", help="images for each prompt (default 1)"
     )
@@ -172,8 +169,8 @@ def add_compare(actions: argparse._SubParsersAction) -> None:
         "--text-encoder",
         metavar="PATH",
         help=(
-            "of all checkpoints (default: text_encoder/ beside each; for the prompts shapes the"
-            " bundled one)"
+            "text encoder of all checkpoints (default: text_encoder/ beside each; for the prompts"
+            " shapes, the bundled one)"
         ),
     )
     parser.add_argument("--tokenizer", metavar="FOLDER", help="as for l2p generate")

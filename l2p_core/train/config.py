@@ -1,4 +1,4 @@
-"""Every knob of a training run, its default and what it changes. A TOML file gives them, flags
+"""Every setting of a training run: its default and what it changes. A TOML file gives them, flags
 override it."""
 
 import difflib
@@ -58,31 +58,32 @@ class TrainConfig:
     trigger: str = knob(
         "",
         "a word that every caption gets: in place of [trigger], or before a caption that lacks it;"
-        " alone for an image without a caption",
+        " an image without a caption gets the word as its caption",
     )
     masked_loss: bool = knob(
         False,
-        "train on what an image's mask leaves white: NAME-masklabel.png beside the image, the file"
-        " of its name in masks/, or the one in the metadata's column mask",
+        "train on the white part of each image's mask: NAME-masklabel.png beside the image, the"
+        " file of its name in masks/, or the one in the metadata's column mask",
     )
-    unmasked_weight: float = knob(0.0, "with masked_loss: what black weighs where white is 1")
+    unmasked_weight: float = knob(
+        0.0, "with masked_loss: weight of the black part; white has weight 1"
+    )
     regularization: tuple[str, ...] = knob(
         (),
-        "folders of images of the class without what is taught, without the trigger word; repeated"
-        " until there are as many as the others",
+        "folders of regularization images: the class, without the trained subject and without the"
+        " trigger word; repeated until there are as many as training images",
     )
-    regularization_weight: float = knob(1.0, "of the loss of regularization images")
+    regularization_weight: float = knob(1.0, "weight of the loss of regularization images")
     text_encoder: str = knob(
         "",
-        "as for l2p generate; encodes captions that are not in the cache yet, and is out of memory"
-        " then",
+        "as for l2p generate; encodes captions that are not in the cache yet, and is then freed",
     )
     tokenizer: str = knob("", "as for l2p generate")
     cache: str = knob("", "folder for encoded captions (default: encodings/ in the data folder)")
 
-    steps: int = knob(10_000, "optimiser steps in all")
-    batch: int = knob(1, "images a process takes through the model at once", high=MAX_BATCH)
-    accumulate: int = knob(1, "batches to a step: their gradients are averaged")
+    steps: int = knob(10_000, "total number of optimizer steps")
+    batch: int = knob(1, "images per process and pass", high=MAX_BATCH)
+    accumulate: int = knob(1, "batches per step: their gradients are averaged")
     height: int = knob(
         0,
         "pixels; with width, images are resized and cropped to this size. 0: each keeps its shape",
@@ -91,13 +92,14 @@ class TrainConfig:
     width: int = knob(0, "pixels", high=MAX_SIDE)
     max_pixels: int = knob(
         0,
-        "images above are shrunk to this (default: the checkpoint's trained size)",
+        "larger images are resized to this many pixels (default: the checkpoint's trained"
+        " resolution)",
         high=MAX_SIDE**2,
     )
     resolutions: tuple[int, ...] = knob(
         (),
-        "sides of squares, such as 512 768 1024: every image is trained at the area of each that it"
-        " is large enough for, in place of max_pixels",
+        "sides of squares, such as 512 768 1024: every image is trained at the area of each square"
+        " that it is large enough for; replaces max_pixels",
         high=MAX_SIDE,
     )
     size_step: int = knob(
@@ -118,13 +120,11 @@ class TrainConfig:
     )
     seed: int = knob(
         0,
-        "of the data's order, the noise levels and the noise that is not paired",
+        "seed of the order of images, of the sigmas and of noise that is not paired",
         high=2**64 - 1,
     )
 
-    freeze: str = knob(
-        "5:-5", "main layers that stay as they are, as a Python slice; '' trains everything"
-    )
+    freeze: str = knob("5:-5", "main layers to freeze, as a Python slice; '' trains everything")
     recipe: str = knob(
         "",
         "another way to train: module:Class, of a subclass of train.run.Run, in an installed"
@@ -136,23 +136,21 @@ class TrainConfig:
         "train a LoRA of this rank on the main layers' attention, feed-forward and adaLN; all"
         " weights stay frozen. 0: train the weights",
     )
-    lora_alpha: float = knob(
-        0.0, "the LoRA's product is multiplied by this over the rank; 0: the rank, a factor of 1"
-    )
+    lora_alpha: float = knob(0.0, "the LoRA is scaled by lora_alpha / lora_rank; 0: not scaled")
     lora_targets: tuple[str, ...] = knob(
         LORA_TARGETS,
         "linears of the main layers that get a LoRA (default: attention feed_forward adaLN)",
     )
     lora_kind: str = knob(
         "lora",
-        "dora trains the length of each row by itself (arXiv 2402.09353), for low ranks; lokr a"
-        " Kronecker product (LyCORIS), smaller files",
+        "dora also trains the norm of each row (arXiv 2402.09353), for low ranks; lokr trains a"
+        " Kronecker product (LyCORIS), for smaller files",
         choices=("lora", "dora", "lokr"),
     )
     resume_lora: str = knob(
         "",
-        "a LoRA file to start from, in any dialect that l2p generate takes; its rank is lora_rank."
-        " Layers that it lacks start anew",
+        "a LoRA file to start from, with any tensor names that l2p generate supports; its rank is"
+        " lora_rank. Layers that it lacks are initialised",
     )
     noise: str = knob(
         "auto",
@@ -162,98 +160,92 @@ class TrainConfig:
     )
     timestep_sampling: str = knob(
         "grid",
-        "noise levels: grid, even over the published schedule (500 of it at patch 16, 1000 above);"
-        " uniform, even from 0 to 1, more of the details; logit-normal, more of the middle (Stable"
-        " Diffusion 3), and next to nothing of the ends; mode, more of the middle and some of the"
-        " ends; shifted, the grid's levels and all between them",
+        "how sigmas are sampled: grid, uniformly from the published schedule (of 500 steps at patch"
+        " 16, 1000 above); uniform, uniformly between 0 and 1, for details; logit-normal, mostly"
+        " from the middle and hardly any near the ends (Stable Diffusion 3); mode, mostly from the"
+        " middle and some near the ends; shifted, as grid but continuous",
         choices=("grid", "uniform", "logit-normal", "mode", "shifted"),
     )
-    shift: float = knob(3.0, "of grid and shifted: more trains more of the outline")
+    shift: float = knob(3.0, "shift of grid and shifted: above 3 puts more weight on the layout")
     loss_weighting: str = knob(
         "none",
-        "of the error by noise level: min-snr lessens that near pure noise, which no training"
-        " removes; cosmap doubles the middle (Stable Diffusion 3)",
+        "weight of the loss by sigma: min-snr reduces the weight near pure noise, where training"
+        " cannot remove the error; cosmap doubles the weight of the middle (Stable Diffusion 3)",
         choices=("none", "min-snr", "cosmap"),
     )
     caption_dropout: float = knob(
         0.0,
-        "share of captions replaced by the empty one, which guidance steers away from; none as"
-        " published",
+        "share of captions replaced by the empty prompt, which guidance needs; 0 as published",
     )
 
-    learning_rate: float = knob(5e-5, "of AdamW (betas 0.9 and 0.999, epsilon 1e-8)")
-    weight_decay: float = knob(0.01, "on every parameter, as published")
+    learning_rate: float = knob(5e-5, "learning rate of AdamW (betas 0.9 and 0.999, epsilon 1e-8)")
+    weight_decay: float = knob(0.01, "weight decay of every parameter, as published")
     schedule: str = knob(
         "published",
-        "learning rate: published, a third of it for five steps; constant; linear and cosine fall"
-        " to 0 at the end",
+        "learning-rate schedule: published, a third of the rate for the first five steps; constant;"
+        " linear and cosine decay to 0",
         choices=("published", "constant", "linear", "cosine"),
     )
-    warmup: int = knob(0, "steps over which the rate rises from 0; not with schedule published")
-    max_grad_norm: float = knob(
-        0.0, "gradients longer than this are shortened to it; 0: never, as published"
-    )
+    warmup: int = knob(0, "warm-up steps, from a rate of 0; not with schedule published")
+    max_grad_norm: float = knob(0.0, "clip gradients to this norm; 0: no clipping, as published")
     ema: float = knob(
         0.0,
-        "samples and step files use an EMA of the trained weights with this decay"
-        " at each step (0.999 is usual, less at first). 0: the weights themselves, as published",
+        "samples and step files use an EMA of the trained weights with this decay per step (0.999"
+        " is usual; lower in the first steps). 0: the weights themselves, as published",
     )
     mixed_precision: str = knob(
         "bf16",
-        "bf16: trained weights in float32, computing and frozen layers in bfloat16; no: all in"
-        " float32",
+        "bf16: trained weights in float32, computation and frozen layers in bfloat16; no:"
+        " everything in float32",
         choices=("bf16", "no"),
     )
     checkpointing: bool = knob(
         True,
-        "keep only each block's input and the decoder's, and compute the rest again on the way"
-        " back: a third slower, a fraction of the memory",
+        "gradient checkpointing of the blocks and the decoder: a third slower, a fraction of the"
+        " memory",
     )
-    offload_activations: bool = knob(
-        False, "what is kept for the way back waits in the CPU's memory"
-    )
+    offload_activations: bool = knob(False, "offload saved activations to the CPU")
     quantize_frozen: str = knob(
         "",
-        "keep the linears of frozen layers in int8, or in nf4, half as large and coarser; '' leaves"
-        " them as they are",
+        "quantize the linears of frozen layers to int8, or to nf4, which takes half the memory and"
+        " is coarser; '' leaves them as they are",
         choices=("", "int8", "nf4"),
     )
     swap_blocks: float = knob(
         0.0,
-        "share of the frozen main layers whose linears wait in the CPU's memory, and come to the"
-        " GPU for each product: three times a step",
+        "share of the frozen main layers whose linears are offloaded to the CPU; each is copied to"
+        " the GPU three times a step",
     )
     compile_blocks: bool = knob(
         False, "compile each block (torch.compile): faster steps after some minutes"
     )
     optimizer: str = knob(
         "adamw",
-        "adamw8bit keeps the optimizer's state in 8 bits (bitsandbytes); adafactor keeps next to"
-        " none; muon, for matrices of blocks, steps evenly in all directions (torch 2.9); prodigy"
-        " finds the learning rate, of which learning_rate is then a multiple (prodigyopt)",
+        "adamw8bit has an 8-bit state (bitsandbytes); adafactor has almost no state; muon"
+        " orthogonalises the updates of the blocks' matrices (torch 2.9); prodigy finds the"
+        " learning rate and multiplies it by learning_rate (prodigyopt)",
         choices=("adamw", "adamw8bit", "adafactor", "muon", "prodigy"),
     )
-    offload_state: bool = knob(False, "the optimizer's state, and its arithmetic, on the CPU")
+    offload_state: bool = knob(False, "keep and update the optimizer's state on the CPU")
     stochastic_rounding: bool = knob(
         False,
-        "trained weights in bfloat16 too, each step rounded up or down at random, the nearer the "
-        "likelier",
+        "keep trained weights in bfloat16 too, with stochastic rounding of each update",
     )
     step_in_backward: bool = knob(
         False,
-        "update each tensor as soon as its gradient is there, and forget the gradient; one process,"
-        " accumulate 1, no max_grad_norm",
+        "update each tensor as soon as its gradient is computed, then free the gradient; for one"
+        " process, accumulate 1 and no max_grad_norm",
     )
     shard: str = knob(
         "",
-        "over several processes: state splits gradients and the optimizer's state between them"
-        " (ZeRO-2), all the weights as well (ZeRO-3); '': each holds everything",
+        "shard over the processes: state, the gradients and the optimizer's state (ZeRO-2); all,"
+        " the weights too (ZeRO-3); '': each process holds everything",
         choices=("", "state", "all"),
     )
     device: str = knob(
         "",
-        "default: the GPU where there is one, of several that of CUDA_VISIBLE_DEVICES; cpu: not"
-        " that",
+        "default: the GPU, if there is one (CUDA_VISIBLE_DEVICES selects it); cpu: train on the CPU"
+        "",
         choices=("", "cpu"),
     )
 
@@ -261,26 +253,27 @@ class TrainConfig:
     keep: int = knob(3, "newest step files to keep; 0 for all")
     sample_every: int = knob(500, "steps between two rows of samples; 0 for none")
     sample_prompts: tuple[str, ...] = knob(
-        (), "generated each time from the same noise (default: the first four captions)"
+        (),
+        "prompts of the samples, with the same noise each time (default: the first four captions)",
     )
     sample_file: str = knob(
         "",
-        "a prompt file of samples, as l2p generate --prompts takes it; its columns height, width,"
-        " seed, cfg_scale and others hold for their row",
+        "a prompt file of samples, as for l2p generate --prompts; its columns, such as height,"
+        " width, seed and cfg_scale, apply to their row",
     )
-    sample_steps: int = knob(0, "default: the checkpoint's", high=1000)
+    sample_steps: int = knob(0, "steps of the samples (default: the checkpoint's)", high=1000)
     wandb_project: str = knob(
-        "", "log losses, samples and settings to this project of Weights & Biases too"
+        "", "also log losses, samples and settings to this project of Weights & Biases"
     )
     held_out: int = knob(
         0,
-        "images, drawn by the seed, that are never trained on; every sample_every steps their"
-        " loss, at the same noise and levels each time, goes to held_out.csv and loss.png",
+        "number of images in the validation set, chosen by the seed. Every sample_every steps the"
+        " validation loss, at fixed noise and sigmas, is written to held_out.csv and loss.png",
     )
 
     def max_area(self, trained: int) -> int:
-        """Return the pixels of an image at most. trained: those of the checkpoint's trained
-        size."""
+        """Return the largest number of pixels of an image. trained: that of the trained
+        resolution."""
         return max((side**2 for side in self.resolutions), default=self.max_pixels or trained)
 
     def __post_init__(self) -> None:
@@ -391,8 +384,8 @@ class TrainConfig:
             )
         if self.held_out and not self.sample_every:
             raise ValueError(
-                f"held_out is {self.held_out}, and its loss is taken every sample_every steps,"
-                " which is 0; give both, or neither"
+                f"held_out is {self.held_out}, and the validation loss is measured every"
+                " sample_every steps, which is 0; give both, or neither"
             )
         if self.shard:
             for name in (
@@ -421,11 +414,11 @@ class SynthesizeConfig:
     """How `synthesize` generates; the defaults are Z-Image-Turbo's own settings."""
 
     count: int = knob(2, "images for each prompt", high=MAX_COUNT)
-    seed: int = knob(0, "of the first image, the next has the next", high=2**63)
+    seed: int = knob(0, "seed of the first image; each further image adds 1", high=2**63)
     height: int = knob(1024, "pixels", high=MAX_SIDE)
     width: int = knob(1024, "pixels", high=MAX_SIDE)
-    steps: int = knob(9, "of the latent model", high=1000)
-    guidance: float = knob(0.0, "of the latent model, 0 for none", high=100)
+    steps: int = knob(9, "steps of the latent model", high=1000)
+    guidance: float = knob(0.0, "guidance scale of the latent model; 0 for none", high=100)
 
     def __post_init__(self) -> None:
         if (
