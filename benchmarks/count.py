@@ -186,13 +186,15 @@ def prompt_of(config: L2PConfig, tokens: int) -> Tensor:
     return torch.empty(tokens, config.cap_feat_dim, dtype=torch.bfloat16, device="meta")
 
 
-def ours(config: L2PConfig, size: int, prompts: tuple[int, int], **options) -> Counter:
-    """A guided step of this project's sampler. options: of `guided_velocity`."""
+def ours(
+    config: L2PConfig, size: int, prompts: tuple[int, int], scale: float = 2.0, **options
+) -> Counter:
+    """A step of this project's sampler, guided unless scale is 1. options: of `guided_velocity`."""
     model = build(config)
     positive, negative = (prompt_of(config, length) for length in prompts)
     image = torch.empty(1, 3, size, size, device="meta")
     with counting(model) as counter:
-        velocity = guided_velocity(model, [positive], [negative], 2.0, **options)
+        velocity = guided_velocity(model, [positive], [negative], scale, **options)
         velocity(image, 0.5)
     return counter
 

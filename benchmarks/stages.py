@@ -12,6 +12,7 @@ around; 1 is no seam. sharp: how steep outlines are against those of the same im
 Lanczos alone: sum of squared steps by sum of steps."""
 
 import argparse
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +74,14 @@ def main() -> None:
         default=[],
         help="of the schedule: draw without stages as well, with each",
     )
+    parser.add_argument("--redraws", nargs="*", choices=REFINEMENTS, default=REFINEMENTS)
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        nargs="*",
+        default=[0.0],
+        help="guidance scales of the later stages; default 0, that of the first",
+    )
     args = parser.parse_args()
     pipe = L2PPipeline.from_pretrained(torch_dtype=torch.float32)
     scenes = test_scenes(args.count)
@@ -124,18 +133,17 @@ def main() -> None:
     row(f"as drawn at {trained}, enlarged", start)
     for shift in args.shifts:
         row(f"drawn at {side} at once, shift {shift:g}", draw(height=side, width=side, shift=shift))
-    for redraw in REFINEMENTS:
-        for strength in args.strengths:
-            row(
-                f"{redraw}, strength {strength:g}",
-                draw(
-                    stages=args.stages,
-                    height=side,
-                    width=side,
-                    stage_strength=strength,
-                    redraw=redraw,
-                ),
-            )
+    for redraw, strength, guidance in product(args.redraws, args.strengths, args.guidance):
+        drawn = draw(
+            stages=args.stages,
+            height=side,
+            width=side,
+            stage_strength=strength,
+            redraw=redraw,
+            stage_cfg_scale=guidance,
+        )
+        of_guidance = f", guidance {guidance:g}" if guidance else ""
+        row(f"{redraw}, strength {strength:g}{of_guidance}", drawn)
 
 
 if __name__ == "__main__":

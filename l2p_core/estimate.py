@@ -103,7 +103,7 @@ def passing(
             model,
             captions,
             captions,
-            settings.cfg_scale,
+            last.cfg_scale,
             batch_guidance=pipe.batch_guidance,
             decoder_tile=decoder_tile,
         )
@@ -123,7 +123,7 @@ def passing(
     if settings.cache_threshold and not last.window:
         patch = layout.config.patch_size
         tokens = padded(last.height // patch * (last.width // patch)) + padded(MAX_TOKENS)
-        passes_a_step = 1 if settings.cfg_scale == 1 else 2
+        passes_a_step = 1 if last.cfg_scale == 1 else 2
         held = 2 * passes_a_step + 1  # by `StepCache`: two for each pass, and one while it runs
         kept = held * batch * tokens * layout.config.dim * dtype.itemsize
     if settings.inpaint_mask:  # its image, its noise and itself are held all the way
@@ -136,6 +136,5 @@ def passes_of(settings: CompleteSettings, stage: Stage) -> int:
     each without."""
     sigmas = schedule(stage.steps, stage.strength, settings.shift)[:-1].tolist()
     return sum(
-        2 if is_guided(sigma, settings.cfg_scale, settings.cfg_truncation) else 1
-        for sigma in sigmas
+        2 if is_guided(sigma, stage.cfg_scale, settings.cfg_truncation) else 1 for sigma in sigmas
     )

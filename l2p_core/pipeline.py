@@ -359,7 +359,7 @@ class L2PPipeline:
         if not positives:
             raise ValueError("there is nothing to generate: no prompts, or num_images is 0")
         negatives = positives
-        if chosen.cfg_scale != 1:
+        if any(stage.cfg_scale != 1 for stage in plan):
             negative = (
                 self.encode_prompt(negative_prompt)
                 if negative_prompt_embeds is None
@@ -382,7 +382,7 @@ class L2PPipeline:
                 self.transformer,
                 positives,
                 negatives,
-                chosen.cfg_scale,
+                stage.cfg_scale,
                 replace(chosen, cache_threshold=0.0) if stage.window else chosen,
                 bf16_rounding,
                 self.batch_guidance,

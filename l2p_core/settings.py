@@ -117,6 +117,14 @@ class Settings:
         metavar="0..1",
         inputs=("stage_denoise",),
     )
+    stage_cfg_scale: float = setting(
+        0.0,
+        "guidance scale of every stage after the first; 1 turns guidance off and halves their time,"
+        " 0 is the guidance scale of the first stage",
+        low=0.0,
+        high=100.0,
+        inputs=("stage_cfg",),
+    )
     redraw: str = setting(
         INTERPOLATED,
         "how a stage, or an input image, above the trained resolution is refined. interpolated: in"

@@ -31,15 +31,17 @@ class Stage(NamedTuple):
     strength: float  # denoising strength; 1 keeps nothing of what it starts from
     window: int  # side in pixels of the tiles it is generated in; 0 for the whole image at once
     rope_scale: float  # RoPE interpolation factor of rows and columns
+    cfg_scale: float  # guidance scale; 1 is no guidance
 
 
 def plan_stages(settings: CompleteSettings, trained: tuple[int, int], multiple: int) -> list[Stage]:
     """Return the stages that lead to an image of the settings' size, each twice as large as the one
     before it.
 
-    A later stage takes its share of the settings' steps, `stage_strength`. trained: height and
-    width of the trained resolution. multiple: what every height and width is a multiple of. Raises
-    ValueError for so many stages that the first would be smaller than `multiple`."""
+    A later stage takes its share of the settings' steps, `stage_strength`, and a guidance scale of
+    its own where one is set. trained: height and width of the trained resolution. multiple: what
+    every height and width is a multiple of. Raises ValueError for so many stages that the first
+    would be smaller than `multiple`."""
     height, width, count = settings.height, settings.width, settings.stages
     if min(height, width) < multiple << (count - 1):
         most = (min(height, width) // multiple).bit_length()
@@ -59,6 +61,7 @@ def plan_stages(settings: CompleteSettings, trained: tuple[int, int], multiple: 
         refines = (
             strength < 1
         )  # something of what it starts from is kept, so its composition is given
+        cfg_scale = settings.stage_cfg_scale if plan else 0
         above = math.sqrt(math.prod(size) / math.prod(trained)) if refines else 1.0
         tiled = settings.redraw == TILED and refines and max(size) > max(trained)
         interpolated = settings.redraw == INTERPOLATED and above > 1
@@ -70,6 +73,7 @@ def plan_stages(settings: CompleteSettings, trained: tuple[int, int], multiple: 
                 strength,
                 max(trained) if tiled else 0,
                 1 / above if interpolated else 1.0,
+                cfg_scale or settings.cfg_scale,
             )
         )
     return plan

@@ -221,6 +221,7 @@ class L2PKSampler(io.ComfyNode):
             height=height,
             width=width,
             num_inference_steps=steps,
+            cfg_scale=cfg,
             denoising_strength=denoise,
             **of_stages._asdict(),
         )
@@ -252,7 +253,7 @@ class L2PKSampler(io.ComfyNode):
                     negative,
                     latent,
                     seed,
-                    cfg,
+                    stage.cfg_scale,
                     solver(sampler_name),
                     sigmas,
                     hole,

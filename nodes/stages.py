@@ -17,6 +17,7 @@ class StageOptions(NamedTuple):
     stages: int
     stage_strength: float
     redraw: str
+    stage_cfg_scale: float
 
 
 STAGES = io.Custom("L2P_STAGES")  # a StageOptions on the canvas
@@ -43,20 +44,35 @@ class L2PStages(io.ComfyNode):
                 setting("stages", default=2),
                 setting("stage_strength", "stage_denoise"),
                 setting("redraw"),
+                setting(
+                    "stage_cfg_scale",
+                    "stage_cfg",
+                    optional=True,
+                    step=0.1,
+                    round=0.01,
+                    tooltip=(
+                        "Guidance scale of every stage after the first. 1 turns guidance off and"
+                        " halves their time; 0 is cfg of L2P KSampler."
+                    ),
+                ),
             ],
             outputs=[STAGES.Output("stage_options")],
         )
 
     @classmethod
-    def execute(cls, stages: int, stage_denoise: float, redraw: str) -> io.NodeOutput:
-        return io.NodeOutput(stages_of(stages, stage_denoise, redraw))
+    def execute(
+        cls, stages: int, stage_denoise: float, redraw: str, stage_cfg: float = 0.0
+    ) -> io.NodeOutput:
+        return io.NodeOutput(stages_of(stages, stage_denoise, redraw, stage_cfg))
 
 
-def stages_of(stages: int, stage_denoise: float, redraw: str) -> StageOptions:
+def stages_of(
+    stages: int, stage_denoise: float, redraw: str, stage_cfg: float = 0.0
+) -> StageOptions:
     """Return the options of these inputs, an older word of redraw as today's. Raises ValueError
     for NaN."""
-    check_numbers(stage_strength=stage_denoise)
-    return StageOptions(stages, stage_denoise, str(checked("redraw", redraw)))
+    check_numbers(stage_strength=stage_denoise, stage_cfg_scale=stage_cfg)
+    return StageOptions(stages, stage_denoise, str(checked("redraw", redraw)), stage_cfg)
 
 
 def note_on_older_inputs(options: StageOptions) -> str | None:

@@ -199,8 +199,10 @@ def test_inpaint_keeps_what_is_not_masked(comfyui_server, pipe, image, mask, sam
     assert (levels(found[0]) == levels(image))[:48].all()
 
 
-@pytest.mark.parametrize("redraw", ["interpolated", "tiled", "extrapolated"])
-def test_stages(comfyui_server, pipe, redraw):
+@pytest.mark.parametrize(
+    "redraw, guidance", [("interpolated", 1), ("tiled", 0), ("extrapolated", 0)]
+)
+def test_stages(comfyui_server, pipe, redraw, guidance):
     expected = pipe(
         PROMPT,
         num_inference_steps=6,
@@ -210,13 +212,12 @@ def test_stages(comfyui_server, pipe, redraw):
         stages=2,
         stage_strength=0.5,
         redraw=redraw,
+        stage_cfg_scale=guidance,
     )
-    assert_same(
-        comfyui_server.run(
-            graph(width=192, height=144, stages=2, stage_denoise=0.5, redraw=redraw)
-        ),
-        [expected],
-    )
+    request = graph(width=192, height=144, stage_options=["stages", 0])
+    options = {"stages": 2, "stage_denoise": 0.5, "redraw": redraw, "stage_cfg": guidance}
+    request["stages"] = {"class_type": "L2PStages", "inputs": options}
+    assert_same(comfyui_server.run(request), [expected])
 
 
 def test_inpaint_in_stages(comfyui_server, pipe, image, mask):

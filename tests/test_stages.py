@@ -32,20 +32,24 @@ def pipe():
 
 def plan(height, width, trained=(1024, 1024), **settings):
     return plan_stages(
-        Settings(height=height, width=width, **{"num_inference_steps": 30, **settings}), trained, 16
+        Settings(
+            height=height, width=width, cfg_scale=2, **{"num_inference_steps": 30, **settings}
+        ),
+        trained,
+        16,
     )
 
 
 def test_each_stage_is_twice_the_one_before_it():
     assert plan(4096, 2048, stages=3, stage_strength=0.3, redraw="tiled") == [
-        Stage(1024, 512, 30, 1.0, 0, 1.0),
-        Stage(2048, 1024, 9, 0.3, 1024, 1.0),
-        Stage(4096, 2048, 9, 0.3, 1024, 1.0),
+        Stage(1024, 512, 30, 1.0, 0, 1.0, 2),
+        Stage(2048, 1024, 9, 0.3, 1024, 1.0, 2),
+        Stage(4096, 2048, 9, 0.3, 1024, 1.0, 2),
     ]
-    assert plan(4096, 4096, stages=3, stage_strength=0.3, redraw="interpolated") == [
-        Stage(1024, 1024, 30, 1.0, 0, 1.0),
-        Stage(2048, 2048, 9, 0.3, 0, 0.5),
-        Stage(4096, 4096, 9, 0.3, 0, 0.25),
+    assert plan(4096, 4096, stages=3, stage_strength=0.3, stage_cfg_scale=1) == [
+        Stage(1024, 1024, 30, 1.0, 0, 1.0, 2),
+        Stage(2048, 2048, 9, 0.3, 0, 0.5, 1),
+        Stage(4096, 4096, 9, 0.3, 0, 0.25, 1),
     ]
     assert plan(
         1040,
@@ -55,13 +59,13 @@ def test_each_stage_is_twice_the_one_before_it():
         stages=2,
         stage_strength=0.1,
         redraw="extrapolated",
-    ) == [Stage(512, 512, 4, 0.5, 0, 1.0), Stage(1040, 1040, 1, 0.1, 0, 1.0)]
+    ) == [Stage(512, 512, 4, 0.5, 0, 1.0, 2), Stage(1040, 1040, 1, 0.1, 0, 1.0, 2)]
 
 
 @pytest.mark.parametrize("redraw", REFINEMENTS)
 def test_what_is_generated_from_noise_alone_is_generated_as_published(redraw):
     assert plan(2048, 2048, stage_strength=0.3, redraw=redraw) == [
-        Stage(2048, 2048, 30, 1.0, 0, 1.0)
+        Stage(2048, 2048, 30, 1.0, 0, 1.0, 2)
     ]
 
 
@@ -147,8 +151,8 @@ def test_positions_can_be_squeezed():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("redraw", REFINEMENTS)
-def test_a_stage_redraws_the_one_before_it_enlarged(pipe, redraw):
+@pytest.mark.parametrize("redraw, guidance", [(INTERPOLATED, 1.0), (TILED, 0.0), (EXTRAPOLATED, 0)])
+def test_a_stage_redraws_the_one_before_it_enlarged(pipe, redraw, guidance):
     calls = []
     drawn = pipe(
         PROMPT,
@@ -157,6 +161,7 @@ def test_a_stage_redraws_the_one_before_it_enlarged(pipe, redraw):
         height=192,
         width=144,
         redraw=redraw,
+        stage_cfg_scale=guidance,
         callback=lambda *told: calls.append(told[:2]),
         **FEW,
     )
@@ -167,6 +172,7 @@ def test_a_stage_redraws_the_one_before_it_enlarged(pipe, redraw):
         input_image=enlarged,
         denoising_strength=0.5,
         redraw=redraw,
+        cfg_scale=guidance or None,
         **{**FEW, "num_inference_steps": 3},
     )
     assert np.abs(np.asarray(drawn, int) - np.asarray(again)).max() <= 1 and drawn.size == (
