@@ -14,6 +14,7 @@ import warnings
 from io import TextIOWrapper
 from typing import Any
 
+from .commands.distill import add_distill
 from .commands.doctor import add_doctor
 from .commands.files import add_convert, add_export, add_inspect, add_merge, add_quantize
 from .commands.generate import add_generate
@@ -120,6 +121,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_export(commands)
     add_synthesize(commands)
     add_train(commands)
+    add_distill(commands)
     return parser
 
 

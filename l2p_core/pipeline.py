@@ -40,7 +40,7 @@ BUNDLED_MODEL = Path(__file__).parent / "shapes" / "model"
 
 
 class Defaults(NamedTuple):
-    """The published settings of a checkpoint."""
+    """The default settings of a checkpoint."""
 
     num_inference_steps: int
     cfg_scale: float
@@ -266,10 +266,24 @@ class L2PPipeline:
 
     @property
     def defaults(self) -> Defaults:
-        """Published settings: 30 steps and guidance 2 at patch 16, 50 and 4 above; the size the
-        model was trained at."""
+        """The checkpoint's own settings, else the published ones: 30 steps and guidance 2 at patch
+        16, 50 and 4 above; the size the model was trained at."""
         steps, guidance = (30, 2.0) if self.layout.config.patch_size == 16 else (50, 4.0)
-        return Defaults(steps, guidance, *self.layout.trained_size)
+        own: dict[str, Any] = self.own_settings
+        return Defaults(
+            own.get("num_inference_steps", steps),
+            own.get("cfg_scale", guidance),
+            *self.layout.trained_size,
+        )
+
+    @property
+    def own_settings(self) -> dict[str, str | int | float]:
+        """What the checkpoint says to generate with, or a LoRA of it: see
+        `Layout.default_settings`."""
+        settings = dict(self.layout.default_settings)
+        for lora in self.loras:
+            settings |= lora.layout.default_settings if lora.strength > 0 else {}
+        return settings
 
     def read_prompt(self, prompt: str, seed: int) -> str:
         """Return the prompt that is encoded for an image of that seed.
@@ -439,7 +453,8 @@ class L2PPipeline:
             given["height"], given["width"] = self.size_for(
                 image, given.get("height"), given.get("width")
             )
-        settings = CompleteSettings(**{**self.defaults._asdict(), **given})
+        defaults: dict[str, Any] = {**self.own_settings, **self.defaults._asdict()}
+        settings = CompleteSettings(**{**defaults, **given})
         self.check_size(settings.height, settings.width)
         usable_device(settings.rand_device)
         return settings

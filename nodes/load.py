@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+from collections.abc import Mapping
 from pathlib import Path
 
 import comfy.model_management
@@ -27,6 +28,7 @@ from ..l2p_core.text import LAYER, TEMPLATE, qwen3_sizes
 from ..l2p_core.tokenizer import find_tokenizer
 from . import comfyui, versions
 from .comfy_model import QWEN3_4B_WIDTH, published_state_dict
+from .prompt import note
 
 BUNDLED = "L2P shapes (bundled small model)"
 DTYPES = {
@@ -81,6 +83,7 @@ class L2PCheckpointLoader(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output()],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -101,6 +104,7 @@ class L2PCheckpointLoader(io.ComfyNode):
             load_model,
             arguments,
         )  # ComfyUI loads the model again for a second GPU
+        note(cls, note_on_settings(read_layout(arguments[0]).default_settings))
         return io.NodeOutput(model)
 
 
@@ -151,6 +155,13 @@ class L2PTextEncoderLoader(io.ComfyNode):
         if text_encoder == BUNDLED:
             clip.l2p_read_prompt = read_prompt  # for L2P Text Encode
         return io.NodeOutput(clip)
+
+
+def note_on_settings(settings: Mapping[str, str | int | float]) -> str | None:
+    """What to set in the sampler for a checkpoint that names its settings: a distilled one."""
+    names = {"num_inference_steps": "steps", "cfg_scale": "cfg", "sampler": "sampler_name"}
+    told = ", ".join(f"{names.get(name, name)} {value}" for name, value in settings.items())
+    return f"This checkpoint is made for {told}. Set them in the sampler" if told else None
 
 
 def bundled_or(name: str, *, tooltip: str) -> io.Combo.Input:

@@ -66,6 +66,7 @@ def merge(
             {"dtype": dtype, "strength": factor},
             {},
             progress,
+            whole.default_settings | (part.default_settings if factor > 0 else {}),
         )
         return
     if strength is not None:
@@ -82,6 +83,7 @@ def merge(
         {"dtype": dtype, "skip": skip or []},
         modelspec(whole) | modelspec(part),
         progress,
+        whole.default_settings | part.default_settings,
     )
 
 

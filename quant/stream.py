@@ -16,7 +16,7 @@ import os
 import struct
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from ..l2p_core.files.atomic import WriteError, atomic_write, locked
 from ..l2p_core.files.header import DTYPE_BYTES, CheckpointError, hash_files, reading, stamp
-from ..l2p_core.files.layout import Layout, Source
+from ..l2p_core.files.layout import Layout, Source, defaults_metadata
 from ..l2p_core.files.quantization import FORMATS, dequantize
 from ..l2p_core.prefetch import ahead
 
@@ -90,13 +90,15 @@ def write(
     options: dict[str, object],
     modelspec: dict[str, str],
     progress: bool | Progress = False,
+    defaults: Mapping[str, object] | None = None,
 ) -> None:
     """Write the pieces as one file, laid out in their order, and say in its metadata how it was
     made.
 
     inputs: what the pieces read; hashed into the metadata. command, options: what makes the file,
     for the metadata. modelspec: fields beside those of the first input; an empty value drops one.
-    progress: show a bar, or call this. Raises ValueError, with nothing left behind, where there is
+    progress: show a bar, or call this. defaults: settings to generate with, by default those of the
+    first input. Raises ValueError, with nothing left behind, where there is
     no place to write or a source changed meanwhile."""
     path = Path(path)
     files = [(file, before) for layout in inputs for file, before in layout.stamps.items()]
@@ -106,6 +108,7 @@ def write(
         "l2p.made_by": f"ComfyUI-L2P, {command}",
         "l2p.options": json.dumps(options),
         **carried_modelspec(inputs[0], modelspec),
+        **defaults_metadata(inputs[0].default_settings if defaults is None else defaults),
     }
 
     def header(hashes: list[str]) -> bytes:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Container
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..interrupt import stop_at_eof
+
+if TYPE_CHECKING:
+    from ..train.config import TrainConfig
 
 
 def add_train(commands: argparse._SubParsersAction) -> None:
@@ -51,41 +55,13 @@ def add_train(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="save and stop when standard input ends, for programs that start this one",
     )
-    metavars: dict[object, str] = {int: "N", float: "X", str: "TEXT"}
-    for each in fields(TrainConfig):
-        choices = each.metadata.get("choices")
-        kind: dict[str, Any]
-        if each.type is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
-        elif each.type == tuple[str, ...]:
-            kind = {"nargs": "*", "metavar": "TEXT"}
-        elif each.type == tuple[int, ...]:
-            kind = {"nargs": "*", "metavar": "N", "type": int}
-        elif choices:
-            kind = {"type": each.type, "choices": choices}
-        else:
-            kind = {"type": each.type, "metavar": metavars[each.type]}
-        default = (
-            ""
-            if "default" in each.metadata["help"] or each.default in ("", (), None)
-            else f" (default {each.default})"
-        )
-        parser.add_argument(
-            "--" + each.name.replace("_", "-"),
-            default=None,
-            help=each.metadata["help"] + default,
-            **kind,
-        )
+    add_knobs(parser, TrainConfig)
 
     def run(args: argparse.Namespace) -> None:
         from ..train.config import read_config
         from ..train.run import train
 
-        flags = {
-            each.name: value
-            for each in fields(TrainConfig)
-            if (value := getattr(args, each.name)) is not None
-        }
+        flags = given_knobs(args, TrainConfig)
         if args.memory:
             flags["memory"] = args.memory
         if args.estimate:
@@ -111,3 +87,42 @@ def add_train(commands: argparse._SubParsersAction) -> None:
         when_stopped="The same command resumes from the last save",
         when_full="docs/training.md, Memory, says which settings take less; --estimate counts them",
     )
+
+
+def add_knobs(
+    parser: argparse.ArgumentParser, config: type[TrainConfig], without: Container[str] = ()
+) -> None:
+    """Add a flag for each setting of a run but those `without`. None is given by default."""
+    metavars: dict[object, str] = {int: "N", float: "X", str: "TEXT"}
+    for each in fields(config):
+        if each.name in without:
+            continue
+        choices = each.metadata.get("choices")
+        kind: dict[str, Any]
+        if each.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif each.type == tuple[str, ...]:
+            kind = {"nargs": "*", "metavar": "TEXT"}
+        elif each.type == tuple[int, ...]:
+            kind = {"nargs": "*", "metavar": "N", "type": int}
+        elif choices:
+            kind = {"type": each.type, "choices": choices}
+        else:
+            kind = {"type": each.type, "metavar": metavars[each.type]}
+        default = (
+            ""
+            if "default" in each.metadata["help"] or each.default in ("", (), None)
+            else f" (default {each.default})"
+        )
+        parser.add_argument(
+            "--" + each.name.replace("_", "-"),
+            default=None,
+            help=each.metadata["help"] + default,
+            **kind,
+        )
+
+
+def given_knobs(args: argparse.Namespace, config: type[TrainConfig]) -> dict[str, Any]:
+    """Return the settings that flags of `add_knobs` gave."""
+    values = {each.name: getattr(args, each.name, None) for each in fields(config)}
+    return {name: value for name, value in values.items() if value is not None}

@@ -38,6 +38,7 @@ def describe(path: Path) -> dict:
         "prefix": layout.prefix,
         "quantization": layout.quantization,
         "other_tensors": len(layout.outside),
+        "default_settings": layout.default_settings,
         "metadata": layout.metadata,
     }
     try:
@@ -97,6 +98,9 @@ def report(facts: dict) -> str:
             f"  {facts['naming']} naming, prefix {facts['prefix'] or 'none'}, "
             f"{'quantized: ' + facts['quantization'] if facts['quantization'] else 'not quantized'}"
         ]
+    if facts["default_settings"]:
+        settings = (f"{name} {value}" for name, value in facts["default_settings"].items())
+        lines += [f"  default settings: {', '.join(settings)}"]
     if facts["other_tensors"]:
         lines += [f"  {facts['other_tensors']} tensors of other models beside it"]
     return "\n".join([*lines, f"  {facts['advice']}"])

@@ -7,13 +7,15 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 from ..config import L2PConfig, block_numbers
+from ..settings import checked
 from .header import CheckpointError, Entry, find_files, read_header, reading, stamp
 from .naming import ADAPTER, COMFYUI_NAMES, PACKED, layer_name
 from .quantization import BESIDE_WEIGHTS, FORMATS, SCALED_FP8, scale_beside
@@ -22,6 +24,9 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 UNSCALED = ("F8_E4M3", "F8_E5M2")  # where there is no scale: simply cast
 MAX_MARKER_BYTES = 10_000  # of a comfy_quant, which takes 100
 MAX_SIDE = 16_384  # pixels; the largest published model is trained at 10,240
+DEFAULTS_KEY = "l2p.default_settings"  # of the metadata: JSON
+# What a file may say there. A distilled one is made for these.
+DEFAULT_SETTINGS = ("num_inference_steps", "cfg_scale", "shift", "sampler")
 CONVROT_GROUPSIZES = (4, 16, 64, 256, 1024)
 KNOWN_PREFIXES = (
     "model.diffusion_model.",
@@ -106,6 +111,22 @@ class Layout:
         return self.config.nominal_size, self.config.nominal_size
 
     @property
+    def default_settings(self) -> dict[str, str | int | float]:
+        """What the file says to generate with, by names of `Settings`: see DEFAULT_SETTINGS.
+
+        What does not fit is left out, as the file may be of any program."""
+        try:
+            found = dict(json.loads(self.metadata.get(DEFAULTS_KEY, "{}")))
+        except (ValueError, TypeError, RecursionError):
+            return {}
+        settings = {}
+        for name in DEFAULT_SETTINGS:
+            with suppress(ValueError):
+                if name in found:
+                    settings[name] = checked(name, found[name])
+        return settings
+
+    @property
     def parameters(self) -> int:
         """Number of parameters."""
         return sum(math.prod(source.shape) for source in self.tensors.values())
@@ -125,6 +146,16 @@ class Layout:
             )
             or None
         )
+
+
+def defaults_metadata(settings: Mapping[str, object]) -> dict[str, str]:
+    """Return the metadata by which a file says what to generate with; none for no settings.
+
+    modelspec.usage_hint says it to people, in programs that show it."""
+    if not settings:
+        return {}
+    hint = ", ".join(f"{name} {value}" for name, value in settings.items())
+    return {DEFAULTS_KEY: json.dumps(settings), "modelspec.usage_hint": hint}
 
 
 def read_layout(

@@ -7,7 +7,7 @@ import math
 import sys
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from ..settings import MAX_BATCH, MAX_COUNT, MAX_SIDE, checked_text
 from ..tables import read_text
@@ -28,6 +28,9 @@ LORA_TARGETS = ("attention", "feed_forward", "adaLN")
 HIGHEST = 10**9  # of numbers that have no bound of their own
 
 
+Config = TypeVar("Config", bound="TrainConfig")
+
+
 def knob(default: object, says: str, **about: object) -> Any:
     """A field with its default and its help; for a type checker a value of any type, as
     `dataclasses.field` is.
@@ -39,6 +42,8 @@ def knob(default: object, says: str, **about: object) -> Any:
 @dataclass(frozen=True)
 class TrainConfig:
     """What `train` takes. Paths are as given, from the folder the program runs in."""
+
+    REQUIRED: ClassVar = ("checkpoint", "data", "output")
 
     checkpoint: str = knob(
         "", "the pixel initialisation (l2p convert), or any whole L2P model, to train from"
@@ -280,7 +285,7 @@ class TrainConfig:
         """Raises ValueError, naming the knob, for values that make no sense together or alone."""
         if isinstance(self.data, str):  # one folder
             object.__setattr__(self, "data", (self.data,) if self.data else ())
-        for name in ("checkpoint", "data", "output"):
+        for name in self.REQUIRED:
             if not getattr(self, name):
                 raise ValueError(
                     f"{name} is not given: {self.__dataclass_fields__[name].metadata['help']}"
@@ -465,6 +470,13 @@ def layers_of(text: str) -> slice:
 def read_config(
     file: Path | None, overrides: dict[str, object], of_run: bool = False
 ) -> TrainConfig:
+    """The settings of `train`, see `read_config_of`."""
+    return read_config_of(TrainConfig, file, overrides, of_run)
+
+
+def read_config_of(
+    kind: type[Config], file: Path | None, overrides: dict[str, object], of_run: bool = False
+) -> Config:
     """The file's values with the overrides over them. Raises ValueError for what is no TOML, no
     knob or of another type.
 
@@ -483,7 +495,7 @@ def read_config(
         RecursionError,
     ) as error:  # of tomllib, of UTF-8, of numbers with thousands of digits
         raise ValueError(f"{file} is no TOML: {error}") from None
-    known = {each.name: each for each in fields(TrainConfig)}
+    known = {each.name: each for each in fields(kind)}
     memory = {**values, **overrides}.get("memory", "")
     values, overrides = (
         {name: value for name, value in each.items() if name != "memory"}
@@ -505,10 +517,10 @@ def read_config(
         )
     given = {name: cast(known[name], value) for name, value in {**values, **overrides}.items()}
     if not memory:
-        return TrainConfig(**given)
+        return kind(**given)
     chosen = {name: value for name, value in preset(memory, given).items() if name not in given}
     try:
-        return TrainConfig(**{**chosen, **given})
+        return kind(**{**chosen, **given})
     except ValueError as error:
         told = ", ".join(f"{name} {value!r}" for name, value in chosen.items())
         raise ValueError(f"{error} (memory {memory} chose {told})") from None

@@ -13,9 +13,10 @@ from torch.utils._pytree import tree_map
 
 from ..files.atomic import atomic_write
 from ..files.header import CheckpointError
+from ..files.layout import Layout, defaults_metadata
 from ..files.save import save_tensors
 from .adapters import saved, saved_name
-from .config import TrainConfig, read_config, to_toml
+from .config import TrainConfig, read_config_of, to_toml
 from .shard import as_split_as, is_split
 
 # What may change when a run resumes: a loss that diverged may need other steps, and the rest is not
@@ -44,6 +45,7 @@ FREE = (
 PATHS = (
     "checkpoint",
     "data",
+    "prompts",
     "text_encoder",
     "tokenizer",
     "output",
@@ -63,8 +65,8 @@ def check_run(output: Path, config: TrainConfig) -> None:
         return
     if not (output / "resume.pt").exists():  # nothing is learned yet
         return
-    before = read_config(output / "config.toml", {}, of_run=True)
-    for each in fields(TrainConfig):
+    before = read_config_of(type(config), output / "config.toml", {}, of_run=True)
+    for each in fields(config):
         if each.name not in (*FREE, *PATHS) and (was := getattr(before, each.name)) != (
             now := getattr(config, each.name)
         ):
@@ -85,10 +87,13 @@ def save_step(
     trained: dict[str, nn.Parameter],
     dtype: torch.dtype,
     config: TrainConfig,
-    size: tuple[int, int],
+    base: Layout,
 ) -> None:
     """Write step-N.safetensors and take away those before it that are more than `config.keep`
-    behind."""
+    behind.
+
+    base: the checkpoint, whose trained resolution and default settings the file has too."""
+    height, width = base.trained_size
     tensors = {
         saved_name(name): saved(name, parameter.detach(), config).to("cpu", dtype)
         for name, parameter in trained.items()
@@ -97,7 +102,8 @@ def save_step(
         "format": "pt",
         "l2p.step": str(step),
         "l2p.config": to_toml(config),
-        "modelspec.resolution": f"{size[1]}x{size[0]}",
+        "modelspec.resolution": f"{width}x{height}",
+        **defaults_metadata(base.default_settings),
     }
     with atomic_write(step_file(output, step)) as stream:
         save_tensors(stream, tensors, metadata)

@@ -78,7 +78,12 @@ def train(config: TrainConfig, progress: bool = True) -> Path:
     step. Raises ValueError for settings and data that do not fit, before anything is trained, and
     where the loss diverges; CheckpointError for files; AlreadyRunning where another run still
     trains in that folder after `WAIT` seconds."""
-    recipe, output = find_recipe(config.recipe), Path(config.output)
+    return run_in_folder(find_recipe(config.recipe), config, progress)
+
+
+def run_in_folder(recipe: type["Run"], config: TrainConfig, progress: bool) -> Path:
+    """Do what `train` says with a run of this kind."""
+    output = Path(config.output)
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file; give a folder as the output")
     busy = f"another run is training in {output}. Wait for it to finish, or give another output"
@@ -192,7 +197,10 @@ class Run:
 
     A recipe is a subclass. It may make its files before anything is read (`__init__`), and replace
     the batch (`batch`), the loss (`loss`), the optimizer (`make_optimizer`) and the samples
-    (`sample`); see shapes/train.py."""
+    (`sample`); see shapes/train.py. It may also take its examples from elsewhere (`read_data`,
+    `batches_of`); see distill.py."""
+
+    batches_of: type[Batches] = Batches
 
     def __init__(self, config: TrainConfig, progress: bool):
         try:
@@ -272,7 +280,7 @@ class Run:
         find_tokenizer(self.pipe.text_encoder_path, self.pipe.tokenizer_path)
         samples = read_samples(config, self.pipe)
         max_pixels = config.max_area(math.prod(layout.trained_size))
-        data = read_data(config, max_pixels, multiple, processes * config.batch, self.progress)
+        data = self.read_data(max_pixels, multiple, processes * config.batch)
         examples = data.examples
         trained_on, held_out = hold_out(data.main, config.held_out, config.seed)
         learned = data.epoch(trained_on)
@@ -300,7 +308,7 @@ class Run:
                 f"{self.encodings.folder} lacks captions that other processes encoded; give a cache"
                 " that all machines share"
             )
-        self.batches = Batches(
+        self.batches = self.batches_of(
             learned, self.encodings, config, layout.config.patch_size, processes, rank
         )
         self.about_data = describe_data(data, learned, held_out, self.batches.size)
@@ -309,7 +317,9 @@ class Run:
         self.held_out: Batches | None = None
         if held_out:
             one_by_one = replace(config, caption_dropout=0.0, batch=1)
-            self.held_out = Batches(held_out, self.encodings, one_by_one, layout.config.patch_size)
+            self.held_out = self.batches_of(
+                held_out, self.encodings, one_by_one, layout.config.patch_size
+            )
 
         if (
             config.shard or config.quantize_frozen or config.swap_blocks
@@ -369,6 +379,10 @@ class Run:
         if self.main:
             with atomic_write(self.output / "config.toml") as stream:
                 stream.write(to_toml(config).encode())
+
+    def read_data(self, max_pixels: int, multiple: int, step_images: int) -> Data:
+        """Return what is trained on; the arguments are those of `dataset.read_data`."""
+        return read_data(self.config, max_pixels, multiple, step_images, self.progress)
 
     def identity(self, examples: list[Example], first_lora: Layout | None) -> dict[str, object]:
         """Hashes of what the run learns from, which stay the same where files are moved. Images in
@@ -678,7 +692,7 @@ class Run:
                 learned,
                 self.dtype,
                 self.config,
-                self.pipe.layout.trained_size,
+                self.pipe.layout,
             )
         self.save_state(state)
 
