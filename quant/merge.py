@@ -13,7 +13,7 @@ from ..l2p_core.files.header import CheckpointError
 from ..l2p_core.files.layout import FLOATS, Layout, Source, read_layout
 from ..l2p_core.files.load import check
 from ..l2p_core.files.lora import Change, changes
-from ..l2p_core.files.naming import name_in
+from ..l2p_core.files.naming import PACKED, name_in
 from .export import DTYPES, arrange, note_left_out
 from .stream import TORCH_DTYPES, Piece, Progress, modelspec, read_floats, write
 
@@ -158,9 +158,14 @@ def added(piece: Piece, its: list[tuple[int, Change]], strength: float) -> Piece
 
     def made() -> Iterator[Tensor]:
         change = torch.zeros(piece.shape[0], math.prod(piece.shape[1:]))
+        before = change
+        if any("dora_scale" in each.parts for _, each in its):  # others need no number of it
+            blocks = (block for each in piece.sources for block in read_floats(each, torch.float32))
+            before = torch.cat([block.flatten(1) for block in blocks])
+        height = len(change) // (3 if piece.name.endswith(PACKED[0]) else 1)
         for place, each in its:
-            rows = each.rows(strength)
-            change[place * len(rows) :][: len(rows)] += rows
+            part = slice(place * height, (place + 1) * height)
+            change[part] += each.rows(strength, before[part])
         row = 0
         for source in piece.sources:
             for block in read_floats(source, torch.float32):

@@ -193,8 +193,12 @@ def test_a_lora_is_added_to_the_weights_it_names(tiny_weights, write, out, namin
     "change, said",
     [
         (
-            lambda lora: {**lora, "layers.0.attention.to_q.dora_scale": torch.ones(96)},
-            "to_q.dora_scale belongs to nothing",
+            lambda lora: {**lora, "layers.0.attention.to_q.dora_scale": torch.ones(95, 1)},
+            r"'dora_scale': \(95, 1\).*makes no \(96, 96\)",
+        ),
+        (
+            lambda lora: {**lora, "layers.0.attention.to_q.oft_blocks": torch.ones(96)},
+            "to_q.oft_blocks belongs to nothing",
         ),
         (
             lambda lora: {**lora, "lora_te_text_model.lora_down.weight": torch.ones(4, 4)},

@@ -84,6 +84,49 @@ def test_8_bit_layers_keep_their_bits_and_add_the_change(quantized, write, kind)
     torch.testing.assert_close(changed(x), wanted, atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.parametrize("lengths", ["rows, packed", "rows, as peft names them", "columns"])
+def test_dora_gives_the_sum_other_lengths(quantized, weights, write, tmp_path, lengths):
+    """arXiv 2402.09353, longhand; merged into float32 weights, and beside 8-bit ones."""
+    held, change = packed_change("lora_A", 3 * 192, 192)
+    draw = torch.Generator().manual_seed(5)
+    if lengths == "rows, packed":
+        lora = {f"diffusion_model.layers.2.attention.qkv.{part}": t for part, t in held.items()}
+        scale = 1 + torch.rand(3 * 192, 1, generator=draw)
+        lora["diffusion_model.layers.2.attention.qkv.dora_scale"] = scale
+        scale, axis = scale[192:384], 1
+    else:
+        third = {
+            "lora_A.weight": held["lora_A.weight"],
+            "lora_B.weight": held["lora_B.weight"][192:384],
+        }
+        lora = {f"{TARGET}.{part}": t for part, t in third.items()} | {
+            f"{TARGET}.alpha": held["alpha"]
+        }
+        axis = 0 if lengths == "columns" else 1
+        scale = 1 + torch.rand(192, generator=draw).unsqueeze(axis)
+        name = "dora_scale" if axis == 0 else "lora_magnitude_vector.default.weight"
+        lora[f"{TARGET}.{name}"] = scale if axis == 0 else scale[:, 0]
+
+    def wanted(before):
+        changed = before + change[192:384]
+        return before + 0.5 * (scale * changed / changed.norm(dim=axis, keepdim=True) - before)
+
+    file = write(lora, "dora.safetensors")
+    merge(file, CHECKPOINT, tmp_path / "merged.safetensors", dtype="fp32", strength=0.5)
+    merged = load_file(tmp_path / "merged.safetensors")[f"{TARGET}.weight"]
+    torch.testing.assert_close(merged, wanted(weights[f"{TARGET}.weight"]), atol=1e-5, rtol=1e-4)
+
+    x = torch.randn(5, 192, generator=draw)
+    pipe = pipeline(quantized)
+    plain = pipe.transformer.get_submodule(TARGET)
+    before = plain.weight * plain.weight_scale
+    pipe.load_lora(file, 0.5)
+    changed = pipe.transformer.get_submodule(TARGET)
+    assert torch.equal(changed.layer.weight, plain.weight)
+    added = x @ (wanted(before) - before).T
+    torch.testing.assert_close(changed(x) - plain(x), added, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.slow
 def test_streamed_8_bit_weights_take_a_lora(quantized, weights, write):
     lora = write(weak(a_lora(weights)[0]), "lora.safetensors")

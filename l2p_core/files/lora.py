@@ -1,7 +1,8 @@
-"""Adapters and the weights that they change: LoRA, LoHa, LoKr and differences.
+"""Adapters and the weights that they change: LoRA, LoHa, LoKr, differences, and their DoRA forms.
 
 LoRA (arXiv 2106.09685) adds strength * alpha / rank * B A, LoHa and LoKr (LyCORIS, arXiv
-2309.14859) the Hadamard and the Kronecker product of two such products.
+2309.14859) the Hadamard and the Kronecker product of two such products. DoRA (arXiv 2402.09353)
+then gives each row of the sum a length of its own.
 """
 
 import json
@@ -27,7 +28,9 @@ FACTOR = re.compile(
     r"(.+?)[._](?:lora_(?:(A|down)|(?:B|up))(?:\.default)?(?:\.weight)?"
     r"|lora(?:_linear_layer)?\.(?:(down)|up)\.weight)"
 )
-PARTS = re.compile(r"(.+)\.(alpha|diff|hada_w[12]_[ab]|lokr_w[12](?:_[ab])?)")
+PARTS = re.compile(r"(.+)\.(alpha|diff|hada_w[12]_[ab]|lokr_w[12](?:_[ab])?|dora_scale)")
+# DoRA's lengths as peft calls them.
+LENGTHS = re.compile(r"(.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?")
 # A LoRA file's layer that changes q, k and v at once, in names with dots or underscores.
 PACKED_LORA = re.compile(r"(.*attention[._])qkv\.(.+)")
 # Parts of a change whose rows are the layer's.
@@ -43,14 +46,27 @@ class Change(NamedTuple):
     parts: Mapping[str, Tensor]  # down and up; or hada_w1_a ...; or lokr_w1 ...; or diff
     alpha: float | None  # None for the rank, a factor of 1
 
-    def rows(self, strength: float) -> Tensor:
-        """What is added: (N, K), float32, where K is what one row of the weight holds.
+    def rows(self, strength: float, weight: Tensor) -> Tensor:
+        """What is added to a weight: (N, K), float32, where K is what one row of it holds.
 
-        Raises RuntimeError, KeyError or IndexError where the parts do not fit one another."""
+        DoRA's row or column of lengths replaces those of the sum; strength goes from the weight as
+        it is, at 0, to that, at 1. Raises RuntimeError, KeyError or IndexError where the parts do
+        not fit one another."""
+        if "dora_scale" not in self.parts:
+            return self.product(strength)
+        product, lengths = self.product(1.0), self.parts["dora_scale"].float()
+        before = weight.to(product.device, torch.float32).flatten(1)
+        changed = before + product
+        of_rows = len(lengths) == len(changed)
+        norms = changed.norm(dim=1 if of_rows else 0, keepdim=True).clamp_min(1e-30)
+        return strength * (lengths.view(norms.shape) / norms * changed - before)
+
+    def product(self, strength: float) -> Tensor:
+        """What LoRA, LoHa, LoKr or a difference adds: (N, K), float32."""
         parts = {name: tensor.float() for name, tensor in self.parts.items()}
         if "diff" in parts:
             return strength * parts["diff"].flatten(1)
-        if self.low_rank:
+        if "up" in parts or "down" in parts:
             return self.factor(strength) * parts["up"].flatten(1) @ parts["down"].flatten(1)
         if "hada_w1_a" in parts:
             first, second = (parts[f"hada_w{n}_a"] @ parts[f"hada_w{n}_b"] for n in (1, 2))
@@ -64,8 +80,8 @@ class Change(NamedTuple):
 
     @property
     def low_rank(self) -> bool:
-        """Whether it is a LoRA, two factors: down (R, K) and up (N, R)."""
-        return "diff" not in self.parts and ("up" in self.parts or "down" in self.parts)
+        """Whether it is a LoRA, two factors and no more: down (R, K) and up (N, R)."""
+        return self.parts.keys() == {"down", "up"}
 
     def factor(self, strength: float) -> float:
         """strength * alpha / rank; a product of whole matrices has no rank, and no alpha."""
@@ -115,6 +131,8 @@ def split_packed_lora(lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _thirds(parts: Mapping[str, Tensor]) -> list[dict[str, Tensor]] | None:
     """The parts of a change of three times N rows, for each N rows. None where it can't be
     split."""
+    if "dora_scale" in parts and parts["dora_scale"].shape[0] == 1:
+        return None  # lengths of columns, which go through q, k and v
     if any(part.startswith("lokr_") for part in parts):
         rows = next((parts[part].shape[0] for part in ("lokr_w1", "lokr_w1_a") if part in parts), 0)
         if not rows:
@@ -125,7 +143,7 @@ def _thirds(parts: Mapping[str, Tensor]) -> list[dict[str, Tensor]] | None:
             factors = {part: tensor for part, tensor in parts.items() if part != "alpha"}
             alpha = float(parts["alpha"]) if "alpha" in parts else None
             try:
-                change = Change(factors, alpha).rows(1.0)
+                change = Change(factors, alpha).product(1.0)
             except (KeyError, RuntimeError):  # a damaged file, which `changes` names
                 return None
             return [{"diff": third} for third in change.chunk(3)]
@@ -133,12 +151,7 @@ def _thirds(parts: Mapping[str, Tensor]) -> list[dict[str, Tensor]] | None:
         return None
     thirds: list[dict[str, Tensor]] = [{}, {}, {}]
     for part, tensor in parts.items():
-        of_rows = (
-            LORA_ROWS.fullmatch(part)
-            or part in ("lokr_w1", "lokr_w1_a")
-            or part == "dora_scale"
-            and tensor.shape[0] > 1
-        )
+        of_rows = LORA_ROWS.fullmatch(part) or part in ("lokr_w1", "lokr_w1_a", "dora_scale")
         pieces = tensor.chunk(3) if of_rows else [tensor] * 3
         if len(pieces) != 3 or pieces[0].shape != pieces[2].shape:
             return None
@@ -162,12 +175,14 @@ def changes(lora: Layout, base: Layout) -> dict[str, Change]:
             layer, part = factor[1], "down" if factor[2] or factor[3] else "up"
         elif other := PARTS.fullmatch(key):
             layer, part = other[1], other[2]
+        elif lengths := LENGTHS.fullmatch(key):
+            layer, part = lengths[1], "dora_scale"
         else:
             layer, part = key, ""
         if layer not in weights or not part:
             raise CheckpointError(
                 f"{lora.path.name}: {key} belongs to nothing in {base.path.name}. Merging takes"
-                " LoRA, LoHa, LoKr and differences of L2P's layers; other kinds load in ComfyUI"
+                " LoRA, DoRA, LoHa, LoKr and differences of L2P's layers; others load in ComfyUI"
             )
         its = parts.setdefault(weights[layer], {})
         if part in its:
@@ -199,7 +214,7 @@ def checked_change(
     shapes = {name: tuple(tensor.shape) for name, tensor in parts.items()}
     try:
         on_meta = Change({name: tensor.to("meta") for name, tensor in parts.items()}, change.alpha)
-        found = tuple(on_meta.rows(1.0).shape)
+        found = tuple(on_meta.rows(1.0, torch.empty(wanted, device="meta")).shape)
     except KeyError as missing:
         raise CheckpointError(
             f"{lora.path.name} has {', '.join(shapes) or 'an alpha alone'} for {weight}, but no"
@@ -301,7 +316,7 @@ def add_changes(
             model.set_submodule(layer_name, beside(layer, added, dtype))
             continue
         weight = layer.weight
-        rows = sum(change.rows(strength) for change, strength in added)
+        rows = sum(change.rows(strength, weight) for change, strength in added)
         changed_weight = (weight.float() + rows.to(weight.device).view_as(weight)).to(weight.dtype)
         if not changed_weight.isfinite().all():
             raise CheckpointError(
@@ -322,7 +337,7 @@ def beside(
             downs.append(change.parts["down"].float())
             ups.append(change.factor(strength) * change.parts["up"].float())
         else:
-            rest.append(change.rows(strength))
+            rest.append(change.rows(strength, layer.dequantized()))
     return AddedLinear(
         layer,
         torch.cat(downs).to(device, dtype) if downs else None,

@@ -110,6 +110,17 @@ class Int8Linear(nn.Module):
         linear = torch.ops.comfyui_l2p.int8_linear if compiling else int8_linear
         return linear(x, self.weight, self.weight_scale, self.bias, self.convrot_groupsize)
 
+    def dequantized(self) -> Tensor:
+        """The weight as float32: (N, K)."""
+        return dequantize(
+            "int8_tensorwise",
+            self.weight,
+            self.weight_scale,
+            None,
+            self.convrot_groupsize,
+            torch.float32,
+        )
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Int8Linear":
         scale = self.weight_scale
         super()._apply(fn, recurse)
