@@ -10,7 +10,8 @@ import time
 import pytest
 from comfyui_l2p.l2p_core.cli import main
 from comfyui_l2p.l2p_core.cluster import connect
-from comfyui_l2p.l2p_core.cluster.generate import check_record, keep
+from comfyui_l2p.l2p_core.cluster.files import keep
+from comfyui_l2p.l2p_core.cluster.generate import check_record
 from PIL import Image
 
 needs_ray = pytest.mark.skipif(
@@ -82,6 +83,24 @@ def test_a_node_dies_and_the_images_are_those_of_a_run_without_ray(cluster, tmp_
     assert "2 of 24 images exist already" in told.out and "a worker of the cluster died" in told.err
     assert pixels(shared) == pixels(tmp_path / "alone")
     assert (shared / "00000-3.png").stat().st_mtime_ns == there
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_training_set_is_that_of_a_run_without_ray(cluster, tmp_path):
+    pytest.importorskip("diffusers", minversion="0.36")
+    from latent import make_latent
+
+    make_latent(tmp_path / "model")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na blue star\n")
+    flags = ["--steps", "1", "--height", "64", "--width", "64", "--device", "cpu", "-o"]
+    arguments = ["synthesize", str(prompts), "--model", str(tmp_path / "model"), *flags]
+    alone, collected = tmp_path / "alone", tmp_path / "collected"
+    assert main([*arguments, str(alone)]) == 0
+    assert main([*arguments, str(collected), "--ray", cluster.address, "--collect"]) == 0
+    assert pixels(collected / "images") == pixels(alone / "images")
+    assert (collected / "metadata.csv").read_text() == (alone / "metadata.csv").read_text()
 
 
 @pytest.mark.parametrize(

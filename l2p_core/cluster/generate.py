@@ -2,8 +2,6 @@
 
 from contextlib import closing
 from dataclasses import dataclass, replace
-from io import BytesIO
-from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
@@ -19,11 +17,10 @@ from ..batch import (
     lock_outputs,
     missing_jobs,
 )
-from ..files.atomic import atomic_write
-from ..images import save_image, write_png
 from ..options import PipelineOptions
 from ..pipeline import L2PPipeline
 from .connect import connected
+from .files import keep, write_or_pack
 from .pool import Pool
 from .slots import Slot, find_slot, loaded_bytes
 
@@ -60,12 +57,7 @@ class ImageWorker:
 
     def _make(self, job: Job, image: Image.Image, hashes: dict[str, str]) -> Made:
         record = self._records.of(job, hashes)
-        if not self._collect:
-            save_image(image, job.output, record)
-            return Made(record, None)
-        stream = BytesIO()
-        write_png(image, stream, record)
-        return Made(record, stream.getvalue())
+        return Made(record, write_or_pack(image, job.output, record, self._collect))
 
 
 def generate(
@@ -125,16 +117,3 @@ def check_record(found: dict, expected: dict) -> None:
                 f" {found.get(name)!r}, here {expected[name]!r}). Copy the same files to all of"
                 " them"
             )
-
-
-def keep(file: Path, png: bytes | None) -> None:
-    """Write an image that an actor sent, or find the one that it wrote. Raises ValueError."""
-    if png is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(file) as stream:
-            stream.write(png)
-    elif not file.exists() and file.name not in [each.name for each in file.parent.glob("*")]:
-        raise ValueError(
-            f"{file} was written on another machine and is not here: the folder is not shared."
-            " Give --collect, and the images are sent here"
-        )

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from ..settings import MAX_COUNT, checked
-from .arguments import share
+from .arguments import add_ray, check_ray, share
 
 
 def add_synthesize(commands: argparse._SubParsersAction) -> None:
@@ -20,7 +20,8 @@ def add_synthesize(commands: argparse._SubParsersAction) -> None:
         description=(
             "Generate images with a latent Z-Image through diffusers, as a folder for l2p train:"
             " images/ and metadata.csv with the seeds. An interrupted run resumes. Under"
-            " `accelerate launch`, the images are divided among the processes."
+            " `accelerate launch`, the images are divided among the processes; with --ray, among"
+            " the GPUs of a cluster."
         ),
     )
     parser.add_argument(
@@ -50,6 +51,7 @@ def add_synthesize(commands: argparse._SubParsersAction) -> None:
         "--batch", type=int, default=1, help="images generated at a time (default 1)"
     )
     parser.add_argument("--device", help="default: the GPU, if there is one")
+    add_ray(parser)
     writing = parser.add_argument_group("prompts")
     writing.add_argument(
         "--write-prompts",
@@ -98,6 +100,7 @@ def add_synthesize(commands: argparse._SubParsersAction) -> None:
 
         check_batch(args.batch)
         rank, processes, device = share(args.device)
+        check_ray(args, processes)
         if args.prompts is None and not args.write_prompts:
             raise ValueError("give PROMPTS, or let prompts be written: --write-prompts N")
         file = args.prompts or args.output / "prompts.txt"
@@ -128,10 +131,12 @@ def add_synthesize(commands: argparse._SubParsersAction) -> None:
                 **{each.name: getattr(args, each.name) for each in fields(SynthesizeConfig)}
             ),
             args.batch,
-            device,
+            device if args.ray is None else args.device,
             rank=rank,
             processes=processes,
             progress=rank == 0,
+            ray=args.ray,
+            collect=args.collect,
         )
         if rank == 0:
             print(args.output)

@@ -6,12 +6,14 @@ self, two images a prompt."""
 import csv
 import io
 import json
+from collections.abc import Iterator
 from contextlib import nullcontext
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from ..batch import is_generated
@@ -37,6 +39,15 @@ if TYPE_CHECKING:
     from diffusers import ZImagePipeline
 
 
+@dataclass(frozen=True)
+class Planned:
+    """An image to generate."""
+
+    file: Path
+    prompt: str
+    seed: int
+
+
 def synthesize(
     prompts: list[str],
     model: str | Path,
@@ -48,69 +59,99 @@ def synthesize(
     rank: int = 0,
     processes: int = 1,
     progress: bool = True,
+    ray: str | None = None,
+    collect: bool = False,
 ) -> None:
     """Generate every prompt `config.count` times into output/images, and write metadata.csv (image,
     prompt, seed) once all are there.
 
     model: a folder that diffusers' ZImagePipeline opens, such as Z-Image-Turbo. Images that are
-    there with the same settings are kept. rank, processes: this process's share. Raises ValueError
-    where others are there, AlreadyRunning where another run still writes there after `WAIT`
-    seconds, CheckpointError for the model."""
+    there with the same settings are kept. rank, processes: this process's share. ray: use the
+    cluster at this address, see `cluster.connect.connected`; collect: see
+    `cluster.synthesize.generate`. Raises ValueError where others are there, AlreadyRunning where
+    another run still writes there after `WAIT` seconds, CheckpointError for the model."""
     config = config or SynthesizeConfig()
-    folder = output / "images"
+    folder = (output / "images").absolute()
     planned = [
-        (folder / f"{number:06d}-{copy}.png", prompt, config.seed + number * config.count + copy)
+        Planned(
+            folder / f"{number:06d}-{copy}.png",
+            prompt,
+            config.seed + number * config.count + copy,
+        )
         for number, prompt in enumerate(prompts)
         for copy in range(config.count)
     ]
-
-    def settings(prompt: str, seed: int) -> dict:
-        return {
-            "prompt": prompt,
-            "seed": seed,
-            "model": Path(model).name,
-            "height": config.height,
-            "width": config.width,
-            "num_inference_steps": config.steps,
-            "guidance_scale": config.guidance,
-        }
-
     busy = f"another run is writing to {output}. Wait for it to finish, or give another --output"
     with (
         nullcontext() if rank else locked(output, busy, WAIT, folder=True)
     ):  # the first process locks for all
         folder.mkdir(parents=True, exist_ok=True)
         missing = [
-            (file, prompt, seed)
-            for file, prompt, seed in planned[rank::processes]
-            if not file.exists() or not is_generated(file, settings(prompt, seed))
+            each
+            for each in planned[rank::processes]
+            if not each.file.exists()
+            or not is_generated(each.file, image_settings(model, config, each))
         ]
-        if missing:
-            pipe = open_pipeline(
-                model,
-                usable_device(device or default_device()),
-                dtype,
-            )
-            queue = iter(missing)
+        groups = [missing[start : start + batch] for start in range(0, len(missing), batch)]
+        if groups:
+            if ray is None:
+                done = generate_here(groups, model, config, dtype, device)
+            else:
+                from ..cluster.synthesize import generate
+
+                done = generate(groups, Path(model), config, dtype, ray, device, collect)
             with tqdm(total=len(missing), unit="image", disable=not progress) as bar:
-                while group := list(islice(queue, batch)):
-                    generated = pipe(
-                        prompt=[prompt for _, prompt, _ in group],
-                        height=config.height,
-                        width=config.width,
-                        num_inference_steps=config.steps,
-                        guidance_scale=config.guidance,
-                        generator=[torch.Generator().manual_seed(seed) for _, _, seed in group],
-                    ).images
-                    for (file, prompt, seed), image in zip(group, generated, strict=True):
-                        save_image(image, file, settings(prompt, seed))
-                    bar.update(len(group))
-        if all(file.exists() for file, _, _ in planned):  # so says the process that ends last
+                for images in done:
+                    bar.update(images)
+        if all(each.file.exists() for each in planned):  # so says the process that ends last
             text = io.StringIO(newline="")
-            rows = [(file.name, prompt, seed) for file, prompt, seed in planned]
+            rows = [(each.file.name, each.prompt, each.seed) for each in planned]
             csv.writer(text).writerows([("image", "prompt", "seed"), *rows])
             with atomic_write(output / "metadata.csv") as stream:
                 stream.write(text.getvalue().encode())
+
+
+def image_settings(model: str | Path, config: SynthesizeConfig, image: Planned) -> dict:
+    """Return what the PNG of an image carries."""
+    return {
+        "prompt": image.prompt,
+        "seed": image.seed,
+        "model": Path(model).name,
+        "height": config.height,
+        "width": config.width,
+        "num_inference_steps": config.steps,
+        "guidance_scale": config.guidance,
+    }
+
+
+def generate_here(
+    groups: list[list[Planned]],
+    model: str | Path,
+    config: SynthesizeConfig,
+    dtype: torch.dtype,
+    device: str | None,
+) -> Iterator[int]:
+    """Generate and write these batches, and yield the number of images of each that is done."""
+    pipe = open_pipeline(model, usable_device(device or default_device()), dtype)
+    for group in groups:
+        images = generate_group(pipe, group, config)
+        for each, image in zip(group, images, strict=True):
+            save_image(image, each.file, image_settings(model, config, each))
+        yield len(group)
+
+
+def generate_group(
+    pipe: "ZImagePipeline", group: list[Planned], config: SynthesizeConfig
+) -> list[Image.Image]:
+    """Generate a batch."""
+    return pipe(
+        prompt=[each.prompt for each in group],
+        height=config.height,
+        width=config.width,
+        num_inference_steps=config.steps,
+        guidance_scale=config.guidance,
+        generator=[torch.Generator().manual_seed(each.seed) for each in group],
+    ).images
 
 
 def reject_other_components(model: Path) -> None:
