@@ -88,8 +88,10 @@ def _reason(
     """What was chosen and why, as one line."""
     freed, streamed, tile = chosen
     parts = [
-        "the text encoder is freed after encoding" if freed else "the text encoder stays",
-        "the model's blocks are streamed from the CPU's memory" if streamed else "the model stays",
+        "the text encoder is freed after encoding"
+        if freed
+        else "the text encoder stays on the GPU",
+        "the model is offloaded to the CPU" if streamed else "the model stays on the GPU",
     ]
     if tile:
         parts.append(f"the decoder works in tiles of {tile} pixels")
@@ -100,5 +102,5 @@ def _reason(
     line = f"{', '.join(parts)} ({because})"
     if peak > room:
         line += ". This may run out of memory: use an INT8 checkpoint, a smaller size or batch"
-        line += "" if can_stream else ", or install comfyui-l2p[offload], which streams the model"
+        line += "" if can_stream else ", or install comfyui-l2p[offload] to offload the model"
     return line
