@@ -324,7 +324,7 @@ def cases(image: str) -> list[tuple]:
         ),
         (
             "ModelSamplingSD3",
-            "leave it out: it counts time otherwise",
+            "leave it out: it scales the timestep differently",
             on_model(plain, "ModelSamplingSD3", shift=3.0),
             plain,
         ),

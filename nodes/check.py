@@ -46,13 +46,15 @@ class L2PCheckModel(io.ComfyNode):
                 io.Image.Input(
                     "image",
                     optional=True,
-                    tooltip="An image to denoise, resized. Without one, a scene is drawn.",
+                    tooltip=(
+                        "An image to denoise, resized. Without one, a simple scene is rendered."
+                    ),
                 ),
                 io.String.Input(
                     "prompt",
                     default="",
                     optional=True,
-                    tooltip="What the image shows. Empty for a drawn scene's own prompt.",
+                    tooltip="What the image shows. Empty: the prompt of the rendered scene.",
                 ),
             ],
             outputs=[io.String.Output("report")],

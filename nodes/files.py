@@ -124,8 +124,8 @@ class L2PConvertCheckpoint(io.ComfyNode):
                     "checkpoint",
                     options=model_files(),
                     tooltip=(
-                        "Z-Image or Z-Image-Turbo (of shards, any one), or "
-                        "an L2P model of a smaller patch."
+                        "Z-Image or Z-Image-Turbo (any shard of a sharded model), or an L2P model"
+                        " of a smaller patch."
                     ),
                 ),
                 io.Combo.Input(

@@ -303,15 +303,15 @@ def note_on_sampler(name: str) -> str | None:
 def note_on_model_sampling(model, shift: float) -> str | None:
     """Say so where a node before this one set another shift, which is not used here.
 
-    Raises ValueError where it changed how the model counts time or what it predicts."""
+    Raises ValueError if it changed the model's timestep scale or prediction type."""
     sampling = model.object_patches.get("model_sampling")
     if sampling is None:
         return None
     is_flow = isinstance(sampling, comfy.model_sampling.CONST)
     if not is_flow or abs(float(sampling.timestep(torch.tensor(0.5))) - 0.5) > 1e-6:
         raise ValueError(
-            "a node such as ModelSamplingSD3 changed how the model counts time, which distorts the"
-            " images of L2P models. Remove it, and set shift in L2P KSampler"
+            "a node such as ModelSamplingSD3 changed the model's timestep scale, which distorts"
+            " the images of L2P models. Remove it, and set shift in L2P KSampler"
         )
     before = getattr(sampling, "shift", shift)
     if before == shift:

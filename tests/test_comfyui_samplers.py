@@ -64,7 +64,7 @@ def test_a_shift_of_another_node_is_reported(comfyui):
 
 
 def test_a_node_that_counts_time_otherwise_is_rejected(comfyui):
-    with pytest.raises(Rejected, match="ModelSamplingSD3 changed how the model counts time"):
+    with pytest.raises(Rejected, match="ModelSamplingSD3 changed the model's timestep scale"):
         comfyui.call("shift_by_another_node", node="ModelSamplingSD3", shift=3.0)
 
 

@@ -24,7 +24,9 @@ def add_doctor(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--convrot", type=int, metavar="GROUP", help="as for l2p generate")
     parser.add_argument(
-        "--image", metavar="FILE", help="denoise this image (default: a generated scene)"
+        "--image",
+        metavar="FILE",
+        help="denoise this image (default: a scene that the program renders)",
     )
     parser.add_argument("--prompt", metavar="TEXT", help="what the image shows")
     parser.add_argument(
