@@ -37,13 +37,13 @@ def config_of(folder: Path, steps: int) -> DistillConfig:
         accumulate=2,
         freeze="",
         learning_rate=1e-4,
-        warmup=20,
-        ema=0.98,
+        warmup=10,
+        ema=0.95,
         mixed_precision="no",
         device="cpu",
         checkpointing=False,
         save_every=25,
-        sample_every=100,
+        sample_every=0,
     )
 
 
@@ -63,7 +63,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=270, help="of training (default 270)")
+    parser.add_argument("--steps", type=int, default=110, help="of training (default 110)")
     parser.add_argument("--count", type=int, default=300, help="prompts scored (default 300)")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)

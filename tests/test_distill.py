@@ -102,7 +102,7 @@ def test_the_target_is_the_teachers_at_a_state_that_the_student_comes_to(
         batch = run.batch(number)
         sigma = batch.sigma[0].item()
         seen.add(round(sigma, 4))
-        x, target = run.example(batch)
+        x, target, length = run.example(batch)
         with torch.no_grad():
             by_hand = batch.noise
             before = [level for level in levels if level > sigma + 1e-5]
@@ -111,13 +111,14 @@ def test_the_target_is_the_teachers_at_a_state_that_the_student_comes_to(
                 by_hand = by_hand + (after - level) * v
             assert torch.allclose(x, by_hand, atol=1e-4)
             if not student_steps:
-                assert torch.allclose(target, guided(x, sigma), atol=1e-4)
+                assert torch.allclose(target, guided(x, sigma), atol=1e-4) and length == 1
                 continue
             start = 1 - len(before) / 2
             middle, end = shifted(start - 1 / 4), shifted(start - 1 / 2)
             at_middle = x + (middle - sigma) * guided(x, sigma)
             at_end = at_middle + (end - middle) * guided(at_middle, middle)
             assert torch.allclose(target, (x - at_end) / (sigma - end), atol=1e-4)
+            assert length == pytest.approx((sigma - end) / (1 / 2))
     assert len(seen) == count and (not student_steps or seen == {1.0, 0.75})
 
 

@@ -135,16 +135,20 @@ class DistillRun(Run):
         return super().make_optimizer()
 
     def loss(self, batch: Batch) -> Tensor:
-        """Mean squared error of the student's velocity."""
+        """Mean squared error of where the student's step leads, in units of a mean step's length.
+
+        So a step counts by the square of its length: the last one, which is the longest, leaves its
+        error in the image, and no later step mends it."""
         with self.autocast(cache=False):  # which would take the student's weights for the teacher's
-            x, target = self.example(batch)
+            x, target, length = self.example(batch)
             velocity = -self.model(x, 1 - batch.sigma, batch.captions)
-        return torch.nn.functional.mse_loss(velocity.float(), target)
+        return length**2 * torch.nn.functional.mse_loss(velocity.float(), target)
 
     @torch.no_grad()
-    def example(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return a noisy image that the student comes to from pure noise, and the velocity that it
-        should have there."""
+    def example(self, batch: Batch) -> tuple[Tensor, Tensor, float]:
+        """Return a noisy image that the student comes to from pure noise, the velocity that it
+        should have there, and its step's length in units of a mean one; 1 where it has no steps of
+        its own."""
         config, model, captions = self.config, self.pipe.transformer, batch.captions
         count, sigma = config.student_steps or PATH, batch.sigma[0].item()
         levels = schedule(count, shift=config.shift)
@@ -155,8 +159,9 @@ class DistillRun(Run):
         with swapped_weights(self.trained, self.teacher):
             velocity = guided_velocity(model, captions, negatives, self.guidance)
             if not config.student_steps:
-                return x, velocity(x, sigma)
+                return x, velocity(x, sigma), 1.0
             substeps = config.teacher_substeps
             fine = schedule(count * substeps, shift=config.shift)[done * substeps :][: substeps + 1]
             end = euler(velocity, x, fine)
-        return x, (x - end) / (fine[0] - fine[-1]).item()
+        length = (fine[0] - fine[-1]).item()
+        return x, (x - end) / length, count * length
