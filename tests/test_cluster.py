@@ -1,11 +1,14 @@
 """Ray: nodes of a cluster on this machine, of which some are killed."""
 
+import http.client
 import importlib.util
+import json
 import os
 import shutil
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from comfyui_l2p.l2p_core.cli import main
@@ -13,6 +16,7 @@ from comfyui_l2p.l2p_core.cluster import connect
 from comfyui_l2p.l2p_core.cluster.files import keep
 from comfyui_l2p.l2p_core.cluster.generate import check_record
 from PIL import Image
+from serving import MISSING, image_of, serving
 
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None or sys.platform != "linux",
@@ -34,9 +38,13 @@ class Cluster:
             initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
         )
         self.address = self.local.address
-        self.second = self.local.add_node(num_cpus=1, wait=False)
+        self.add()
+
+    def add(self):
+        self.second = self.local.add_node(num_cpus=1)
 
     def kill(self):
+        self.second.kill_raylet(check_alive=False)  # at once; what is below takes a while
         self.local.remove_node(self.second, allow_graceful=False)
 
 
@@ -51,13 +59,18 @@ def pixels(folder):
     return {file.name: Image.open(file).tobytes() for file in folder.iterdir()}
 
 
+def wait_for(condition):
+    until = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
 def when_there_are(count, folder, act):
     """Act in a thread once the folder holds so many images."""
 
     def wait():
-        until = time.monotonic() + SECONDS
-        while len(list(folder.glob("*.png"))) < count and time.monotonic() < until:
-            time.sleep(0.01)
+        wait_for(lambda: len(list(folder.glob("*.png"))) >= count)
         act()
 
     thread = threading.Thread(target=wait)
@@ -101,6 +114,40 @@ def test_a_training_set_is_that_of_a_run_without_ray(cluster, tmp_path):
     assert main([*arguments, str(collected), "--ray", cluster.address, "--collect"]) == 0
     assert pixels(collected / "images") == pixels(alone / "images")
     assert (collected / "metadata.csv").read_text() == (alone / "metadata.csv").read_text()
+
+
+@needs_ray
+@pytest.mark.slow
+@pytest.mark.skipif(bool(MISSING), reason=f"{MISSING} come with the extra serve")
+def test_a_node_dies_and_every_request_is_answered_as_without_ray(cluster, tmp_path):
+    count, flags = 16, {"num_inference_steps": 20, "height": 32, "width": 32}
+    images = [tmp_path / f"00000-{seed}.png" for seed in range(count)]
+    wanted = ["--seed", "0", "--count", str(count), *FEW, "--steps", "20"]
+    assert main(["generate", "a red circle", *wanted, "-o", str(tmp_path)]) == 0
+    cluster.add()
+    with serving("--ray", cluster.address) as server, ThreadPoolExecutor(4) as clients:
+
+        def ask(seed):
+            return server.generate(prompt="a red circle", seed=seed, **flags)["data"]
+
+        answers = [clients.submit(ask, seed) for seed in range(count)]
+        answers[2].result()
+        cluster.kill()
+        for answer, file in zip(answers, images, strict=True):
+            (image,) = answer.result()
+            assert image_of(image["b64_json"]).tobytes() == Image.open(file).tobytes()
+        assert server.metric("l2p_worker_restarts_total") and not server.metric(
+            "l2p_failures_total"
+        )
+
+        connection = http.client.HTTPConnection(server.url.removeprefix("http://"))
+        body = {"prompt": "a red circle", "num_inference_steps": 100}
+        head = {"content-type": "application/json"}
+        connection.request("POST", "/v1/images/generations", json.dumps(body), head)
+        wait_for(lambda: server.metric("l2p_images_running") == 1)
+        connection.close()
+        wait_for(lambda: server.metric("l2p_cancelled_total") == 1)
+        assert server.generate(prompt="a red circle", **flags)["data"]
 
 
 @pytest.mark.parametrize(

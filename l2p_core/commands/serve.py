@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .arguments import add_checkpoint, add_pipeline, pipeline_arguments, print_bundled, require
+from .arguments import (
+    add_checkpoint,
+    add_pipeline,
+    add_ray,
+    check_ray,
+    pipeline_arguments,
+    print_bundled,
+    require,
+)
 
 
 def add_serve(commands: argparse._SubParsersAction) -> None:
@@ -69,6 +77,12 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
         help="waiting images of equal settings to generate at a time (default 1)",
     )
     add_pipeline(machine)
+    add_ray(machine, collect=False)
+    for name, help in (
+        ("min", "with --ray: model processes at least (default: as --max-replicas)"),
+        ("max", "with --ray: model processes under load (default: one for each GPU)"),
+    ):
+        machine.add_argument(f"--{name}-replicas", type=int, metavar="N", help=help)
     limits = parser.add_argument_group("limits")
     limits.add_argument(
         "--max-side",
@@ -105,6 +119,7 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
     def run(args: argparse.Namespace) -> None:
         needed = ("fastapi", "fastapi_offline", "uvicorn", "python_multipart", "prometheus_client")
         require("serve", needed)
+        check_ray(args)
         from ..options import PipelineOptions
         from ..serve.run import ServeOptions, read_gpus, read_key, serve
 
@@ -122,6 +137,9 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
             max_images=args.max_images,
             max_queue=args.max_queue,
             max_upload_mb=args.max_upload_mb,
+            ray=args.ray,
+            min_replicas=args.min_replicas,
+            max_replicas=args.max_replicas,
         )
         if args.checkpoint is None:
             print_bundled()

@@ -36,6 +36,9 @@ class ServeOptions:
     max_images: int = 10
     max_queue: int = 200
     max_upload_mb: float = 20
+    ray: str | None = None  # address of a Ray cluster, see `cluster.connect.connected`
+    min_replicas: int | None = None
+    max_replicas: int | None = None
 
 
 def serve(options: ServeOptions, model: PipelineOptions) -> None:
@@ -43,6 +46,9 @@ def serve(options: ServeOptions, model: PipelineOptions) -> None:
     import torch
 
     check_exposure(options)
+    check_replicas(options)
+    if options.ray is not None:
+        return serve_on_cluster(options, model, options.ray)
     devices = worker_devices(options)
     with listening(options.host, options.port) as listener:
         pipe = L2PPipeline.from_pretrained(**model.arguments, device="cpu")
@@ -50,6 +56,35 @@ def serve(options: ServeOptions, model: PipelineOptions) -> None:
             pipe.dtype = default_dtype(torch.device(devices[0]), pipe.layout.parameters)
         encoder_files(pipe.text_encoder_path)  # raises where there is none
         serve_on(listener, options, pipe, start_workers(devices, model))
+
+
+def serve_on_cluster(options: ServeOptions, model: PipelineOptions, address: str) -> None:
+    """Serve with the workers of a Ray cluster, until interrupted."""
+    from ..cluster.connect import connected
+    from ..cluster.replicas import replicas
+    from ..cluster.slots import find_slot, loaded_bytes
+
+    with listening(options.host, options.port) as listener, connected(address):
+        pipe = model.open("cpu")
+        slot = find_slot(None, loaded_bytes(pipe))
+        if model.arguments["torch_dtype"] is None:
+            pipe.dtype = slot.dtype(pipe)
+        elsewhere = model.for_another_machine(pipe.dtype)
+        least, most = options.min_replicas, options.max_replicas
+        with replicas(elsewhere, slot, least, most) as workers:
+            serve_on(listener, options, pipe, workers)
+
+
+def check_replicas(options: ServeOptions) -> None:
+    """Raise ValueError for flags that are for a Ray cluster, or not for one."""
+    if options.ray is None:
+        if options.min_replicas is not None or options.max_replicas is not None:
+            raise ValueError("--min-replicas and --max-replicas are for a Ray cluster; give --ray")
+    elif options.gpus is not None or options.workers != 1:
+        raise ValueError(
+            "--gpus and --workers are for one machine. With --ray, give --min-replicas and"
+            " --max-replicas"
+        )
 
 
 def serve_on(
