@@ -50,10 +50,10 @@ def main() -> None:
         "image",
         "tile",
         "peak, GiB",
-        "estimate",
-        "uncut",
+        "estimate, GiB",
+        "untiled, GiB",
         "seconds",
-        "of uncut",
+        "time relative to untiled",
         "largest difference",
     )
     print("|", " | ".join(columns), "|\n" + "|---" * len(columns) + "|")

@@ -69,7 +69,7 @@ def main() -> None:
         f" {total.bytes / 1e9:.0f} GB"
     )
     kinds = list(times(CARDS["H100 SXM"], counted))
-    print("| card | ms |", " | ".join(kinds), "| of peak | ms, main layers in INT8 |")
+    print("| card | ms |", " | ".join(kinds), "| share of peak FLOPS | ms, main layers in INT8 |")
     print("|---" * (len(kinds) + 4) + "|")
     for name, card in CARDS.items():
         by_kind = times(card, counted)

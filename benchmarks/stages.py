@@ -6,7 +6,7 @@ bundled model.
         (to four times, a quarter of an hour)
 
 right: percent of images that, shrunk to the trained size, the score calls right in everything.
-patch seam, window seam: the mean step from pixel to pixel across borders of patches, or of windows,
+patch seam, tile seam: the mean step from pixel to pixel across borders of patches, or of tiles,
 against that elsewhere. Only plain places count, where the last stage's start is even over a patch
 around; 1 is no seam. sharp: how steep outlines are against those of the same image enlarged by
 Lanczos alone: sum of squared steps by sum of steps."""
@@ -127,7 +127,7 @@ def main() -> None:
         )
 
     print(
-        f"{args.count} images, {trained} to {side} pixels\n\n| | right | patch seam | window seam"
+        f"{args.count} images, {trained} to {side} pixels\n\n| | right | patch seam | tile seam"
         " | sharp |\n|---|---|---|---|---|"
     )
     row(f"as drawn at {trained}, enlarged", start)

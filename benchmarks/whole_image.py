@@ -64,7 +64,7 @@ def main() -> None:
 
     print(row("4K model", plan(4096, 50), 64), flush=True)
     for redraw in (INTERPOLATED, TILED):
-        for scale, guidance in ((0.0, ""), (1.0, ", guidance 1")):
+        for scale, guidance in ((0.0, ""), (1.0, ", guidance scale 1")):
             stages = plan(1024, 30, stages=args.stages, redraw=redraw, stage_cfg_scale=scale)
             print(row(f"1K model, {redraw}{guidance}", stages, 16), flush=True)
 
