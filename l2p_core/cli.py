@@ -105,7 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.set_defaults(
         when_full=(
             "Try --free-text-encoder, --offload, a smaller --batch or size, --redraw tiled, or"
-            " the INT8 checkpoint; --estimate tells what each takes"
+            " the INT8 checkpoint; --estimate prints the peak memory of each"
         )
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

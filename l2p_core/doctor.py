@@ -60,7 +60,7 @@ def examine(
 ) -> Iterator[Finding]:
     """Yield the findings about this installation, or about a checkpoint where one is given.
 
-    image, prompt: what the proof denoises; by default a scene that is drawn. other: a second
+    image, prompt: what the proof denoises; by default a scene that is rendered. other: a second
     checkpoint of the same model, whose velocity is compared, such as INT8 against BF16."""
     yield from environment()
     if checkpoint is None:
@@ -321,7 +321,7 @@ def proof_scene(
     height: int,
     width: int,
 ) -> tuple[Image.Image, str]:
-    """Return the image that is denoised, and its prompt: the user's, else a scene that is drawn."""
+    """Return the image that is denoised, and its prompt: the user's, else a rendered scene."""
     if isinstance(image, Image.Image):
         return image.convert("RGB").resize((width, height)), prompt or ""
     if image is not None:

@@ -1,5 +1,5 @@
-"""Which part of a pipeline stays in an accelerator's memory: one decision for `l2p generate`, its
-`--estimate` and everything else that uses `L2PPipeline`."""
+"""The placement of a pipeline: which parts stay on the GPU and which are offloaded. One decision
+for `l2p generate`, its `--estimate` and everything else that uses `L2PPipeline`."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,12 +16,12 @@ class Needs(NamedTuple):
 
     text_encoder: int
     model: int
-    streamed: int  # of the model, where its blocks are streamed
+    streamed: int  # of the model, if it is offloaded
     passing: Callable[[int | None], int]  # decoder tile → images and what passes
 
 
 class Placement(NamedTuple):
-    """What stays in the accelerator's memory."""
+    """What stays on the GPU, and what is offloaded."""
 
     free_text_encoder: bool
     offload: bool
@@ -42,8 +42,8 @@ def place(
 
     free: bytes of free memory, None where nothing has to fit (a CPU). free_text_encoder, offload,
     decoder_tile: what the user asked for; None leaves it open. can_stream: whether diffusers, which
-    streams, is installed. Tried in this order: everything stays; the text encoder is freed after
-    the prompts are encoded; the decoder works in smaller tiles; the model's blocks are streamed.
+    offloads, is installed. Tried in this order: everything stays; the text encoder is freed after
+    the prompts are encoded; the decoder works in smaller tiles; the model is offloaded.
     A text encoder that does not fit even alone works on the CPU. Where nothing fits, the smallest
     is returned, and the reason says so."""
     if free is None:

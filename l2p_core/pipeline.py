@@ -180,7 +180,7 @@ class L2PPipeline:
         free_text_encoder: bool | None = None,
         free: int | None = None,
     ) -> Placement:
-        """Choose what stays in the accelerator's memory, by `fit.place`, for images of these
+        """Choose what stays on the accelerator, by `fit.place`, for images of these
         settings.
 
         free_text_encoder: None where that is left open. free: bytes of free memory to plan for; by

@@ -12,7 +12,7 @@ from typing import Any, get_args
 MAX_SIDE = 16384  # pixels; the largest published model generates 10240
 MAX_BATCH = 4096  # images at a time
 MAX_COUNT = 1_000_000  # images of one run
-HALF_A_CHARACTER = ", which holds half of a character such as an emoji (a lone surrogate)"
+HALF_A_CHARACTER = ", which holds an unpaired surrogate, half of a character such as an emoji"
 # How an image above the trained resolution is refined; the first is the default.
 REFINEMENTS = INTERPOLATED, TILED, EXTRAPOLATED = "interpolated", "tiled", "extrapolated"
 

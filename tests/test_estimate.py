@@ -119,7 +119,7 @@ def test_without_diffusers_nothing_is_streamed():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("free, words", [(10**9, "stays"), (10**6, "streamed")])
+@pytest.mark.parametrize("free, words", [(10**9, "stays"), (10**6, "offloaded")])
 def test_a_full_device_still_draws_the_same(tmp_path, monkeypatch, capsys, free, words):
     """The CPU stands in for an accelerator with so many free bytes."""
     plain, placed = tmp_path / "plain.png", tmp_path / "placed.png"
@@ -148,7 +148,7 @@ def test_python_makes_room_before_it_loads_the_model(monkeypatch):
 @pytest.mark.slow
 def test_an_estimate_plans_for_a_given_memory(capsys):
     assert main(["generate", "--estimate", "--memory", "0.5"]) == 0
-    assert "streamed" in capsys.readouterr().out
+    assert "offloaded" in capsys.readouterr().out
     assert main(["generate", "--estimate", "--memory", "-1"]) == 1
 
 

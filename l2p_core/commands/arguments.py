@@ -136,9 +136,9 @@ def add_ray(machine: argparse._ActionsContainer, collect: bool = True) -> None:
         const="",
         metavar="ADDRESS",
         help=(
-            "use all GPUs of a Ray cluster: HOST:PORT of one that this machine belongs to; without"
-            " ADDRESS that of RAY_ADDRESS, or Ray on this machine alone. Needs pip install"
-            " 'comfyui-l2p[ray]'"
+            "use all GPUs of the Ray cluster at HOST:PORT, to which this machine belongs; without"
+            " ADDRESS, of the cluster that RAY_ADDRESS names, or of this machine alone. Needs pip"
+            " install 'comfyui-l2p[ray]'"
         ),
     )
     if collect:

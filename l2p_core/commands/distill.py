@@ -33,7 +33,7 @@ def add_distill(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--memory",
         choices=CARDS,
-        help="choose the settings that a GPU of this memory needs, as l2p train does",
+        help="choose settings that fit a GPU with this much memory, as for l2p train",
     )
     add_knobs(parser, DistillConfig, without=UNUSED)
 

@@ -106,8 +106,8 @@ class Recorded(NamedTuple):
 
 
 def split_packed_lora(lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Split the changes of packed q, k and v into one change for each, named in the file's own
-    dialect.
+    """Split the changes of packed q, k and v into one change for each, under the file's own
+    tensor names.
 
     Takes LoRA, LoHa, LoKr (with DoRA scales) and full differences; what acts on all rows at once,
     such as OFT, stays as it is."""

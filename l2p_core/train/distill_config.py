@@ -39,8 +39,8 @@ class DistillConfig(TrainConfig):
     checkpoint: str = knob("", "the teacher, a whole L2P model; the student starts from it")
     prompts: str = knob(
         "",
-        "a file of prompts, as l2p generate --prompts takes it; its columns height and width hold"
-        " for their row",
+        "a prompt file, as for l2p generate --prompts; its columns height and width apply to"
+        " their row",
     )
     student_steps: int = knob(
         8,
@@ -57,28 +57,31 @@ class DistillConfig(TrainConfig):
     cache: str = knob("", "folder for encoded prompts (default: encodings/ in the run's folder)")
     height: int = knob(0, "pixels; 0 for the trained resolution", high=MAX_SIDE)
     width: int = knob(0, "pixels; 0 for the trained resolution", high=MAX_SIDE)
-    batch: int = knob(1, "prompts a process takes through the model at once", high=MAX_BATCH)
+    batch: int = knob(1, "prompts per process and pass", high=MAX_BATCH)
     accumulate: int = knob(
-        8, "batches to a step, each at another sigma: their gradients are averaged"
+        8, "batches per step, each at another sigma: their gradients are averaged"
     )
-    steps: int = knob(2000, "optimizer steps in all")
-    seed: int = knob(0, "of the order of prompts, the sigmas and the noise", high=2**64 - 1)
-    shift: float = knob(3.0, "of the sigma schedule, which the student's images need too")
+    steps: int = knob(2000, "total number of optimizer steps")
+    seed: int = knob(0, "seed of the order of prompts, the sigmas and the noise", high=2**64 - 1)
+    shift: float = knob(
+        3.0, "shift of the sigma schedule; generate the student's images with the same"
+    )
     schedule: str = knob(
         "linear",
-        "learning rate: linear and cosine fall to 0 at the end; constant; published, a third of it"
-        " for five steps",
+        "learning-rate schedule: linear and cosine decay to 0; constant; published, a third of the"
+        " rate for the first five steps",
         choices=("linear", "cosine", "constant", "published"),
     )
-    weight_decay: float = knob(0.0, "on every parameter")
-    max_grad_norm: float = knob(1.0, "gradients longer than this are shortened to it; 0: never")
+    weight_decay: float = knob(0.0, "weight decay of every parameter")
+    max_grad_norm: float = knob(1.0, "clip gradients to this norm; 0: no clipping")
     sample_prompts: tuple[str, ...] = knob(
-        (), "generated each time from the same noise (default: the first four prompts)"
+        (),
+        "prompts of the samples, with the same noise each time (default: the first four prompts)",
     )
     held_out: int = knob(
         0,
-        "prompts, drawn by the seed, that are never trained on; every sample_every steps their"
-        " loss goes to held_out.csv and loss.png",
+        "number of prompts in the validation set, chosen by the seed. Every sample_every steps the"
+        " validation loss is written to held_out.csv and loss.png",
     )
 
     def __post_init__(self) -> None:

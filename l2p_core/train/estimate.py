@@ -36,7 +36,7 @@ def estimate(config: TrainConfig) -> dict[str, int]:
     "in all"; then what it keeps in the CPU's memory, where a GPU's is meant by the rest.
 
     Reads the checkpoint's header alone, and neither the data nor the text encoder: images are of
-    `height` x `width`, or of the checkpoint's trained size shrunk to `max_pixels`; captions of 512
+    `height` x `width`, or of the trained resolution, resized to `max_pixels`; captions of 512
     tokens. The kernels are a GPU's, unless `device` is cpu. Raises CheckpointError, and ValueError
     where `shard` is set."""
     if config.shard:
