@@ -35,14 +35,14 @@ def test_a_fault_shows_and_leaves_no_trace(pipe, right, name):
     with FAULTS[name](pipe) as settings:
         wrong = generated(pipe, **settings)
     assert (np.abs(wrong - right).max() > 0) == (name != "none")
-    if name in ("time reversed", "one main layer zeroed", "prompts swapped in a batch"):
+    if name in ("timestep reversed", "one main layer zeroed", "prompts swapped in a batch"):
         assert np.abs(wrong - right).mean() > 1  # of 255
     assert np.array_equal(generated(pipe), right)
 
 
 LOST = {  # percent right that a fault leaves at most, of the table in l2p_core/shapes/README.md
     "noise scaled by 0.9": 50,
-    "time reversed": 0,
+    "timestep reversed": 0,
     "guidance on the wrong sign": 0,
     "one main layer zeroed": 0,
     "decoder tile of 32 pixels without overlap": 75,
