@@ -17,7 +17,7 @@ export const TEXTS = {
     random: "random",
     reuse_seed: "Reuse seed",
     input_image: "Input image",
-    mask_hint: "Paint what is to be generated. Without paint, the whole image changes.",
+    mask_hint: "Paint the mask over the part to generate. Without a mask, the whole image changes.",
     brush: "Brush",
     erase: "erase",
     undo: "Undo",
