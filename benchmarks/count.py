@@ -248,13 +248,14 @@ class FusedRotation(Hooks):
 
 
 def in_comfyui(config: L2PConfig, size: int, prompts: tuple[int, int]) -> Counter:
-    """Two passes of this project's network as its nodes run it in ComfyUI on a GPU."""
+    """A guided step of this project's network as its nodes run it in ComfyUI on a GPU."""
     model = build(config)
     image = torch.empty(1, 3, size, size, dtype=torch.bfloat16, device="meta")
     with counting(model) as counter:
-        for length in prompts:
-            time = torch.empty(1, device="meta")
-            model(image, time, [prompt_of(config, length)], FusedRotation(counter))
+        hooks, time = FusedRotation(counter), torch.empty(1, device="meta")
+        model.predict_each(
+            image, time, [([prompt_of(config, length)], hooks) for length in prompts]
+        )
     return counter
 
 

@@ -195,10 +195,49 @@ class L2PNetwork(L2PTransformer):
             real = attention_mask.bool().expand(len(image), -1)
             prompts = [prompt[mask] for prompt, mask in zip(prompts, real)]
         transformer_options["total_blocks"] = len(self.layers)
-        predicted = self.predict(
-            image, 1 - timesteps, prompts, ComfyHooks(image, transformer_options)
+        count = prompts_of_an_image(image, timesteps, transformer_options)
+        image, timesteps = image[: len(image) // count], timesteps[: len(image) // count]
+        predicted = self.predict_each(
+            image,
+            1 - timesteps,
+            [
+                (prompts[start : start + len(image)], ComfyHooks(image, transformer_options))
+                for start in range(0, len(prompts), len(image))
+            ],
         )
-        return -predicted[..., :height, :width]
+        return -torch.cat(predicted)[..., :height, :width]
+
+
+def prompts_of_an_image(image: Tensor, timesteps: Tensor, options: dict) -> int:
+    """Return for how many prompts a batch repeats the same images, so that what does not depend on
+    the prompt is computed once: 2 in a guided step, 1 where nothing is to be shared.
+
+    Nothing is shared where a node has patched blocks or attention, which expects ComfyUI's batch.
+    image: (B, 3, H, W), one part of it for each of ComfyUI's `cond_or_uncond`."""
+    count = len(options.get("cond_or_uncond", ()))
+    patched = ("patches", "patches_replace", "optimized_attention_override")
+    if count < 2 or len(image) % count or any(options.get(each) for each in patched):
+        return 1
+    parts = zip(image.chunk(count), timesteps.chunk(count))
+    (first, time), *others = parts
+    same = all(torch.equal(first, each) and torch.equal(time, other) for each, other in others)
+    return count if same else 1
+
+
+class PromptCond(comfy.conds.CONDRegular):
+    """Prompt embeddings (B, L, cap_feat_dim), or their mask (B, L). Of another length, they are
+    padded with zeros where a batch has several: never repeated, as core does for cross attention.
+    """
+
+    def can_concat(self, other: "PromptCond") -> bool:
+        """Whether a batch can have both."""
+        mine, others = self.cond, other.cond
+        return mine.shape[2:] == others.shape[2:] and mine.device == others.device
+
+    def concat(self, others: list["PromptCond"]) -> Tensor:
+        """Return one batch of all."""
+        rows = [row for each in (self, *others) for row in each.cond]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 class L2PModel(comfy.model_base.BaseModel):
@@ -211,8 +250,7 @@ class L2PModel(comfy.model_base.BaseModel):
         super().__init__(model_config, model_type, device=device, unet_model=L2PNetwork)
 
     def extra_conds(self, **kwargs) -> dict:
-        """Prompt embeddings, which are never repeated to another length, and their mask where a
-        prompt was padded."""
+        """Prompt embeddings and their mask, which says what was padded."""
         if kwargs.get("reference_latents") or kwargs.get("unclip_conditioning"):
             raise ValueError(
                 "the conditioning carries reference images, which L2P models were not trained with."
@@ -220,10 +258,10 @@ class L2PModel(comfy.model_base.BaseModel):
             )
         out = super().extra_conds(**kwargs)
         if (prompts := kwargs.get("cross_attn")) is not None:
-            out["c_crossattn"] = comfy.conds.CONDRegular(prompts)
-        mask = kwargs.get("attention_mask")
-        if mask is not None and not mask.all():
-            out["attention_mask"] = comfy.conds.CONDRegular(mask)
+            out["c_crossattn"] = PromptCond(prompts)
+            mask = kwargs.get("attention_mask")
+            mask = prompts.new_ones(prompts.shape[:2]) if mask is None else mask
+            out["attention_mask"] = PromptCond(mask.int())
         return out
 
     def memory_required(self, input_shape: list[int], cond_shapes: dict = {}) -> float:

@@ -575,6 +575,38 @@ def images_in_flight(path: str, size: int) -> float:
     return max(counts) / (3 * size**2 * 4)
 
 
+def guided_step(path: str, output: str, size: int, patched: bool) -> list[int]:
+    """Sample one guided step, prompts of 5 and 40 tokens, and write its latent. Returns the number
+    of images in each run of the noise refiner. patched: beside a patch that changes nothing."""
+    model, batches = load(path, "diffusion")[0].clone(), []
+    if patched:
+        model.set_model_patch(lambda given: {}, "double_block")
+    network = model.model.diffusion_model
+    handle = network.noise_refiner[0].register_forward_pre_hook(
+        lambda _, args: batches.append(len(args[0]))
+    )
+    generator = torch.Generator().manual_seed(0)
+    positive, negative = (
+        [[torch.randn(1, length, network.config.cap_feat_dim, generator=generator), {}]]
+        for length in (40, 5)
+    )
+    noise = torch.randn(2, 3, size, size, generator=generator)
+    latent = comfy.sample.sample_custom(
+        model,
+        noise,
+        2.0,
+        comfy.samplers.sampler_object("euler"),
+        torch.tensor([0.9, 0.5]),
+        positive,
+        negative,
+        torch.zeros_like(noise),
+        disable_pbar=True,
+    )
+    handle.remove()
+    save_file({"latent": latent.contiguous()}, output)
+    return batches
+
+
 def shortage(path: str, have: int, batch_size: int, **settings) -> str | None:
     """What the sampler says of that generating on a device of so many bytes."""
     sampler = of_pack("nodes.sample")

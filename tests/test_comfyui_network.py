@@ -99,6 +99,32 @@ def test_prompts_padded_to_one_length_give_what_each_gives_alone(
     assert rms(found[:1] - unmasked, unmasked) > 1e-2
 
 
+@pytest.mark.parametrize("size, shared", [(64, [2, 2]), (128, [2])])
+def test_a_guided_step_computes_once_what_its_prompts_share(
+    comfyui, write, output, tiny_weights, tiny_model, size, shared
+):
+    """16 patches are padded to 32 and refined for each prompt; 64 are not padded. A patch sees
+    ComfyUI's batch. Both give what the library gives."""
+    path, found = write(tiny_weights), []
+    for patched, batches in ((False, shared), (True, [4])):
+        seen = comfyui.call("guided_step", path=path, output=output, size=size, patched=patched)
+        assert seen == batches
+        found.append(load_file(output)["latent"])
+    assert rms(found[0] - found[1], found[1]) < 1e-6
+
+    generator, width = torch.Generator().manual_seed(0), tiny_model.config.cap_feat_dim
+    positive, negative = (torch.randn(1, length, width, generator=generator) for length in (40, 5))
+    x = 0.9 * torch.randn(2, 3, size, size, generator=generator)
+    with torch.no_grad():
+        with_prompt, without = (
+            -tiny_model(x, torch.full((2,), 0.1), [*prompt, *prompt])
+            for prompt in (positive, negative)
+        )
+    velocity = without + 2 * (with_prompt - without)
+    expected = (x - 0.4 * velocity) / 0.5  # as the sampler scales it at the end
+    assert rms(found[0] - expected, expected) < 1e-5
+
+
 @pytest.mark.parametrize(
     "rope", [{"scale_x": 0.5, "scale_y": 0.25}, {"shift_x": 3.0, "shift_y": 7.0, "scale_x": 2.0}]
 )
