@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from comfyui_l2p.l2p_core import L2PPipeline
 from comfyui_l2p.l2p_core.images import to_pixels
-from comfyui_l2p.l2p_core.settings import REFINEMENTS
+from comfyui_l2p.l2p_core.settings import ATTENTIONS, REFINEMENTS, WHOLE
 from comfyui_l2p.l2p_core.shapes.scenes import test_scenes
 from comfyui_l2p.l2p_core.shapes.score import score
 from comfyui_l2p.l2p_core.stages import enlarge, windows
@@ -82,6 +82,7 @@ def main() -> None:
         default=[0.0],
         help="guidance scales of the later stages; default 0, that of the first",
     )
+    parser.add_argument("--attentions", nargs="*", choices=ATTENTIONS, default=[WHOLE])
     args = parser.parse_args()
     pipe = L2PPipeline.from_pretrained(torch_dtype=torch.float32)
     scenes = test_scenes(args.count)
@@ -133,7 +134,9 @@ def main() -> None:
     row(f"as drawn at {trained}, enlarged", start)
     for shift in args.shifts:
         row(f"drawn at {side} at once, shift {shift:g}", draw(height=side, width=side, shift=shift))
-    for redraw, strength, guidance in product(args.redraws, args.strengths, args.guidance):
+    for redraw, strength, guidance, attention in product(
+        args.redraws, args.strengths, args.guidance, args.attentions
+    ):
         drawn = draw(
             stages=args.stages,
             height=side,
@@ -141,9 +144,11 @@ def main() -> None:
             stage_strength=strength,
             redraw=redraw,
             stage_cfg_scale=guidance,
+            stage_attention=attention,
         )
-        of_guidance = f", guidance {guidance:g}" if guidance else ""
-        row(f"{redraw}, strength {strength:g}{of_guidance}", drawn)
+        name = f"{redraw}, strength {strength:g}"
+        name += f", guidance {guidance:g}" if guidance else ""
+        row(name + f", {attention} attention" * (attention != WHOLE), drawn)
 
 
 if __name__ == "__main__":

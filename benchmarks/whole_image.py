@@ -9,8 +9,9 @@ on two cards (`roofline.py`, no measurement). The first row is the 4K model, in 
 import argparse
 from collections.abc import Iterator
 from functools import cache
+from itertools import product
 
-from comfyui_l2p.l2p_core.settings import INTERPOLATED, TILED, CompleteSettings
+from comfyui_l2p.l2p_core.settings import INTERPOLATED, LOCAL, TILED, WHOLE, CompleteSettings
 from comfyui_l2p.l2p_core.stages import Stage, plan_stages, windows
 from count import NEGATIVE_PROMPT, PROMPT, Counter, ours, published_config
 from roofline import CARDS, times
@@ -19,10 +20,11 @@ SHOWN = "H100 SXM", "RTX 4090"
 
 
 @cache
-def step(patch: int, size: int, guided: bool) -> Counter:
-    """One step at that size."""
-    scale = 2.0 if guided else 1.0
-    return ours(published_config(patch), size, (PROMPT, NEGATIVE_PROMPT), scale)
+def step(patch: int, size: int, guided: bool, neighbourhood: int) -> Counter:
+    """One step at that size. neighbourhood: in tokens, or 0."""
+    scale, prompts = 2.0 if guided else 1.0, (PROMPT, NEGATIVE_PROMPT)
+    config = published_config(patch)
+    return ours(config, size, prompts, scale, neighbourhood=neighbourhood)
 
 
 def steps_of(plan: list[Stage], patch: int) -> Iterator[tuple[int, Counter]]:
@@ -30,7 +32,8 @@ def steps_of(plan: list[Stage], patch: int) -> Iterator[tuple[int, Counter]]:
     for stage in plan:
         tiles = windows(stage.height, stage.width, stage.window, patch)
         size = stage.window or stage.height
-        yield stage.steps * len(tiles), step(patch, size, stage.cfg_scale != 1)
+        guided, neighbourhood = stage.cfg_scale != 1, stage.neighbourhood // patch
+        yield stage.steps * len(tiles), step(patch, size, guided, neighbourhood)
 
 
 def row(name: str, plan: list[Stage], patch: int) -> str:
@@ -63,10 +66,12 @@ def main() -> None:
         return plan_stages(complete, (trained, trained), 64)
 
     print(row("4K model", plan(4096, 50), 64), flush=True)
-    for redraw in (INTERPOLATED, TILED):
-        for scale, guidance in ((0.0, ""), (1.0, ", guidance scale 1")):
-            stages = plan(1024, 30, stages=args.stages, redraw=redraw, stage_cfg_scale=scale)
-            print(row(f"1K model, {redraw}{guidance}", stages, 16), flush=True)
+    ways = ((INTERPOLATED, WHOLE), (INTERPOLATED, LOCAL), (TILED, WHOLE))
+    for (redraw, attention), scale in product(ways, (0.0, 1.0)):
+        options = {"redraw": redraw, "stage_attention": attention, "stage_cfg_scale": scale}
+        name = f"1K model, {redraw}{', local attention' * (attention == LOCAL)}"
+        stages = plan(1024, 30, stages=args.stages, **options)
+        print(row(f"{name}{', guidance scale 1' * (scale == 1)}", stages, 16), flush=True)
 
 
 if __name__ == "__main__":

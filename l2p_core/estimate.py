@@ -106,6 +106,7 @@ def passing(
             last.cfg_scale,
             batch_guidance=pipe.batch_guidance,
             decoder_tile=decoder_tile,
+            neighbourhood=last.neighbourhood // layout.config.patch_size,
         )
         asked: set[float] = set()
 

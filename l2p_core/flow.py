@@ -6,6 +6,7 @@ model takes the time t = 1 - sigma and predicts image - noise, the negative velo
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +56,7 @@ def guided_velocity(
     batch_guidance: bool = False,
     rope_scale: float = 1.0,
     decoder_tile: int | None = None,
+    neighbourhood: int = 0,
 ) -> Velocity:
     """Return the model's velocity with classifier-free guidance: negative + scale * (positive -
     negative).
@@ -65,19 +67,18 @@ def guided_velocity(
     cache count; with the cache, use the velocity for one image or batch only. bf16_rounding: round
     the timestep as the published bfloat16 pipeline does, by up to 0.003. batch_guidance: evaluate
     both prompts in one batch of twice the size. rope_scale: RoPE interpolation factor.
-    decoder_tile: as `LocalDecoder.forward` takes it."""
-    scales = (rope_scale, rope_scale)
+    decoder_tile: as `LocalDecoder.forward` takes it. neighbourhood: as `Hooks` takes it."""
 
     def hooks() -> Hooks:
+        common: dict[str, Any] = {
+            "rope_scale": (rope_scale, rope_scale),
+            "decoder_tile": decoder_tile,
+            "same_prompts": True,
+            "neighbourhood": neighbourhood,
+        }
         if not settings.cache_threshold:
-            return Hooks(rope_scale=scales, decoder_tile=decoder_tile, same_prompts=True)
-        return StepCache(
-            settings.cache_threshold,
-            model.config.n_layers,
-            rope_scale=scales,
-            decoder_tile=decoder_tile,
-            same_prompts=True,
-        )
+            return Hooks(**common)
+        return StepCache(settings.cache_threshold, model.config.n_layers, **common)
 
     of_positive, of_negative, of_both = hooks(), hooks(), hooks()
 

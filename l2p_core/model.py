@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .config import L2PConfig
 from .decoder import LocalDecoder
+from .neighbourhoods import Neighbourhoods, attend_in_neighbourhoods
 
 TOKEN_MULTIPLE = 32  # image and prompt tokens are each padded to a multiple of this
 NORM_EPS = 1e-5
@@ -39,15 +40,20 @@ class Hooks:
         rope_shift: tuple[float, float] = (0.0, 0.0),
         decoder_tile: int | None = None,
         same_prompts: bool = False,
+        neighbourhood: int = 0,
     ):
         """rope_scale: RoPE interpolation of rows and columns, below 1 for images above the trained
         resolution. rope_shift: added to the scaled rows and columns. decoder_tile: as
         `LocalDecoder.forward` takes it. same_prompts: all passes with these hooks have the same
-        prompts and weights, so that prompts are refined once."""
+        prompts and weights, so that prompts are refined once. neighbourhood: side in tokens of the
+        windows that image tokens attend within, see `neighbourhoods`; 0 for the whole image."""
         self.rope_scale = rope_scale
         self.rope_shift = rope_shift
         self.decoder_tile = decoder_tile
         self.same_prompts = same_prompts
+        self.neighbourhood = neighbourhood
+        self.grid = 0, 0  # rows and columns of image tokens in this pass
+        self.windows: Neighbourhoods | None = None  # of the block that runs
         self._refined: Tensor | None = None
 
     def run_block(
@@ -62,6 +68,9 @@ class Hooks:
     ) -> Tensor:
         """Run one block of a stack: noise_refiner, context_refiner or layers. Returns the new x,
         (B, S, D)."""
+        side = 0 if stack == "context_refiner" else self.neighbourhood
+        local = 0 < side < max(self.grid)
+        self.windows = Neighbourhoods(*self.grid, side, index % 2 * side // 2) if local else None
         return block(x, rope, lengths, time, self)
 
     def refine_prompts(self, refine: Callable[[], Tensor]) -> Tensor:
@@ -83,6 +92,13 @@ class Hooks:
         positions."""
         rotated = rotate(attention.norm_q(q), rope).to(q.dtype)
         return rotated, rotate(attention.norm_k(k), rope).to(k.dtype)
+
+    def attend_in_windows(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
+        """`attend`, of image tokens within the block's windows where it has some."""
+        if self.windows is None:
+            return self.attend(q, k, v, lengths)
+        attend = partial(self.attend, lengths=None)
+        return attend_in_neighbourhoods(attend, q, k, v, lengths, self.windows)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
         """Attention over (B, heads, S, head) → (B, S, D). lengths: see `member_lengths`."""
@@ -204,6 +220,7 @@ class L2PTransformer(nn.Module):
         refined_with: list[int] = []
         for number, (prompt_embeds, hooks) in enumerate(prompts):
             lengths = [padded(len(embeds)) for embeds in prompt_embeds]
+            hooks.grid = h, w
             rope_x, rope_prompt = self._rope(h, w, lengths, hooks, device)
 
             prompt = hooks.refine_prompts(
@@ -334,7 +351,9 @@ class Block(nn.Module):
             return x + gate_f * self.ffn_norm2(self.feed_forward(self.ffn_norm1(x) * scale_f))
 
         q, k, v = by_tokens(before, x, rope)  # each (B, S, heads, head)
-        attended = hooks.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), lengths)
+        attended = hooks.attend_in_windows(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), lengths
+        )
         del q, k, v
         return by_tokens(after, x, attended)
 

@@ -402,6 +402,7 @@ class L2PPipeline:
                 self.batch_guidance,
                 stage.rope_scale,
                 self.decoder_tile,
+                stage.neighbourhood // self.layout.config.patch_size,
             )
             if stage.window:
                 velocity = in_windows(velocity, stage.window, self.layout.config.size_multiple)

@@ -15,6 +15,8 @@ MAX_COUNT = 1_000_000  # images of one run
 HALF_A_CHARACTER = ", which holds an unpaired surrogate, half of a character such as an emoji"
 # How an image above the trained resolution is refined; the first is the default.
 REFINEMENTS = INTERPOLATED, TILED, EXTRAPOLATED = "interpolated", "tiled", "extrapolated"
+# What image tokens attend to there; the first is the default.
+ATTENTIONS = WHOLE, LOCAL = "whole", "local"
 
 
 def setting(default: object, help: str, **about: object) -> Any:
@@ -133,6 +135,13 @@ class Settings:
         " trained range",
         choices=REFINEMENTS,
         aliases={"squeezed": INTERPOLATED, "windows": TILED, "whole": EXTRAPOLATED},
+    )
+    stage_attention: str = setting(
+        WHOLE,
+        "what patches attend to where an image above the trained resolution is refined in one pass."
+        " whole: all of the image; local: a neighbourhood of the trained size, in a fraction of the"
+        " time",
+        choices=ATTENTIONS,
     )
     rand_device: str = setting(
         "cpu", "where the noise is generated; a GPU gives other noise for the same seed", inputs=()

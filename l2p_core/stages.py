@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .flow import Velocity
 from .images import to_images, to_pixels
-from .settings import INTERPOLATED, TILED, CompleteSettings
+from .settings import INTERPOLATED, LOCAL, TILED, CompleteSettings
 
 OVERLAP = 4  # neighbouring windows share a quarter of their side
 SMALLEST, LARGEST = (
@@ -32,6 +32,7 @@ class Stage(NamedTuple):
     window: int  # side in pixels of the tiles it is generated in; 0 for the whole image at once
     rope_scale: float  # RoPE interpolation factor of rows and columns
     cfg_scale: float  # guidance scale; 1 is no guidance
+    neighbourhood: int  # side in pixels that patches attend within; 0 for the whole image
 
 
 def plan_stages(settings: CompleteSettings, trained: tuple[int, int], multiple: int) -> list[Stage]:
@@ -64,6 +65,7 @@ def plan_stages(settings: CompleteSettings, trained: tuple[int, int], multiple: 
         cfg_scale = settings.stage_cfg_scale if plan else 0
         above = math.sqrt(math.prod(size) / math.prod(trained)) if refines else 1.0
         tiled = settings.redraw == TILED and refines and max(size) > max(trained)
+        local = settings.stage_attention == LOCAL and above > 1 and not tiled
         interpolated = settings.redraw == INTERPOLATED and above > 1
         plan.append(
             Stage(
@@ -74,6 +76,7 @@ def plan_stages(settings: CompleteSettings, trained: tuple[int, int], multiple: 
                 max(trained) if tiled else 0,
                 1 / above if interpolated else 1.0,
                 cfg_scale or settings.cfg_scale,
+                max(trained) if local else 0,
             )
         )
     return plan

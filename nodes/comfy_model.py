@@ -50,8 +50,9 @@ QWEN3_TOKENS = 151643  # words of Qwen3's own vocabulary at the least
 LANDMARK = "local_decoder.enc1.0.weight"  # in every L2P model, in no other
 ROTATED = 10  # times a run of tokens that rotating them in float32 holds beside, counted
 MARGIN = 1.1  # for what is small beside: RoPE tables, modulation, float32 inside norms
-# float32 images that ComfyUI's samplers hold for each one in a pass, counted: 13 with euler
-IMAGES_IN_FLIGHT = 14
+# float32 images that ComfyUI's samplers hold for each one in a pass, counted: 14 with euler
+IMAGES_IN_FLIGHT = 15
+NEIGHBOURHOOD = "l2p_neighbourhood"  # of transformer_options: what `Hooks` takes
 SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
@@ -64,6 +65,7 @@ class ComfyHooks(Hooks):
         super().__init__(
             rope_scale=(rope.get("scale_y", 1.0), rope.get("scale_x", 1.0)),
             rope_shift=(rope.get("shift_y", 0.0), rope.get("shift_x", 0.0)),
+            neighbourhood=options.get(NEIGHBOURHOOD, 0),
         )
         self.image, self.options = image, options
         self.patches = options.get("patches", {})

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..l2p_core.settings import FIELDS, REFINEMENTS, checked
 from ..l2p_core.stages import Stage, by_windows
+from .comfy_model import NEIGHBOURHOOD
 from .inputs import check_numbers, setting
 
 
@@ -18,6 +19,7 @@ class StageOptions(NamedTuple):
     stage_strength: float
     redraw: str
     stage_cfg_scale: float
+    stage_attention: str
 
 
 STAGES = io.Custom("L2P_STAGES")  # a StageOptions on the canvas
@@ -55,24 +57,35 @@ class L2PStages(io.ComfyNode):
                         " halves their time; 0 is cfg of L2P KSampler."
                     ),
                 ),
+                setting("stage_attention", optional=True),
             ],
             outputs=[STAGES.Output("stage_options")],
         )
 
     @classmethod
     def execute(
-        cls, stages: int, stage_denoise: float, redraw: str, stage_cfg: float = 0.0
+        cls,
+        stages: int,
+        stage_denoise: float,
+        redraw: str,
+        stage_cfg: float = ONE_STAGE.stage_cfg_scale,
+        stage_attention: str = ONE_STAGE.stage_attention,
     ) -> io.NodeOutput:
-        return io.NodeOutput(stages_of(stages, stage_denoise, redraw, stage_cfg))
+        return io.NodeOutput(stages_of(stages, stage_denoise, redraw, stage_cfg, stage_attention))
 
 
 def stages_of(
-    stages: int, stage_denoise: float, redraw: str, stage_cfg: float = 0.0
+    stages: int,
+    stage_denoise: float,
+    redraw: str,
+    stage_cfg: float = ONE_STAGE.stage_cfg_scale,
+    stage_attention: str = ONE_STAGE.stage_attention,
 ) -> StageOptions:
     """Return the options of these inputs, an older word of redraw as today's. Raises ValueError
     for NaN."""
     check_numbers(stage_strength=stage_denoise, stage_cfg_scale=stage_cfg)
-    return StageOptions(stages, stage_denoise, str(checked("redraw", redraw)), stage_cfg)
+    redraw = str(checked("redraw", redraw))
+    return StageOptions(stages, stage_denoise, redraw, stage_cfg, stage_attention)
 
 
 def note_on_older_inputs(options: StageOptions) -> str | None:
@@ -90,8 +103,11 @@ def note_on_older_inputs(options: StageOptions) -> str | None:
 def for_stage(model, stage: Stage, multiple: int):
     """The model as it generates this stage."""
     model = model.clone()
+    options = model.model_options["transformer_options"]
+    if stage.neighbourhood:
+        patch = model.model.diffusion_model.config.patch_size
+        options[NEIGHBOURHOOD] = stage.neighbourhood // patch
     if stage.rope_scale != 1:
-        options = model.model_options["transformer_options"]
         rope = options.get("rope_options", {})  # a ScaleROPE node's
         options["rope_options"] = rope | {
             name: rope.get(name, 1.0) * stage.rope_scale for name in ("scale_x", "scale_y")

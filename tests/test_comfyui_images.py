@@ -200,9 +200,10 @@ def test_inpaint_keeps_what_is_not_masked(comfyui_server, pipe, image, mask, sam
 
 
 @pytest.mark.parametrize(
-    "redraw, guidance", [("interpolated", 1), ("tiled", 0), ("extrapolated", 0)]
+    "redraw, guidance, attention",
+    [("interpolated", 1, "local"), ("tiled", 0, "whole"), ("extrapolated", 0, "whole")],
 )
-def test_stages(comfyui_server, pipe, redraw, guidance):
+def test_stages(comfyui_server, pipe, redraw, guidance, attention):
     expected = pipe(
         PROMPT,
         num_inference_steps=6,
@@ -213,10 +214,12 @@ def test_stages(comfyui_server, pipe, redraw, guidance):
         stage_strength=0.5,
         redraw=redraw,
         stage_cfg_scale=guidance,
+        stage_attention=attention,
     )
     request = graph(width=192, height=144, stage_options=["stages", 0])
     options = {"stages": 2, "stage_denoise": 0.5, "redraw": redraw, "stage_cfg": guidance}
-    request["stages"] = {"class_type": "L2PStages", "inputs": options}
+    inputs = {**options, "stage_attention": attention}
+    request["stages"] = {"class_type": "L2PStages", "inputs": inputs}
     assert_same(comfyui_server.run(request), [expected])
 
 

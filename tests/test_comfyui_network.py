@@ -110,7 +110,8 @@ def test_a_guided_step_computes_once_what_its_prompts_share(
         seen = comfyui.call("guided_step", path=path, output=output, size=size, patched=patched)
         assert seen == batches
         found.append(load_file(output)["latent"])
-    assert rms(found[0] - found[1], found[1]) < 1e-6
+    # guidance and the last sigma multiply the rounding of a pass by about 4
+    assert rms(found[0] - found[1], found[1]) < 4e-6
 
     generator, width = torch.Generator().manual_seed(0), tiny_model.config.cap_feat_dim
     positive, negative = (torch.randn(1, length, width, generator=generator) for length in (40, 5))

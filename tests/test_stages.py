@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from comfyui_l2p.l2p_core import L2PPipeline
+from comfyui_l2p.l2p_core import L2PPipeline, model
 from comfyui_l2p.l2p_core.batch import is_generated
 from comfyui_l2p.l2p_core.images import save_image
 from comfyui_l2p.l2p_core.model import rope_of_image
@@ -42,14 +42,15 @@ def plan(height, width, trained=(1024, 1024), **settings):
 
 def test_each_stage_is_twice_the_one_before_it():
     assert plan(4096, 2048, stages=3, stage_strength=0.3, redraw="tiled") == [
-        Stage(1024, 512, 30, 1.0, 0, 1.0, 2),
-        Stage(2048, 1024, 9, 0.3, 1024, 1.0, 2),
-        Stage(4096, 2048, 9, 0.3, 1024, 1.0, 2),
+        Stage(1024, 512, 30, 1.0, 0, 1.0, 2, 0),
+        Stage(2048, 1024, 9, 0.3, 1024, 1.0, 2, 0),
+        Stage(4096, 2048, 9, 0.3, 1024, 1.0, 2, 0),
     ]
-    assert plan(4096, 4096, stages=3, stage_strength=0.3, stage_cfg_scale=1) == [
-        Stage(1024, 1024, 30, 1.0, 0, 1.0, 2),
-        Stage(2048, 2048, 9, 0.3, 0, 0.5, 1),
-        Stage(4096, 4096, 9, 0.3, 0, 0.25, 1),
+    later = {"stage_strength": 0.3, "stage_cfg_scale": 1, "stage_attention": "local"}
+    assert plan(4096, 4096, stages=3, **later) == [
+        Stage(1024, 1024, 30, 1.0, 0, 1.0, 2, 0),
+        Stage(2048, 2048, 9, 0.3, 0, 0.5, 1, 1024),
+        Stage(4096, 4096, 9, 0.3, 0, 0.25, 1, 1024),
     ]
     assert plan(
         1040,
@@ -59,13 +60,13 @@ def test_each_stage_is_twice_the_one_before_it():
         stages=2,
         stage_strength=0.1,
         redraw="extrapolated",
-    ) == [Stage(512, 512, 4, 0.5, 0, 1.0, 2), Stage(1040, 1040, 1, 0.1, 0, 1.0, 2)]
+    ) == [Stage(512, 512, 4, 0.5, 0, 1.0, 2, 0), Stage(1040, 1040, 1, 0.1, 0, 1.0, 2, 0)]
 
 
 @pytest.mark.parametrize("redraw", REFINEMENTS)
 def test_what_is_generated_from_noise_alone_is_generated_as_published(redraw):
     assert plan(2048, 2048, stage_strength=0.3, redraw=redraw) == [
-        Stage(2048, 2048, 30, 1.0, 0, 1.0, 2)
+        Stage(2048, 2048, 30, 1.0, 0, 1.0, 2, 0)
     ]
 
 
@@ -151,8 +152,18 @@ def test_positions_can_be_squeezed():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("redraw, guidance", [(INTERPOLATED, 1.0), (TILED, 0.0), (EXTRAPOLATED, 0)])
-def test_a_stage_redraws_the_one_before_it_enlarged(pipe, redraw, guidance):
+@pytest.mark.parametrize(
+    "redraw, guidance, attention",
+    [(INTERPOLATED, 1.0, "local"), (TILED, 0.0, "local"), (EXTRAPOLATED, 0.0, "whole")],
+)
+def test_a_stage_redraws_the_one_before_it_enlarged(pipe, monkeypatch, redraw, guidance, attention):
+    real, sides = model.attend_in_neighbourhoods, set()
+
+    def recorded(attend, *given):
+        sides.add(given[-1].side)
+        return real(attend, *given)
+
+    monkeypatch.setattr(model, "attend_in_neighbourhoods", recorded)
     calls = []
     drawn = pipe(
         PROMPT,
@@ -162,6 +173,7 @@ def test_a_stage_redraws_the_one_before_it_enlarged(pipe, redraw, guidance):
         width=144,
         redraw=redraw,
         stage_cfg_scale=guidance,
+        stage_attention=attention,
         callback=lambda *told: calls.append(told[:2]),
         **FEW,
     )
@@ -173,6 +185,7 @@ def test_a_stage_redraws_the_one_before_it_enlarged(pipe, redraw, guidance):
         denoising_strength=0.5,
         redraw=redraw,
         cfg_scale=guidance or None,
+        stage_attention=attention,
         **{**FEW, "num_inference_steps": 3},
     )
     assert np.abs(np.asarray(drawn, int) - np.asarray(again)).max() <= 1 and drawn.size == (
@@ -180,6 +193,7 @@ def test_a_stage_redraws_the_one_before_it_enlarged(pipe, redraw, guidance):
         192,
     )
     assert calls == [(done, 9) for done in range(9)]
+    assert sides == ({6} if redraw == INTERPOLATED else set())  # the trained 96 pixels
 
 
 OLDER = {"squeezed": "interpolated", "windows": "tiled", "whole": "extrapolated"}
