@@ -63,7 +63,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=95, help="of training (default 95)")
+    parser.add_argument("--steps", type=int, default=140, help="of training (default 140)")
     parser.add_argument("--count", type=int, default=300, help="prompts scored (default 300)")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
