@@ -237,7 +237,7 @@ class L2PPipeline:
         if self.streamed:
             stream_blocks(model, self.device)
         if self.compile_blocks:
-            for block in (*model.noise_refiner, *model.context_refiner, *model.layers):
+            for block in model.blocks:
                 block.compile(dynamic=True)  # one graph for all sizes and lengths of prompts
         return model
 
@@ -245,7 +245,11 @@ class L2PPipeline:
     def text_encoder(self) -> TextEncoder:
         """The text encoder, loaded when it is first used."""
         return TextEncoder.load(
-            self.text_encoder_path, self.tokenizer_path, self._encoder_device(), self.dtype
+            self.text_encoder_path,
+            self.tokenizer_path,
+            self._encoder_device(),
+            self.dtype,
+            self.layout.config.prompts,
         )
 
     def load_lora(self, file: str | Path, strength: float = 1.0) -> None:
@@ -266,10 +270,8 @@ class L2PPipeline:
 
     @property
     def defaults(self) -> Defaults:
-        """Published settings: 30 steps and guidance 2 at patch 16, 50 and 4 above; the size the
-        model was trained at."""
-        steps, guidance = (30, 2.0) if self.layout.config.patch_size == 16 else (50, 4.0)
-        return Defaults(steps, guidance, *self.layout.trained_size)
+        """Published settings, and the size the model was trained at."""
+        return Defaults(*self.layout.config.steps_and_guidance, *self.layout.trained_size)
 
     def read_prompt(self, prompt: str, seed: int) -> str:
         """Return the prompt that is encoded for an image of that seed.
@@ -439,7 +441,8 @@ class L2PPipeline:
             given["height"], given["width"] = self.size_for(
                 image, given.get("height"), given.get("width")
             )
-        settings = CompleteSettings(**{**self.defaults._asdict(), **given})
+        published = {**self.defaults._asdict(), "shift": self.layout.config.shift}
+        settings = CompleteSettings(**{**published, **given})
         self.check_size(settings.height, settings.width)
         usable_device(settings.rand_device)
         return settings
