@@ -15,8 +15,11 @@ from comfyui_l2p.l2p_core.backbones import FLUX2_KLEIN
 from comfyui_l2p.l2p_core.cli import main
 from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS
 from comfyui_l2p.l2p_core.decoder import LocalDecoder
+from comfyui_l2p.l2p_core.estimate import needs, passing
 from comfyui_l2p.l2p_core.files.layout import read_layout
 from comfyui_l2p.l2p_core.files.load import load_model
+from comfyui_l2p.l2p_core.flow import SOLVERS, guided_velocity, schedule
+from comfyui_l2p.l2p_core.meter import peak_bytes
 from comfyui_l2p.l2p_core.model import PUBLISHED
 from comfyui_l2p.l2p_core.pipeline import L2PPipeline
 from comfyui_l2p.l2p_core.text import TextEncoder
@@ -262,3 +265,45 @@ def test_a_lora_trains_beside_frozen_blocks_and_merges(klein, data, tmp_path):
             features.append(pipe.transformer.features(*inputs))
     assert rms(features[1] - features[0], features[0]) < 1e-5
     assert rms(features[2] - features[0], features[0]) > 1e-4
+
+
+@torch.no_grad()
+def test_int8_blocks_generate_as_the_whole_model(klein, tmp_path):
+    pytest.importorskip("comfy_kitchen")
+    small, out = klein / "small.safetensors", tmp_path / "int8.safetensors"
+    assert main(["quantize", str(small), "-o", str(out), "--preset", "small", "--verify"]) == 0
+    layout = read_layout(out)
+    eight_bits = {name for name, source in layout.tensors.items() if source.format}
+    linears = {
+        name
+        for name, tensor in load_file(small).items()
+        if "transformer_blocks." in name and tensor.dim() == 2
+    }
+    assert eight_bits == linears and len(linears) == 2 * 12 + 3 * 2
+    inputs = torch.randn(1, 3, 32, 48), torch.tensor([0.4]), [torch.randn(7, 24)]
+    whole, quantized = (load_model(file, dtype=torch.float32) for file in (small, out))
+    expected = whole.features(*inputs)
+    assert rms(quantized.features(*inputs) - expected, expected) < 0.05
+    assert main(["quantize", str(small), "-o", str(out)]) == 0
+    kept = {name for name, source in read_layout(out).tensors.items() if not source.format}
+    assert {name for name in linears if name.startswith("transformer_blocks.0.")} == kept & linears
+
+
+@torch.no_grad()
+def test_the_estimate_of_a_pass_is_what_it_holds(klein):
+    pipe = L2PPipeline.from_pretrained(
+        klein / "small.safetensors", klein, device="cpu", torch_dtype=torch.float32
+    )
+    settings = pipe.complete(
+        {"height": 256, "width": 256, "cfg_scale": 1, "num_inference_steps": 2}
+    )
+    model, prompt = pipe.transformer, torch.randn(512, 24)
+
+    def generate():
+        noise = torch.randn(1, 3, 256, 256)
+        velocity = guided_velocity(model, [prompt], [prompt], 1)
+        return SOLVERS[settings.sampler](velocity, noise, schedule(2))
+
+    peak, images = peak_bytes(generate)
+    assert passing(pipe, settings, 1, None) == pytest.approx(peak + images.nbytes, rel=0.1)
+    assert needs(pipe, settings, 1).model == sum(each.nbytes for each in model.parameters())
