@@ -143,7 +143,7 @@ def test_float8_that_was_simply_cast(compare, write, tiny_weights, loader):
 
 
 def test_a_stage_in_windows_asks_for_the_memory_of_one(comfyui):
-    """And for whole images beside it: fourteen in float32."""
+    """And for whole images beside it: fifteen in float32."""
 
     def asked(size, **options):
         return comfyui.call(
@@ -154,7 +154,7 @@ def test_a_stage_in_windows_asks_for_the_memory_of_one(comfyui):
         )
 
     windows = asked(192, stages=2, redraw="tiled")
-    assert windows - asked(96) == pytest.approx(14 * 3 * (192**2 - 96**2) * 4, abs=1)
+    assert windows - asked(96) == pytest.approx(15 * 3 * (192**2 - 96**2) * 4, abs=1)
     assert windows < asked(192, stages=2, redraw="extrapolated")
 
 
