@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .devices import memory_counter
+from .files.quantization import hadamard
 from .model import rope_of_image, rope_of_prompt
 
 
@@ -101,10 +102,8 @@ def shapes_only(*models: nn.Module):
     """Within it tensors have only a shape, the models' too, which may come from the meta device."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    tables = (
-        rope_of_image,
-        rope_of_prompt,
-    )  # they keep what they made, and here that has no numbers
+    # They keep what they made, and here that has no numbers.
+    tables = (rope_of_image, rope_of_prompt, hadamard)
     for table in tables:
         table.cache_clear()
     try:

@@ -9,9 +9,10 @@ from comfyui_l2p.l2p_core.cli import main
 from comfyui_l2p.l2p_core.devices import memory_counter
 from comfyui_l2p.l2p_core.estimate import estimate
 from comfyui_l2p.l2p_core.files.load import bytes_in_memory
+from comfyui_l2p.l2p_core.files.quantization import hadamard
 from comfyui_l2p.l2p_core.fit import RESERVE, SHARE, Needs, place
 from comfyui_l2p.l2p_core.flow import euler, guided_velocity, schedule
-from comfyui_l2p.l2p_core.meter import Meter, bytes_of, peak_on
+from comfyui_l2p.l2p_core.meter import Meter, bytes_of, peak_on, shapes_only
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
 from comfyui_l2p.l2p_core.settings import Settings
 from comfyui_l2p.quant.quantize import quantize
@@ -200,3 +201,11 @@ def test_an_accelerator_counts_its_own_peak(monkeypatch):
     )
     assert peak_on(torch.device("cuda"), run) == 2500
     assert peak_on(torch.device("cpu"), run) == 2000
+
+
+def test_counting_leaves_no_matrix_without_numbers():
+    """Whichever is asked for first, rotated weights are read after a count as before it."""
+    hadamard.cache_clear()
+    with shapes_only():
+        hadamard(16)
+    assert torch.equal(hadamard(16) @ hadamard(16).T, torch.eye(16))
