@@ -1,6 +1,7 @@
 """Work → actors of a Ray cluster, whoever is idle; again where one dies."""
 
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -61,8 +62,7 @@ class Pool(Generic[Work]):
             while waiting and self._idle:
                 self._give(self._idle.pop(), waiting.popleft())
             self._start(len(waiting))
-            done, _ = ray.wait(list(self._busy), timeout=POLL)
-            for reference in done:
+            for reference in self._done():
                 actor, piece = self._busy.pop(reference)
                 try:
                     result = ray.get(reference)
@@ -96,6 +96,17 @@ class Pool(Generic[Work]):
     @property
     def _running(self) -> bool:
         return any(piece is not None for _, piece in self._busy.values())
+
+    def _done(self) -> list[Any]:
+        """Wait for actors; return the references to what they have done."""
+        import ray
+
+        if self._busy:
+            return ray.wait(list(self._busy), timeout=POLL)[0]
+        print("l2p: the cluster has no machine left; waiting for one", file=sys.stderr)
+        while self._slot.count() < 1:
+            time.sleep(POLL)
+        return []
 
     def _give(self, actor: Any, piece: Work) -> None:
         self._busy[actor.run.remote(*self._pack(piece))] = actor, piece
