@@ -11,6 +11,7 @@ install -e ".[test,browser]", and chromium on PATH. Screenshots need a Chinese f
 
 import io
 import json
+import re
 import signal
 import sys
 import tempfile
@@ -81,8 +82,12 @@ ARRANGE = """async (graph, notes, fixed) => {
     return text
   })
   for (const node of app.graph.nodes)
-    for (const widget of node.widgets ?? [])
+    for (const widget of node.widgets ?? []) {
       if (widget.name === 'control_after_generate') widget.value = fixed ? 'fixed' : 'randomize'
+      // The page keeps, by the node's number, what this widget said in the graph before.
+      const input = node.inputs.find(each => each.widget?.name === widget.name)
+      if (input?.link != null && typeof widget.value === 'string') widget.value = ''
+    }
   let x = 0
   for (const [title, nodes] of Object.entries(groups)) {
     let y = 0, bottom = 0
@@ -110,6 +115,15 @@ PLACE = """async (left, top) => {
   app.canvas.ds.offset = [left + 10 - x, top + 10 - y]
   app.canvas.setDirty(true, true)
   return [Math.max(...boxes.map(box => box[0] + box[2])) - x + 20, Math.max(...boxes.map(box => box[1] + box[3])) - y + 20]
+}"""
+
+# Scrolls to the node of a type, and says how wide and high it is.
+PLACE_NODE = """async (type, left, top) => {
+  const node = app.graph.nodes.find(node => node.type === type)
+  app.canvas.ds.scale = 1
+  app.canvas.ds.offset = [left + 10 - node.pos[0], top + 40 - node.pos[1]]
+  app.canvas.setDirty(true, true)
+  return [node.size[0] + 20, node.size[1] + 50]
 }"""
 
 
@@ -239,8 +253,8 @@ def grid(images: list[Image.Image]) -> Image.Image:
 
 
 def make_screenshots(server: real_comfyui.Server, names: list[str]) -> None:
-    """Write the screenshots in docs/: the canvas of the demo after Run, the panel of missing models,
-    a node's help, and the template browser."""
+    """Write the screenshots in docs/: the canvas of the demo after Run, a LoRA in training, the panel
+    of missing models, a node's help, and the template browser."""
     server.post(
         "/settings",
         {
@@ -267,6 +281,14 @@ def make_screenshots(server: real_comfyui.Server, names: list[str]) -> None:
         width, height = browser.call(PLACE, left, top)
         save("canvas-demo", {"x": left, "y": top, "width": width, "height": height})
 
+        browser.open(canvas("train_lora"), TITLES["train_lora"])
+        page.get_by_test_id("queue-button").click()
+        width, height = browser.call(PLACE_NODE, "L2PTrainLoRA", left, top)
+        page.get_by_text(re.compile(r"step [45]\d of 60")).wait_for(timeout=1_200_000)
+        save("canvas-train", {"x": left, "y": top, "width": width, "height": height})
+        page.wait_for_function("() => !app.ui.lastQueueSize", timeout=600_000)
+
+        browser.open(canvas("demo"), TITLES["demo"])
         page.set_viewport_size({"width": 1500, "height": 800})
         browser.call(
             "type => app.canvas.selectNode(app.graph.nodes.find(node => node.type === type))",

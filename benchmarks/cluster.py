@@ -24,7 +24,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from serving import image_of, serving
-from test_cluster import Cluster, pixels, when_there_are
+from test_cluster import Cluster, pixels, wait_for
 
 PROMPT = "a large red circle on a blue background"
 PARTS = ("list", "requests", "speed")
@@ -41,6 +41,7 @@ def main() -> None:
     args = parser.parse_args()
     lost = 0
     cluster = Cluster()
+    cluster.add()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         alone = generate(folder / "alone", args)
@@ -66,9 +67,11 @@ def generate(folder: Path, args: argparse.Namespace, *flags: str) -> float:
 
 
 def measure_list(cluster: Cluster, folder: Path, args: argparse.Namespace) -> int:
-    killer = when_there_are(args.images // 5, folder, cluster.kill)
-    generate(folder, args, "--ray", cluster.address)
-    killer.join()
+    with ThreadPoolExecutor(1) as thread:
+        running = thread.submit(generate, folder, args, "--ray", cluster.address)
+        wait_for(lambda: len(list(folder.glob("*.png"))) >= args.images // 5)
+        cluster.kill()
+        running.result()
     wanted, found = pixels(folder.parent / "alone"), pixels(folder)
     equal = sum(found.get(name) == image for name, image in wanted.items())
     print(f"list: {len(found)} images, {equal} of {args.images} equal, a node killed")
@@ -99,13 +102,17 @@ def measure_requests(cluster: Cluster, alone: Path, args: argparse.Namespace) ->
 def measure_speed(cluster: Cluster, folder: Path, alone: float, args: argparse.Namespace) -> None:
     print(f"speed: {alone:.1f} images per second without Ray, one thread")
     cluster.kill()
-    for workers, more in ((1, 0), (2, 1), (4, 2)):
-        for _ in range(more):
+    for workers, added in ((1, 0), (2, 1), (4, 2)):
+        for _ in range(added):
             cluster.add()
         started = time.monotonic()
         speed = generate(folder / str(workers), args, "--ray", cluster.address)
         seconds = time.monotonic() - started
-        print(f"speed: {speed:.1f} with {workers} workers ({seconds:.0f} s with starting up)")
+        more = 1000 * (workers / speed - 1 / alone)
+        print(
+            f"speed: {speed:.1f} with {workers} workers, {more:.0f} ms more for each image"
+            f" ({seconds:.0f} s with starting up)"
+        )
 
 
 if __name__ == "__main__":

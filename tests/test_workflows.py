@@ -93,6 +93,8 @@ def test_the_canvas_form_is_the_api_form(name):
         values = [value for value in node["inputs"].values() if not isinstance(value, list)]
         missing = [value for value in values if value not in nodes[key]["widgets_values"]]
         assert not missing, (node["class_type"], missing)
+        texts = {value for value in nodes[key].get("widgets_values", []) if " " in str(value)}
+        assert texts <= set(values)  # a prompt of another graph
     shown = [node for node in page["nodes"] if node["type"] in CANVAS_ONLY]
     assert [node["widgets_values"][0] for node in shown] == notes()[name]
 
