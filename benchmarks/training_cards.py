@@ -7,6 +7,7 @@ initialisation, at 1024 x 1024 pixels and batch 1; nothing is run on a card.
 Ends with status 1 where a preset does not fit. A card of N GB counts as N GiB, as in cards.py."""
 
 import argparse
+import json
 import sys
 import tempfile
 import warnings
@@ -20,13 +21,18 @@ from comfyui_l2p.l2p_core.train.estimate import estimate
 from comfyui_l2p.l2p_core.train.presets import PRESETS
 
 KINDS = {"layers": {}, "everything": {"freeze": ""}, "LoRA": {"lora_rank": 16}}
+NAMES = {
+    "layers": "the published layers",
+    "everything": 'all weights (`freeze = ""`)',
+    "LoRA": "a LoRA of rank 16",
+}
 FREE = 0.1  # of a card: its driver, a desktop, the kernels' workspace
 
 
 def told(settings: dict) -> str:
     """Return settings as a reader would write them."""
     parts = [
-        name if value is True else f"{name} = {str(value).lower() if value is False else value!r}"
+        name if value is True else f"{name} = {json.dumps(value)}"
         for name, value in settings.items()
     ]
     return ", ".join(f"`{part}`" for part in parts) or "none"
@@ -40,8 +46,10 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     full, known = [], {}
-    print("| trains | card | chosen | weights | gradients, state | passing | in all | on the CPU |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| trains | card | chosen | weights | gradients, state | activations, buffers | total |"
+        " offloaded to the CPU |\n|---|---|---|---|---|---|---|---|"
+    )
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "pixel-init.safetensors"
         shapes = expected_shapes(L2PConfig())
@@ -63,8 +71,9 @@ def main() -> None:
                     parts.get("in the CPU's memory", 0),
                 )
                 cells = " | ".join(f"{size / 1e9:.2f} GB" for size in columns)
-                print(f"| {kind} | {card} | {told(chosen)} | {cells} |", flush=True)
-                if parts["in all"] > (1 - FREE) * 2**30 * int(card.removesuffix("gb")):
+                gigabytes = int(card.removesuffix("gb"))
+                print(f"| {NAMES[kind]} | {gigabytes} GB | {told(chosen)} | {cells} |", flush=True)
+                if parts["in all"] > (1 - FREE) * 2**30 * gigabytes:
                     full.append(f"{kind} on {card}")
     if full:
         sys.exit(f"too much: {', '.join(full)}")

@@ -156,6 +156,9 @@ def test_a_run_resumes_bit_for_bit_and_only_as_it_was(config, tmp_path):
     straight = load_file(distill(other, progress=False))
     assert all(torch.equal(parts[name], straight[name]) for name in straight)
     assert not all(torch.equal(whole[name], straight[name]) for name in straight)
+    report = (tmp_path / "constant" / "report.html").read_text()
+    assert "32 x 32: 3 prompts" in report and "3 prompts of" in report
+    assert "images," not in report and "captions" not in report
 
 
 @pytest.mark.slow

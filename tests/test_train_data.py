@@ -313,6 +313,8 @@ def test_flags_may_have_underscores_and_unknown_ones_are_named(data, capsys):
     flags = ["train", "--checkpoint", "nothing", "--data", str(data), "--output", "nowhere"]
     assert main([*flags, "--learning_rate=1e-4"]) == 1
     assert "nothing does not exist" in capsys.readouterr().err
+    assert main([*flags, "--mixed-precision", "fp16"]) == 1
+    assert "float16 overflows" in (said := capsys.readouterr().err) and "usage" not in said
     with pytest.raises(SystemExit):
         main([*flags, "--learnin_rate", "1e-4"])
     assert "did you mean --learning-rate?" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """What only a GPU or a cluster would show of training, told without either: by counting calls, by
 stand-ins for devices and processes, and by torch's dispatcher."""
 
+import warnings
 from contextlib import suppress
 from types import SimpleNamespace
 
@@ -194,15 +195,20 @@ def test_a_split_model_gathers_weights_as_they_are_computed_with(data):
 
 
 @pytest.mark.slow
-def test_the_launchers_accumulation_does_not_shrink_gradients(data, monkeypatch):
+def test_the_launchers_accumulation_and_precision_change_no_gradients(data, monkeypatch):
     norms = []
-    for number, name in (("1", "one"), ("4", "four")):
+    for number, precision, name in (("1", "no", "one"), ("4", "fp16", "four")):
         monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", number)
-        run = training.Run(config(data, steps=1, output=str(data.parent / name)), False)
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+        with warnings.catch_warnings(record=True) as said:
+            run = training.Run(config(data, steps=1, output=str(data.parent / name)), False)
         run.train()
         norms.append(run.log.rows[0].grad_norm)
         timeouts = [run.accelerator.init_handler.timeout]
     assert norms[1] == norms[0]
+    messages = " ".join(str(each.message) for each in said)
+    assert "over 4 batches, which is ignored" in messages
+    assert "set to fp16, which is ignored" in messages
     assert all(timeout.total_seconds() <= 3600 for timeout in timeouts)
 
 

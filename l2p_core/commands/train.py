@@ -106,7 +106,8 @@ def add_knobs(
         elif each.type == tuple[int, ...]:
             kind = {"nargs": "*", "metavar": "N", "type": int}
         elif choices:
-            kind = {"type": each.type, "choices": choices}
+            # The settings check the value themselves, and say more than argparse.
+            kind = {"type": each.type, "metavar": "{" + ",".join(choices) + "}"}
         else:
             kind = {"type": each.type, "metavar": metavars[each.type]}
         default = (

@@ -157,10 +157,10 @@ def planned_as_before(examples: "Sequence[Example]", batch: int, processes: int)
     return not uneven or len(uneven) == 1 and processes == 1 and uneven[0] >= batch
 
 
-def report(examples: "Sequence[Example]", size: int) -> str:
+def report(examples: "Sequence[Example]", size: int, noun: str = "image") -> str:
     """Return the bucket report: images of each size, the crop, and the steps of an epoch.
 
-    size: images that a step takes."""
+    size: images that a step takes. noun: what an example is called."""
     counts = Counter(example.size for example in examples)
     lines = []
     for (height, width), count in sorted(counts.items()):
@@ -170,11 +170,11 @@ def report(examples: "Sequence[Example]", size: int) -> str:
             if each.size == (height, width) and each.pixels
         ]
         most = f", {100 * max(crops):.0f} % cropped at most" if crops else ""
-        lines.append(f"{width} x {height}: {count} image{'s' * (count > 1)}{most}")
+        lines.append(f"{width} x {height}: {count} {noun}{'s' * (count > 1)}{most}")
     shared = sum(count % size for count in counts.values())
     steps = -(-len(examples) // size)
     lines.append(
         f"{len(counts)} size{'s' * (len(counts) > 1)}, {steps} batches of {size} an epoch;"
-        f" {shared} images share a batch with other sizes or wrap around"
+        f" {shared} {noun}s share a batch with other sizes or wrap around"
     )
     return "\n".join(lines)

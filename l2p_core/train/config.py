@@ -292,6 +292,11 @@ class TrainConfig:
                 )
         for each in fields(self):
             value, choices = getattr(self, each.name), each.metadata.get("choices")
+            if each.name == "mixed_precision" and value in ("fp16", "float16"):
+                raise ValueError(
+                    f"mixed_precision is {value!r}, and float16 overflows in this model's training;"
+                    " expected bf16, or no (float32) for a card without bfloat16"
+                )
             if choices and value not in choices:
                 raise ValueError(f"{each.name} is {value!r}; expected one of {', '.join(choices)}")
             if each.type in (int, float):

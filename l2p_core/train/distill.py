@@ -77,6 +77,7 @@ class DistillRun(Run):
     """A run whose target is the teacher's velocity, or where several of its steps lead."""
 
     batches_of = PromptBatches
+    nouns = "prompt", "prompt"
     config: DistillConfig
 
     def __init__(self, config: DistillConfig, progress: bool):

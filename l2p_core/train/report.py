@@ -31,28 +31,34 @@ pre { white-space: pre-wrap; }
 
 
 def describe_data(
-    data: Data, learned: Sequence[Example], held_out: Sequence[Example], step_images: int
+    data: Data,
+    learned: Sequence[Example],
+    held_out: Sequence[Example],
+    step_images: int,
+    nouns: tuple[str, str] = ("image", "caption"),
 ) -> list[str]:
     """Return what a run trains on, a line each.
 
-    learned: the examples of an epoch. step_images: images that a step takes."""
+    learned: the examples of an epoch. step_images: images that a step takes. nouns: what an example
+    and its text are called."""
+    noun, text = nouns
     examples = data.examples
     captions = [caption for each in examples for caption in each.captions]
     words = [len(caption.split()) for caption in captions]
     lines = [
-        f"{len(data.main)} images, {len(learned)} an epoch with repeats and regularization",
+        f"{len(data.main)} {noun}s, {len(learned)} an epoch with repeats and regularization",
         f"{len(data.regularization)} regularization images",
-        f"{len(held_out)} images in the validation set",
+        f"{len(held_out)} {noun}s in the validation set",
         f"{sum(each.mask is not None for each in examples)} images with a mask",
         f"{sum(each.seed is not None for each in examples)} images with a seed",
-        f"{len(captions)} captions of {min(words)} to {max(words)} words, the median"
+        f"{len(captions)} {text}s of {min(words)} to {max(words)} words, the median"
         f" {median(words):g}; {len(captions) - len(set(captions))} stand more than once",
     ]
     first = list(dict.fromkeys(captions))[:CAPTIONS_SHOWN]
     return [
         *(line for line in lines if not line.startswith("0 ")),
-        *bucket_report(list(learned), step_images).splitlines(),
-        *(f"caption: {caption}" for caption in first),
+        *bucket_report(list(learned), step_images, noun).splitlines(),
+        *(f"{text}: {caption}" for caption in first),
     ]
 
 

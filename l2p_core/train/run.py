@@ -132,6 +132,13 @@ def check_launcher() -> None:
             f" give accumulate {given} for that",
             stacklevel=3,
         )
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision not in ("", "no", "bf16"):
+        warnings.warn(
+            f"accelerate is set to {precision}, which is ignored; mixed_precision says what"
+            " training computes in",
+            stacklevel=3,
+        )
 
 
 def check_dtype(config: TrainConfig, device: torch.device) -> None:
@@ -201,6 +208,7 @@ class Run:
     `batches_of`); see distill.py."""
 
     batches_of: type[Batches] = Batches
+    nouns = "image", "caption"  # what an example and its text are called
 
     def __init__(self, config: TrainConfig, progress: bool):
         try:
@@ -311,9 +319,9 @@ class Run:
         self.batches = self.batches_of(
             learned, self.encodings, config, layout.config.patch_size, processes, rank
         )
-        self.about_data = describe_data(data, learned, held_out, self.batches.size)
+        self.about_data = describe_data(data, learned, held_out, self.batches.size, self.nouns)
         if self.progress:
-            print(report(learned, self.batches.size), file=sys.stderr)
+            print(report(learned, self.batches.size, self.nouns[0]), file=sys.stderr)
         self.held_out: Batches | None = None
         if held_out:
             one_by_one = replace(config, caption_dropout=0.0, batch=1)
