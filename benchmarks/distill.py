@@ -3,8 +3,11 @@ teacher's.
 
     python benchmarks/distill.py --folder /tmp/distill           distil, score, draw the sheet
     python benchmarks/distill.py --folder /tmp/distill --steps 0 score what is there
+    python benchmarks/distill.py --folder /tmp/distill --steps 100 --student-steps 0
+                                                                 the same for the guidance alone
 
-Resumes an interrupted run. prompts.txt, the run and sheet.png are written to the folder."""
+Resumes an interrupted run. prompts.txt, the run and sheet.png are written to the folder; those of
+guidance alone are called run-0 and sheet-0.png."""
 
 import argparse
 import random
@@ -25,14 +28,15 @@ PROMPTS = 500  # of scenes that the teacher was trained on; the score has others
 SHOWN = 8  # images in a row of the sheet
 
 
-def config_of(folder: Path, steps: int) -> DistillConfig:
+def config_of(folder: Path, run: Path, steps: int, student_steps: int) -> DistillConfig:
     """Return the settings, in float32 on one core."""
     return DistillConfig(
         checkpoint=str(TEACHER),
         text_encoder=str(ENCODER),
         prompts=str(folder / "prompts.txt"),
-        output=str(folder / "run"),
+        output=str(run),
         steps=steps,
+        student_steps=student_steps,
         batch=4,
         accumulate=2,
         freeze="",
@@ -64,32 +68,42 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=140, help="of training (default 140)")
+    parser.add_argument(
+        "--student-steps",
+        type=int,
+        default=8,
+        help="in which the student generates (default 8); 0: as many as the teacher",
+    )
     parser.add_argument("--count", type=int, default=300, help="prompts scored (default 300)")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
+    suffix = "" if args.student_steps == 8 else f"-{args.student_steps}"
+    run = args.folder / f"run{suffix}"
     if args.steps:
         write_prompts(args.folder / "prompts.txt")
-        distill(config_of(args.folder, args.steps))
-    student = newest_step(args.folder / "run")
+        distill(config_of(args.folder, run, args.steps, args.student_steps))
 
     scenes = test_scenes(args.count)
     prompts = [scene.caption() for scene in scenes]
-    variants = {
-        "teacher, 30 steps, guidance scale 2": (TEACHER, {}),
-        "teacher, 8 steps, guidance scale 2": (TEACHER, {"num_inference_steps": 8}),
-        "teacher, 8 steps": (TEACHER, {"num_inference_steps": 8, "cfg_scale": 1.0}),
-        "student, 8 steps": (student, {}),
-    }
+    variants = [(TEACHER, {}), (TEACHER, {"cfg_scale": 1.0})]
+    if steps := args.student_steps:
+        variants.append((TEACHER, {"num_inference_steps": steps}))
+        variants.append((TEACHER, {"num_inference_steps": steps, "cfg_scale": 1.0}))
+    variants.append((newest_step(run), {}))
     rows = []
-    for name, (checkpoint, settings) in variants.items():
+    for checkpoint, settings in variants:
         pipe = L2PPipeline.from_pretrained(checkpoint, ENCODER, torch_dtype=torch.float32)
         images = generate(pipe, prompts, **settings)
         chosen = pipe.complete(settings)
         passes = chosen.num_inference_steps * (1 if chosen.cfg_scale == 1 else 2)
+        who = "teacher" if checkpoint == TEACHER else f"student, {checkpoint.stem}"
+        name = f"{who}, {chosen.num_inference_steps} steps, guidance scale {chosen.cfg_scale:g}"
         result = score(images, scenes)
+        if not rows:
+            print("| model and settings | passes |", " | ".join(result), "|")
         print("|", " | ".join(map(str, (name, passes, *result.values()))), "|", flush=True)
         rows.append(images[:SHOWN])
-    grid(rows).save(args.folder / "sheet.png")
+    grid(rows).save(args.folder / f"sheet{suffix}.png")
 
 
 if __name__ == "__main__":

@@ -47,8 +47,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     full, known = [], {}
     print(
-        "| trains | card | chosen | weights | gradients, state | activations, buffers | total |"
-        " offloaded to the CPU |\n|---|---|---|---|---|---|---|---|"
+        "| what is trained | card | settings chosen | weights | gradients, state |"
+        " activations, buffers | total | offloaded to the CPU |\n|---|---|---|---|---|---|---|---|"
     )
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "pixel-init.safetensors"
