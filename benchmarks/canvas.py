@@ -32,7 +32,7 @@ BUNDLED = "L2P shapes (bundled small model)"
 PROMPT = "a large red circle on a blue background, left"
 FILE = "shapes.safetensors"
 STEPS = 10
-NEAR = "as near as euler (lms and ipndm_v need more than 8 steps)"
+NEAR = "as near to the reference as euler (lms and ipndm_v need more than 8 steps)"
 SAME = 0.5  # levels: what rounding to 8 bits changes
 
 
@@ -216,7 +216,7 @@ NO_PLAIN = "no"  # nothing to compare the image with
 
 
 def cases(image: str) -> list[tuple]:
-    """(node, what to know of it, graph, the graph it is compared with)."""
+    """(node, remarks, graph, the graph it is compared with)."""
     plain, custom, classic = own(), core(), ksampler()
     redrawn = from_image("L2PImageToLatent", image)
     pixel_vae = node("VAELoader", vae_name="pixel_space")
@@ -224,29 +224,34 @@ def cases(image: str) -> list[tuple]:
     return [
         (
             "Load Checkpoint",
-            "INT8 files, too; no shards. Its VAE passes pixels through. An L2P file holds no text"
-            " encoder, so its CLIP is empty",
+            "INT8 files too; no shards. Its VAE output passes pixels through. Its CLIP output"
+            " is empty, because an L2P file holds no text encoder",
             loaded_by("CheckpointLoaderSimple", ckpt_name=FILE),
             plain,
         ),
         (
             "Load Diffusion Model",
-            "INT8 files, too; no shards",
+            "INT8 files too; no shards",
             loaded_by("UNETLoader", unet_name=FILE, weight_dtype="default"),
             plain,
         ),
-        ("CLIP Text Encode", "one for each prompt; no cut at 512 tokens", encoded(), plain),
+        (
+            "CLIP Text Encode",
+            "use one for each prompt; it does not cut at 512 tokens",
+            encoded(),
+            plain,
+        ),
         ("SamplerCustom", "with L2P Scheduler", custom, plain),
         ("SamplerCustomAdvanced", "with L2P Scheduler", advanced(), plain),
         (
             "KSampler, 20 steps",
-            "scheduler `simple`",
+            "with scheduler `simple`",
             ksampler(20),
             changed(plain, steps=20),
         ),
         (
             "KSampler, 30 steps",
-            "scheduler `simple` is near the published schedule",
+            "with scheduler `simple`, which is near the published schedule",
             ksampler(30),
             changed(plain, steps=30),
         ),
@@ -254,20 +259,21 @@ def cases(image: str) -> list[tuple]:
         ("EmptySD3LatentImage", "", empty_by("EmptySD3LatentImage", ksampler()), classic),
         (
             "VAE Decode",
-            "with `pixel_space`, or Load Checkpoint's VAE; bfloat16 on some GPUs",
+            "with the VAE `pixel_space` or that of Load Checkpoint; computes in bfloat16 on"
+            " some GPUs",
             decoded_by("VAEDecode", pixel_vae),
             custom,
         ),
         (
             "VAE Decode (Tiled)",
-            "the same",
+            "as VAE Decode",
             decoded_by("VAEDecodeTiled", pixel_vae, **tiles),
             custom,
         ),
-        ("VAE Encode", "the same", from_image("VAEEncode", image), redrawn),
+        ("VAE Encode", "as VAE Decode", from_image("VAEEncode", image), redrawn),
         (
             "Set Latent Noise Mask",
-            "inpainting; the difference is to the image without it",
+            "inpainting; the difference is to the image without a mask",
             masked(image),
             changed(redrawn, denoise=1.0),
         ),
@@ -279,25 +285,25 @@ def cases(image: str) -> list[tuple]:
         ),
         (
             "Upscale Latent By",
-            "then a second pass",
+            "use a second pass after it",
             latent_after("LatentUpscaleBy", upscale_method="bilinear", scale_by=2.0),
             NO_PLAIN,
         ),
         (
             "EasyCache",
-            "depends on its threshold, here 0.05",
+            "the difference depends on its threshold, here 0.05",
             on_model(plain, "EasyCache", **CACHE),
             plain,
         ),
         (
             "LazyCache",
-            "depends on its threshold, here 0.05",
+            "the difference depends on its threshold, here 0.05",
             on_model(plain, "LazyCache", **CACHE),
             plain,
         ),
         (
             "ScaleROPE",
-            "scales and shifts rows and columns; here by 1.1",
+            "scales and shifts the positions of rows and columns; here it scales by 1.1",
             on_model(
                 plain,
                 "ScaleROPE",
@@ -308,7 +314,7 @@ def cases(image: str) -> list[tuple]:
         ),
         (
             "SkipLayerGuidanceDiT",
-            "no effect",
+            "has no effect",
             on_model(
                 plain,
                 "SkipLayerGuidanceDiT",
@@ -319,26 +325,26 @@ def cases(image: str) -> list[tuple]:
         ),
         (
             "ModelSamplingAuraFlow",
-            "L2P KSampler has its own `shift` and says so where this one differs",
+            "L2P KSampler uses its own `shift`, and says so if that of this node differs",
             on_model(plain, "ModelSamplingAuraFlow", shift=5.0),
             plain,
         ),
         (
             "ModelSamplingSD3",
-            "leave it out: it scales the timestep differently",
+            "do not use it: it scales the timestep differently",
             on_model(plain, "ModelSamplingSD3", shift=3.0),
             plain,
         ),
         (
             "ModelSamplingSD3 before KSampler",
-            "spoils the image",
+            "do not use it: it distorts the image",
             on_model(classic, "ModelSamplingSD3", shift=3.0),
             classic,
         ),
         (
             "Conditioning Zero Out",
-            "not as the negative: L2P expects an encoded empty prompt there. With the bundled model"
-            " the difference is small; published models were not tested",
+            "do not use it as the negative: L2P expects an encoded empty prompt there. With the"
+            " bundled model the difference is small; published models were not tested",
             between(plain, "negative", "ConditioningZeroOut", conditioning="SELF"),
             plain,
         ),
@@ -352,7 +358,7 @@ def cases(image: str) -> list[tuple]:
         ),
         (
             "Conditioning (Set Area)",
-            "areas in pixels, in every sampler and stage",
+            "here the area is the whole image; areas count in pixels, in every sampler and stage",
             between(plain, "positive", "ConditioningSetArea", conditioning="SELF", **AREA),
             plain,
         ),
@@ -366,8 +372,8 @@ def cases(image: str) -> list[tuple]:
         ),
         (
             "Upscale Latent to 192 x 192",
-            "assumes latents of an eighth of the size: use Upscale Image between L2P Pixel Latent"
-            " to Image and back",
+            "expects latents of an eighth of the image's side. Use Upscale Image between L2P"
+            " Pixel Latent to Image and L2P Image to Pixel Latent",
             latent_after(
                 "LatentUpscale",
                 **{"upscale_method": "bilinear", "width": 192, "height": 192, "crop": "disabled"},
@@ -376,19 +382,20 @@ def cases(image: str) -> list[tuple]:
         ),
         (
             "Crop Latent to 64 x 64",
-            "assumes latents of an eighth of the size: use Image Crop",
+            "expects latents of an eighth of the image's side. Use Image Crop",
             latent_after("LatentCrop", width=64, height=64, x=0, y=0),
             NO_PLAIN,
         ),
         (
             "Latent Composite at 32, 32",
-            "assumes latents of an eighth of the size: use Image Composite Masked",
+            "expects latents of an eighth of the image's side. Use Image Composite Masked",
             pasted("LatentComposite"),
             NO_PLAIN,
         ),
         (
             "LatentCompositeMasked at 32, 32",
-            "assumes latents of an eighth of the size: use Image Composite Masked; right at 0, 0",
+            "expects latents of an eighth of the image's side. Use Image Composite Masked; only"
+            " 0, 0 is right",
             pasted("LatentCompositeMasked"),
             NO_PLAIN,
         ),
@@ -448,7 +455,7 @@ def measure_nodes() -> str:
             (start,) = server.run(changed(own(), seed=3))
             image = server.upload("start.png", start)
             known: dict[str, np.ndarray] = {}
-            rows = ["| node | measured | to know |", "|---|---|---|"]
+            rows = ["| node | measured | remarks |", "|---|---|---|"]
             for name, text, graph, plain in cases(image):
                 rows.append(f"| {name} | {measured(server, name, graph, plain, known)} | {text} |")
                 print(rows[-1], flush=True)
@@ -503,7 +510,7 @@ def measure_samplers() -> str:
             groups[f"{group}; the node says so"].append(name)
         else:
             groups[NEAR if at_30 <= near else "usable"].append(name)
-    rows = ["| sampler | 20 steps | 30 steps | |", "|---|---|---|---|"]
+    rows = ["| sampler | 20 steps | 30 steps | verdict |", "|---|---|---|---|"]
     rows += [
         f"| {', '.join(names)} | {spans(errors, names)} | {text} |"
         for text, names in groups.items()
