@@ -3,8 +3,11 @@
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+if TYPE_CHECKING:
+    from .model import L2PTransformer
 
 
 class Level(NamedTuple):
@@ -38,8 +41,112 @@ PUBLISHED_DECODERS: dict[int, tuple[Level, ...]] = {
 MAX_SIZE = 2**17  # of every width, ten times the published ones
 
 
+class PromptFormat(NamedTuple):
+    """How a prompt becomes prompt embeddings."""
+
+    template: str
+    # Of these hidden states of the text encoder, numbered as transformers numbers them: 0 is the
+    # embedding, negative ones count from the end. Several are joined along the width.
+    hidden_states: tuple[int, ...]
+    pad_to: int = 0  # tokens that a prompt is padded to, and padding is attended to; 0: none
+
+
+# What Qwen3's own chat template gives for one user turn with thinking enabled. The prompt goes in
+# as it is. The hidden state is what the last layer takes in, without the final norm.
+Z_IMAGE_PROMPTS = PromptFormat(
+    "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n", (-2,)
+)
+
+
+class PixelConfig:
+    """The numbers that every model has, whatever its transformer is."""
+
+    patch_size: int
+    dim: int  # of the tokens that the decoder takes
+    n_layers: int
+    cap_feat_dim: int
+    decoder: tuple[Level, ...]
+    bottleneck_dim: int
+
+    # Whether hooks can change how blocks run. Settings that need that are rejected otherwise.
+    hooks_run_blocks: ClassVar[bool] = True
+
+    def check_sizes(self, others: Mapping[str, int]) -> None:
+        """Raise ValueError where one of the sizes, or of others by name, is one that no model
+        has."""
+        sizes = {
+            "patch_size": self.patch_size,
+            "dim": self.dim,
+            **others,
+            "cap_feat_dim": self.cap_feat_dim,
+            "bottleneck_dim": self.bottleneck_dim,
+        }
+        for level in self.decoder:
+            sizes |= {
+                f"decoder level {level.name}, {part}": getattr(level, part)
+                for part in ("enc", "up", "dec")
+            }
+        for name, size in sizes.items():
+            if not 1 <= size <= MAX_SIZE:
+                raise ValueError(f"{name} is {size}; expected 1 to {MAX_SIZE}")
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width must be multiples of this: whole patches, and whole decoder pixels (320
+        at patch 160)."""
+        return math.lcm(self.patch_size, 2 ** len(self.decoder))
+
+    @property
+    def nominal_size(self) -> int:
+        """The square side that gives the 64 x 64 tokens the published models were trained on."""
+        return 64 * self.patch_size
+
+    @property
+    def depths(self) -> dict[str, int]:
+        """Blocks of each stack, by its name."""
+        raise NotImplementedError
+
+    @property
+    def steps_and_guidance(self) -> tuple[int, float]:
+        """The published number of steps and guidance scale."""
+        raise NotImplementedError
+
+    @property
+    def shift(self) -> float:
+        """The published shift of the sigma schedule."""
+        return 3.0
+
+    @property
+    def prompts(self) -> PromptFormat:
+        """How prompts are encoded."""
+        return Z_IMAGE_PROMPTS
+
+    @property
+    def text_encoder(self) -> str | None:
+        """The published model whose text encoder it takes; None for another one."""
+        raise NotImplementedError
+
+    @property
+    def summary(self) -> str:
+        """The sizes in one line."""
+        raise NotImplementedError
+
+    def with_patch(self, patch: int) -> "PixelConfig":
+        """The same with another patch, and the published decoder for it."""
+        changes = {"patch_size": patch, "decoder": PUBLISHED_DECODERS[patch]}
+        return replace(self, **changes)  # type: ignore[type-var]
+
+    def shallow(self) -> "PixelConfig":
+        """The same with one block in each stack."""
+        raise NotImplementedError
+
+    def build(self) -> Any:
+        """The model, its weights on the meta device."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class L2PConfig:
+class L2PConfig(PixelConfig):
     """Everything needed to build an `L2PTransformer`. The defaults are the published 1K model."""
 
     patch_size: int = 16
@@ -55,23 +162,9 @@ class L2PConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for sizes that no model has, before anything of them is built."""
-        sizes = {
-            "patch_size": self.patch_size,
-            "dim": self.dim,
-            "n_heads": self.n_heads,
-            "ffn_dim": self.ffn_dim,
-            "cap_feat_dim": self.cap_feat_dim,
-            "t_hidden_dim": self.t_hidden_dim,
-            "bottleneck_dim": self.bottleneck_dim,
-        }
-        for level in self.decoder:
-            sizes |= {
-                f"decoder level {level.name}, {part}": getattr(level, part)
-                for part in ("enc", "up", "dec")
-            }
-        for name, size in sizes.items():
-            if not 1 <= size <= MAX_SIZE:
-                raise ValueError(f"{name} is {size}; expected 1 to {MAX_SIZE}")
+        self.check_sizes(
+            {"n_heads": self.n_heads, "ffn_dim": self.ffn_dim, "t_hidden_dim": self.t_hidden_dim}
+        )
 
     @property
     def head_dim(self) -> int:
@@ -89,15 +182,44 @@ class L2PConfig:
         return min(self.dim, 256)
 
     @property
-    def size_multiple(self) -> int:
-        """Height and width must be multiples of this: whole patches, and whole decoder pixels (320
-        at patch 160)."""
-        return math.lcm(self.patch_size, 2 ** len(self.decoder))
+    def depths(self) -> dict[str, int]:
+        """Blocks of each stack, by its name."""
+        return {
+            "layers": self.n_layers,
+            "noise_refiner": self.n_refiner_layers,
+            "context_refiner": self.n_refiner_layers,
+        }
 
     @property
-    def nominal_size(self) -> int:
-        """The square side that gives the 64 x 64 tokens the published models were trained on."""
-        return 64 * self.patch_size
+    def steps_and_guidance(self) -> tuple[int, float]:
+        """The published settings: 30 steps and guidance 2 at patch 16, 50 and 4 above."""
+        return (30, 2.0) if self.patch_size == 16 else (50, 4.0)
+
+    @property
+    def text_encoder(self) -> str | None:
+        """The published model whose text encoder it takes; None for another one."""
+        return "Z-Image-Turbo" if self.cap_feat_dim == L2PConfig.cap_feat_dim else None
+
+    @property
+    def summary(self) -> str:
+        """The sizes in one line."""
+        return (
+            f"width {self.dim}, {self.n_heads} heads, {self.n_layers} + {self.n_refiner_layers} +"
+            f" {self.n_refiner_layers} layers, captions of {self.cap_feat_dim}"
+        )
+
+    def shallow(self) -> "L2PConfig":
+        """The same with one block in each stack."""
+        return replace(self, n_layers=1, n_refiner_layers=1)
+
+    def build(self) -> "L2PTransformer":
+        """The model, its weights on the meta device."""
+        import torch
+
+        from .model import L2PTransformer
+
+        with torch.device("meta"):
+            return L2PTransformer(self)
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> "L2PConfig":
@@ -106,15 +228,6 @@ class L2PConfig:
 
         Raises KeyError, with the tensor's name, where one that is needed is absent, and ValueError
         for a shape that no L2P model has."""
-
-        def level(name: str) -> Level:
-            return Level(
-                name,
-                *(
-                    shapes[f"local_decoder.{part}.weight"][0]
-                    for part in (f"enc{name}.0", f"up{name}.1", f"dec{name}.0")
-                ),
-            )
 
         embedder = next(
             filter(
@@ -154,11 +267,26 @@ class L2PConfig:
             ffn_dim=shapes["layers.0.feed_forward.w1.weight"][0],
             cap_feat_dim=shapes["cap_embedder.1.weight"][1],
             t_hidden_dim=shapes["t_embedder.mlp.0.weight"][0],
-            decoder=tuple(
-                level(name) for name in LEVEL_ORDER if f"local_decoder.enc{name}.0.weight" in shapes
-            ),
+            decoder=decoder_levels(shapes),
             bottleneck_dim=shapes["local_decoder.bottleneck.0.weight"][0],
         )
+
+
+def decoder_levels(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Level, ...]:
+    """The local decoder's levels. Raises KeyError where one is not whole."""
+
+    def level(name: str) -> Level:
+        return Level(
+            name,
+            *(
+                shapes[f"local_decoder.{part}.weight"][0]
+                for part in (f"enc{name}.0", f"up{name}.1", f"dec{name}.0")
+            ),
+        )
+
+    return tuple(
+        level(name) for name in LEVEL_ORDER if f"local_decoder.enc{name}.0.weight" in shapes
+    )
 
 
 def block_numbers(names: Iterable[str], stack: str = "layers") -> set[int]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import L2PConfig
+from .config import PixelConfig
 
 # A cut at a multiple of 2^levels changes the 3 * 2^levels - 2 output pixels next to it: three
 # innermost pixels.
@@ -22,7 +22,7 @@ class LocalDecoder(nn.Module):
     """(B, 3, H, W) noisy pixels and (B, D, h, w) features → (B, 3, H, W). One class for all four
     patches."""
 
-    def __init__(self, config: L2PConfig, operations=nn, **factory):
+    def __init__(self, config: PixelConfig, operations=nn, **factory):
         """operations: where Conv2d comes from, so that ComfyUI can give its own. factory: its
         device and dtype."""
         super().__init__()
@@ -153,7 +153,7 @@ def cuts(length: int, tile: int, step: int) -> list[Cut]:
 
 
 def tile_side(
-    config: L2PConfig,
+    config: PixelConfig,
     height: int,
     width: int,
     dtype: torch.dtype = torch.bfloat16,
@@ -184,7 +184,7 @@ def tile_side(
 
 
 def decoder_bytes(
-    config: L2PConfig,
+    config: PixelConfig,
     height: int,
     width: int,
     dtype: torch.dtype = torch.bfloat16,
@@ -217,7 +217,7 @@ def largest(height: int, width: int, tile: int, step: int) -> tuple[int, int]:
     )
 
 
-def whole_bytes(config: L2PConfig, height: int, width: int, dtype: torch.dtype) -> int:
+def whole_bytes(config: PixelConfig, height: int, width: int, dtype: torch.dtype) -> int:
     """The peak of `LocalDecoder._whole` for one image, its maps counted in the order they come
     and go."""
     area, skips = height * width, []  # all in numbers, not bytes

@@ -280,7 +280,9 @@ def examine_text_encoder(pipe: L2PPipeline) -> Finding:
             f"{pipe.text_encoder_path} is no text encoder: it lacks embed_tokens. Give the"
             " text_encoder/ folder of Tongyi-MAI/Z-Image-Turbo"
         )
-    width, wanted = entries[embedding].shape[-1], pipe.layout.config.cap_feat_dim
+    config = pipe.layout.config
+    width = entries[embedding].shape[-1]
+    wanted = config.cap_feat_dim // len(config.prompts.hidden_states)
     if width != wanted:
         raise CheckpointError(
             f"the text encoder is {width} wide; this checkpoint takes {wanted}. Give the one it was"
@@ -311,7 +313,7 @@ def proof_size(pipe: L2PPipeline) -> tuple[int, int]:
 
 def knows_shapes_only(layout: Layout) -> bool:
     """Whether it is a small model of the shapes world: published ones take Qwen3-4B's prompts."""
-    return layout.config.cap_feat_dim != L2PConfig.cap_feat_dim
+    return layout.config.text_encoder is None
 
 
 def proof_scene(

@@ -16,15 +16,13 @@ from .files.load import bytes_in_memory
 from .fit import Needs
 from .flow import SOLVERS, guided_velocity, is_guided, schedule
 from .meter import Meter, shapes_only
-from .model import L2PTransformer, padded
+from .model import padded
 from .settings import CompleteSettings
 from .stages import Stage, in_windows, windows
 from .text import MAX_TOKENS, encoder_files
 
 if TYPE_CHECKING:
     from .pipeline import L2PPipeline
-
-BLOCKS = ("layers.", "noise_refiner.", "context_refiner.")  # what `offload` streams
 
 
 def estimate(
@@ -67,9 +65,10 @@ def estimate(
 
 def needs(pipe: L2PPipeline, settings: CompleteSettings, batch: int) -> Needs:
     """Return what generating takes, for `fit.place`."""
+    stacks = tuple(f"{stack}." for stack in pipe.layout.config.depths)  # what `offload` streams
     by_block: Counter[str] = Counter()  # bytes, by the part of the name that tells a block
     for name, size in bytes_in_memory(pipe.layout, pipe.dtype).items():
-        by_block[".".join(name.split(".")[:2]) if name.startswith(BLOCKS) else ""] += size
+        by_block[".".join(name.split(".")[:2]) if name.startswith(stacks) else ""] += size
     model = by_block.total()
     outside = by_block.pop("")
     streamed = outside + sum(size for _, size in by_block.most_common(2))
@@ -90,8 +89,7 @@ def passing(
 ) -> int:
     """Return the bytes of images and of what passes through the model, at the peak."""
     layout, dtype = pipe.layout, pipe.dtype
-    with torch.device("meta"):
-        model = L2PTransformer(layout.config).to(dtype).requires_grad_(False)
+    model = layout.config.build().to(dtype).requires_grad_(False)
     last = pipe.plan_stages(settings)[-1]
     sigmas = schedule(2)  # numbers, so not made on shapes
     with shapes_only(model), Meter() as meter:

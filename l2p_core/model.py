@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import L2PConfig
+from .config import L2PConfig, PixelConfig
 from .decoder import LocalDecoder
 from .neighbourhoods import Neighbourhoods, attend_in_neighbourhoods
 
@@ -162,6 +162,21 @@ class L2PTransformer(nn.Module):
         """Where the weights are."""
         return self.x_pad_token.device
 
+    @property
+    def main_blocks(self) -> list[nn.Module]:
+        """The blocks that `freeze` counts and LoRAs change."""
+        return [*self.layers]
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """All blocks, in the order in which they run."""
+        return [*self.noise_refiner, *self.context_refiner, *self.layers]
+
+    @property
+    def shared_parts(self) -> list[nn.Module]:
+        """Parts that the blocks share, which stay frozen where any block does."""
+        return []
+
     def forward(
         self,
         image: Tensor,
@@ -179,7 +194,7 @@ class L2PTransformer(nn.Module):
         depend on the prompt is computed once. Raises ValueError where these do not fit each other
         or the model."""
         for each in (prompt_embeds, *(prompts for prompts, _ in others)):
-            self._check(image, t, each)
+            check_inputs(self.config, image, t, each)
         prompts = ((prompt_embeds, hooks), *others)
         predicted = self.predict_each(image.to(self.dtype), t, prompts)
         return predicted if others else predicted[0]
@@ -280,27 +295,6 @@ class L2PTransformer(nn.Module):
         different = lengths[:1] if len(set(lengths)) == 1 else lengths
         of_image = [rope_of_image(*grid, length, axes, device) for length in different]
         return torch.stack(of_image), of_prompt
-
-    def _check(self, image: Tensor, t: Tensor, prompt_embeds: list[Tensor]) -> None:
-        multiple, width = self.config.size_multiple, self.config.cap_feat_dim
-        odd_sides = image.shape[-2] % multiple or image.shape[-1] % multiple
-        if image.dim() != 4 or image.shape[1] != 3 or odd_sides:
-            raise ValueError(
-                f"image is {tuple(image.shape)}; expected (batch, 3, height, width) with height and"
-                f" width multiples of {multiple}"
-            )
-        if t.shape != image.shape[:1] or len(prompt_embeds) != len(image):
-            raise ValueError(
-                f"{len(image)} images came with t of shape {tuple(t.shape)} and"
-                f" {len(prompt_embeds)} prompts; expected one of each per image"
-            )
-        for embeds in prompt_embeds:
-            if embeds.dim() != 2 or len(embeds) == 0 or embeds.shape[1] != width:
-                raise ValueError(
-                    f"the embeddings of a prompt are {tuple(embeds.shape)}; expected (length,"
-                    f" {width}), at least one row. Encode the prompt with the text encoder this"
-                    " checkpoint was trained with"
-                )
 
 
 class Block(nn.Module):
@@ -436,6 +430,31 @@ def by_tokens(
         for output, part in zip(outputs, parts):
             output[:, run] = part
     return outputs if len(outputs) > 1 else outputs[0]
+
+
+def check_inputs(
+    config: PixelConfig, image: Tensor, t: Tensor, prompt_embeds: list[Tensor]
+) -> None:
+    """Raise ValueError where what a pass takes does not fit each other or the model."""
+    multiple, width = config.size_multiple, config.cap_feat_dim
+    odd_sides = image.shape[-2] % multiple or image.shape[-1] % multiple
+    if image.dim() != 4 or image.shape[1] != 3 or odd_sides:
+        raise ValueError(
+            f"image is {tuple(image.shape)}; expected (batch, 3, height, width) with height and"
+            f" width multiples of {multiple}"
+        )
+    if t.shape != image.shape[:1] or len(prompt_embeds) != len(image):
+        raise ValueError(
+            f"{len(image)} images came with t of shape {tuple(t.shape)} and"
+            f" {len(prompt_embeds)} prompts; expected one of each per image"
+        )
+    for embeds in prompt_embeds:
+        if embeds.dim() != 2 or len(embeds) == 0 or embeds.shape[1] != width:
+            raise ValueError(
+                f"the embeddings of a prompt are {tuple(embeds.shape)}; expected (length,"
+                f" {width}), at least one row. Encode the prompt with the text encoder this"
+                " checkpoint was trained with"
+            )
 
 
 def padded(length: int) -> int:

@@ -30,7 +30,7 @@ from .images import (
     to_pixels,
 )
 from .model import L2PTransformer
-from .settings import FIELDS, CompleteSettings, checked
+from .settings import FIELDS, WHOLE, CompleteSettings, checked
 from .shapes.parse import read_prompt
 from .stages import Stage, in_windows, misfit, plan_stages, run_stages
 from .text import TextEncoder, find_encoder
@@ -237,7 +237,7 @@ class L2PPipeline:
         if self.streamed:
             stream_blocks(model, self.device)
         if self.compile_blocks:
-            for block in (*model.noise_refiner, *model.context_refiner, *model.layers):
+            for block in model.blocks:
                 block.compile(dynamic=True)  # one graph for all sizes and lengths of prompts
         return model
 
@@ -245,7 +245,11 @@ class L2PPipeline:
     def text_encoder(self) -> TextEncoder:
         """The text encoder, loaded when it is first used."""
         return TextEncoder.load(
-            self.text_encoder_path, self.tokenizer_path, self._encoder_device(), self.dtype
+            self.text_encoder_path,
+            self.tokenizer_path,
+            self._encoder_device(),
+            self.dtype,
+            self.layout.config.prompts,
         )
 
     def load_lora(self, file: str | Path, strength: float = 1.0) -> None:
@@ -266,9 +270,9 @@ class L2PPipeline:
 
     @property
     def defaults(self) -> Defaults:
-        """The checkpoint's own settings, else the published ones: 30 steps and guidance 2 at patch
-        16, 50 and 4 above; the size the model was trained at."""
-        steps, guidance = (30, 2.0) if self.layout.config.patch_size == 16 else (50, 4.0)
+        """The checkpoint's own settings, else the published ones; the size the model was trained
+        at."""
+        steps, guidance = self.layout.config.steps_and_guidance
         own: dict[str, Any] = self.own_settings
         return Defaults(
             own.get("num_inference_steps", steps),
@@ -454,8 +458,19 @@ class L2PPipeline:
             given["height"], given["width"] = self.size_for(
                 image, given.get("height"), given.get("width")
             )
-        defaults: dict[str, Any] = {**self.own_settings, **self.defaults._asdict()}
+        defaults: dict[str, Any] = {
+            "shift": self.layout.config.shift,
+            **self.own_settings,
+            **self.defaults._asdict(),
+        }
         settings = CompleteSettings(**{**defaults, **given})
+        if not self.layout.config.hooks_run_blocks:
+            for name, needed in (("cache_threshold", 0.0), ("stage_attention", WHOLE)):
+                if (found := getattr(settings, name)) != needed:
+                    raise ValueError(
+                        f"{name} is {found}, which {self.layout.model} does not support. Set it to"
+                        f" {needed}"
+                    )
         self.check_size(settings.height, settings.width)
         usable_device(settings.rand_device)
         return settings

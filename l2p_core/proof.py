@@ -132,9 +132,8 @@ def check_strengths(model: L2PTransformer) -> Finding:
     kinds: dict[str, dict[str, float]] = {}
     references: dict[str, list[float]] = {}  # of the linears that are not quantized
     for name, module in model.named_modules():
-        if not isinstance(module, (nn.Linear, Int8Linear)) or not name.startswith(
-            ("layers.", "noise_refiner.", "context_refiner.")
-        ):
+        in_block = name.partition(".")[0] in model.config.depths
+        if not isinstance(module, (nn.Linear, Int8Linear)) or not in_block:
             continue
         kind = name.split(".", 2)[2]
         strength = strength_of(module)
@@ -207,7 +206,7 @@ def check_readings(probe: Probe, given: list[Pass]) -> list[Finding]:
         share = run().unexplained / max(ours, 1e-9)
         if best is None or share < best[0]:
             best = share, kind, told
-    assert best is not None  # time and naming are always there
+    assert best is not None  # time is always there
     share, faulty, told = best
     findings = []
     for kind, count in names.items():
@@ -217,7 +216,8 @@ def check_readings(probe: Probe, given: list[Pass]) -> list[Finding]:
         elif count:
             findings.append(Finding(kind, True, f"none of {count} other readings is better"))
         else:
-            findings.append(Finding(kind, None, "the file has no INT8 weights"))
+            untold = "the file has no INT8 weights" if kind == "convrot" else "not tested on it"
+            findings.append(Finding(kind, None, untold))
     return findings
 
 
@@ -225,16 +225,8 @@ def readings(probe: Probe) -> Iterator[tuple[str, str, float, Callable[[], Pass]
     """Other readings of the file: (kind, in words, sigma, one pass)."""
     high, low = SIGMAS[0], SIGMAS[-1]
     yield "time", "time 1 for noise and 0 for image", high, partial(probe.run, high, time=high)
-    blocks = [*probe.model.noise_refiner, *probe.model.context_refiner, *probe.model.layers]
-    qkv = ("to_q", "to_k", "to_v")
-    for order in list(permutations(qkv))[1:]:
-        attentions = [block.attention for block in blocks]
-        told = f"{', '.join(order)} in the places of {', '.join(qkv)}"
-        yield "naming", told, low, partial(_swapped, probe, low, attentions, qkv, order)
-    feeds = [block.feed_forward for block in blocks]
-    gates, reverse = ("w1", "w3"), ("w3", "w1")
-    told = "w1 and w3 swapped"
-    yield "naming", told, low, partial(_swapped, probe, low, feeds, gates, reverse)
+    if isinstance(probe.model, L2PTransformer):
+        yield from misnamings(probe, low)
     layers = [each for each in probe.model.modules() if isinstance(each, Int8Linear)]
     present = {each.convrot_groupsize for each in layers}
     for size in CONVROT_GROUPSIZES if layers else ():
@@ -242,6 +234,20 @@ def readings(probe: Probe) -> Iterator[tuple[str, str, float, Callable[[], Pass]
             told = f"convrot {size}" if size else "no rotation"
             flag = f"{told} (give --convrot {size})" if size else told
             yield "convrot", flag, low, partial(_rotated, probe, low, layers, size)
+
+
+def misnamings(probe: Probe, sigma: float) -> Iterator[tuple[str, str, float, Callable[[], Pass]]]:
+    """`readings` of a Z-Image under which tensors of one shape changed places."""
+    blocks = probe.model.blocks
+    qkv = ("to_q", "to_k", "to_v")
+    for order in list(permutations(qkv))[1:]:
+        attentions = [block.attention for block in blocks]
+        told = f"{', '.join(order)} in the places of {', '.join(qkv)}"
+        yield "naming", told, sigma, partial(_swapped, probe, sigma, attentions, qkv, order)
+    feeds = [block.feed_forward for block in blocks]
+    gates, reverse = ("w1", "w3"), ("w3", "w1")
+    told = "w1 and w3 swapped"
+    yield "naming", told, sigma, partial(_swapped, probe, sigma, feeds, gates, reverse)
 
 
 def _swapped(

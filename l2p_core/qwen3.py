@@ -1,4 +1,4 @@
-"""Qwen3, the language model that is Z-Image's text encoder: token ids in, features out.
+"""Qwen3, the language model that is the text encoder: token ids in, features out.
 
 Qwen3 Technical Report (arXiv 2505.09388): RMSNorm before attention and before a SwiGLU
 feed-forward, grouped queries, queries and keys normed per head, RoPE over halves of a head, no
@@ -29,7 +29,7 @@ class Qwen3Config:
 
 
 class Qwen3(nn.Module):
-    """The model but for its output layer. Z-Image takes its last but one hidden state."""
+    """The model but for its output layer."""
 
     def __init__(self, config: Qwen3Config):
         super().__init__()
@@ -45,16 +45,31 @@ class Qwen3(nn.Module):
         """Where the weights are."""
         return self.embed_tokens.weight.device
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Return the last but one hidden state, (B, L, D): the last layer and the norm do not run.
+    def forward(
+        self, ids: Tensor, hidden_states: tuple[int, ...] = (-2,), length: int | None = None
+    ) -> Tensor:
+        """Return hidden states, joined along the width: (B, L, D * their number). The final norm
+        does not run, nor do layers after the last one that is asked for.
 
-        ids: (B, L). Attention is causal: a shorter row is filled up on the right with any ids, and
-        its own tokens do not see them."""
+        ids: (B, L). hidden_states: as transformers numbers them, 0 the embedding; the last one,
+        which that norms, is not among them. length: tokens before the padding, which no token
+        attends to. Attention is causal: without it, a shorter row is filled up on the right with
+        any ids, and its own tokens do not see them."""
+        count = len(self.layers) + 1
+        wanted = [number % count for number in hidden_states]
+        assert max(wanted) < len(self.layers)
+        mask = None
+        if length is not None and length < ids.shape[1]:
+            every = torch.arange(ids.shape[1], device=ids.device)
+            mask = ((every <= every[:, None]) & (every < length))[None, None]  # (1, 1, L, L)
         x = self.embed_tokens(ids)
         rope = rope_table(ids.shape[1], self.config, x)
-        for block in self.layers[:-1]:
-            x = block(x, rope)
-        return x
+        states = {0: x}
+        for number, block in enumerate(self.layers[: max(wanted)], 1):
+            x = block(x, rope, None, mask)
+            if number in wanted:
+                states[number] = x
+        return torch.cat([states[number] for number in wanted], -1)
 
     def continued(self, ids: Tensor, past: "list[Past]", mask: Tensor) -> Tensor:
         """Return the scores of each word of the vocabulary to come next, (B, V).

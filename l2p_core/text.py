@@ -1,4 +1,4 @@
-"""Prompts to features: Z-Image's text encoder, a Qwen3 language model, with its tokenizer."""
+"""Prompts to features: the text encoder, a Qwen3 language model, with its tokenizer."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .config import Z_IMAGE_PROMPTS, PromptFormat
 from .files.content import left_by_system
 from .files.header import CheckpointError, find_files, read_header, reject_zeros
 from .files.layout import FLOATS, UNSCALED
@@ -22,9 +23,8 @@ from .tokenizer import find_tokenizer, load_tokenizer, read_json
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# What Qwen3's own chat template gives for one user turn with thinking enabled. The prompt goes in
-# as it is.
-TEMPLATE = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+TEMPLATE, (LAYER,), _ = Z_IMAGE_PROMPTS
+PADDING = "<|endoftext|>"  # Qwen3's token of it
 # of the whole templated prompt; the published pipeline cuts the rest off, and so do we
 MAX_TOKENS = 512
 UNUSED = ("lm_head.weight", "rotary_emb.inv_freq")  # tensors that may lie in a file
@@ -37,15 +37,22 @@ MAX_SIZES = {  # far above Qwen3-4B's; a hostile file may say anything
     "num_attention_heads": 1024,
     "num_key_value_heads": 1024,
 }
-# transformers' `hidden_states[-2]`: what the last layer takes in, without the final norm
-LAYER = -2
 
 
 class TextEncoder:
     """Turns prompts into the features that an L2P model was trained on."""
 
-    def __init__(self, model: Qwen3, tokenizer: Tokenizer):
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: Qwen3, tokenizer: Tokenizer, prompts: PromptFormat = Z_IMAGE_PROMPTS):
+        """prompts: template, hidden states and padding of the model that takes the features.
+
+        Raises CheckpointError where the text encoder lacks one of the hidden states."""
+        self.model, self.tokenizer, self.prompts = model, tokenizer, prompts
+        layers = model.config.num_hidden_layers
+        if max(prompts.hidden_states) >= layers:
+            raise CheckpointError(
+                f"the text encoder has {layers} layers; this checkpoint takes the hidden state"
+                f" {max(prompts.hidden_states)}. Give the text encoder it was trained with"
+            )
 
     @classmethod
     def load(
@@ -54,24 +61,25 @@ class TextEncoder:
         tokenizer: str | Path | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.bfloat16,
+        prompts: PromptFormat = Z_IMAGE_PROMPTS,
     ) -> TextEncoder:
         """encoder: a Hugging Face folder, a folder that holds one as `text_encoder/`, or ComfyUI's
-        single file. tokenizer: its folder; by default `tokenizer/` in or beside the encoder. Raises
-        CheckpointError."""
+        single file. tokenizer: its folder; by default `tokenizer/` in or beside the encoder.
+        prompts: see `__init__`. Raises CheckpointError."""
         encoder = find_encoder(encoder)
         for file in encoder_files(encoder):
             reject_zeros(file)
         words = load_tokenizer(find_tokenizer(encoder, tokenizer))
-        return cls(load_qwen3(encoder, dtype).to(device).eval(), words)
+        return cls(load_qwen3(encoder, dtype).to(device).eval(), words, prompts)
 
     def token_ids(self, prompt: str) -> list[int]:
         """Return the ids of a prompt in its template, all of them."""
-        templated = TEMPLATE.replace("{prompt}", prompt)
+        templated = self.prompts.template.replace("{prompt}", prompt)
         return self.tokenizer.encode(templated, add_special_tokens=False).ids
 
     def encode(self, prompt: str) -> Tensor:
         """(L, width) features of one prompt, L its number of tokens with the template's, at most
-        512. Warns if cut."""
+        512, or padded to that where the model takes padding. Warns if cut."""
         ids = self.token_ids(prompt)
         if len(ids) > MAX_TOKENS:
             warnings.warn(
@@ -84,14 +92,29 @@ class TextEncoder:
                 f"the tokenizer gives token {max(ids)}, and the text encoder knows"
                 f" {self.model.config.vocab_size}. Give the tokenizer that belongs to it"
             )
+        ids = ids[:MAX_TOKENS]
+        length = len(ids)
+        if self.prompts.pad_to:
+            ids += [self._padding()] * (self.prompts.pad_to - length)
         with torch.no_grad():
-            features = self.model(torch.tensor([ids[:MAX_TOKENS]], device=self.model.device))[0]
+            tokens = torch.tensor([ids], device=self.model.device)
+            features = self.model(tokens, self.prompts.hidden_states, length)[0]
         if not features.isfinite().all():
             raise CheckpointError(
                 f"the text encoder gives NaN in {features.dtype}: its file is damaged, or its"
                 " numbers overflow; bfloat16 has the range of float32"
             )
         return features
+
+    def _padding(self) -> int:
+        """The id of the token that prompts are padded with. Raises CheckpointError."""
+        found = self.tokenizer.token_to_id(PADDING)
+        if found is None or found >= self.model.config.vocab_size:
+            raise CheckpointError(
+                f"the tokenizer has no {PADDING}, with which this checkpoint's prompts are padded."
+                " Give the tokenizer of its text encoder"
+            )
+        return found
 
 
 def find_encoder(path: str | Path) -> Path:

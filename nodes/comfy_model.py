@@ -364,14 +364,25 @@ def install() -> None:
     comfyui.install(L2P, prefix_of, detect, lora_keys, area_unit)
 
 
+def reject_backbone(layout: Layout) -> None:
+    """Raise CheckpointError for a model on another backbone than Z-Image."""
+    if layout.backbone and layout.kind == "model":
+        raise CheckpointError(
+            f"{layout.path.name} is an L2P model on {layout.model}; this pack runs those on"
+            " Z-Image. Generate with it in a terminal: l2p generate"
+        )
+
+
 def unet_config(state_dict: dict, prefix: str, metadata: dict[str, str] | None) -> dict:
     """What ComfyUI keeps of a model before it is built. Raises CheckpointError, with the reason,
     for a file that can't be used, and in a ComfyUI that can't run the network."""
     if failure := self_test():
         raise CheckpointError(failure)
     layout = layout_of(state_dict, prefix, metadata)
+    reject_backbone(layout)
     check(layout)
     config = layout.config
+    assert isinstance(config, L2PConfig)
     formats = {source.format for source in layout.tensors.values() if source.format}
     quantized = bool(formats)
     if quantized and not comfyui.has_kernels(formats):

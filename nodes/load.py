@@ -27,7 +27,7 @@ from ..l2p_core.shapes.parse import read_prompt
 from ..l2p_core.text import LAYER, TEMPLATE, qwen3_sizes
 from ..l2p_core.tokenizer import find_tokenizer
 from . import comfyui, versions
-from .comfy_model import QWEN3_4B_WIDTH, published_state_dict
+from .comfy_model import QWEN3_4B_WIDTH, published_state_dict, reject_backbone
 from .prompt import note
 
 BUNDLED = "L2P shapes (bundled small model)"
@@ -226,6 +226,7 @@ def load_model(
     """A MODEL of these files. Raises CheckpointError, saying what they are, where they hold no
     whole L2P model."""
     layout = read_layout(paths, convrot_groupsize)
+    reject_backbone(layout)
     check(layout)
     state_dict = {}
     for file in layout.files:

@@ -1,11 +1,10 @@
-"""A pixel initialisation, where training starts, from a latent Z-Image or a lower-resolution L2P
+"""A pixel initialisation, where training starts, from a latent model or a lower-resolution L2P
 model: `l2p convert`.
 
 What fits by name and shape is copied byte for byte. What is new is drawn from a seed: the patch
 embedding, whose name carries the patch size, and the local decoder, or those of its tensors that
 the lower resolution has otherwise."""
 
-import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Iterator
@@ -15,15 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..l2p_core.config import PUBLISHED_DECODERS, L2PConfig
+from ..l2p_core.backbones import DECODER, Backbone
+from ..l2p_core.config import PUBLISHED_DECODERS, L2PConfig, PixelConfig
 from ..l2p_core.files.header import CheckpointError
 from ..l2p_core.files.layout import Layout, read_layout
 from ..l2p_core.files.load import check, expected_shapes
+from ..l2p_core.tokenizer import read_json
 from . import stream
 from .export import arrange, note_left_out
 from .stream import Piece, Progress, write
 
-NEW = ("all_x_embedder.", "local_decoder.")  # parts that belong to a patch size
+NEW = ("all_x_embedder.", "local_decoder.")  # parts of a Z-Image that belong to a patch size
 LATENT_ONLY = (
     "x_embedder.",
     "all_final_layer.",
@@ -41,12 +42,19 @@ def convert(
 ) -> None:
     """Write a pixel initialisation of this patch size, under the published names.
 
-    source: a latent Z-Image (file, folder, index or list of shards), or an L2P model with a smaller
-    patch. patch: 16, 64, 128 or 160, for about 1K, 4K, 8K or 10K pixels. Copied tensors keep their
-    dtype, new ones are FP32. Raises CheckpointError where the source is neither, or incomplete."""
+    source: a latent Z-Image or one of `BACKBONES` (file, folder, index or list of shards), or an
+    L2P model with a smaller patch. patch: 16, 64, 128 or 160, for about 1K, 4K, 8K or 10K pixels.
+    Copied tensors keep their dtype, new ones are FP32. Raises CheckpointError where the source is
+    neither, or incomplete."""
     layout = read_layout(source)
     pieces = plan(layout, patch, seed)
+    if layout.backbone and layout.kind == "latent":
+        check_settings(layout, layout.backbone)
     note_left_out(layout)
+    of_zimage = {
+        "architecture": "z-image-l2p",
+        "implementation": "https://github.com/TencentYoutuResearch/T2I-L2P",
+    }
     write(
         output,
         pieces,
@@ -54,8 +62,7 @@ def convert(
         "l2p convert",
         {"patch": patch, "seed": seed},
         {
-            "architecture": "z-image-l2p",
-            "implementation": "https://github.com/TencentYoutuResearch/T2I-L2P",
+            **({} if layout.backbone else of_zimage),
             "resolution": f"{64 * patch}x{64 * patch}",
             "title": f"L2P pixel initialisation, patch {patch}",
         },
@@ -66,12 +73,16 @@ def convert(
 def plan(layout: Layout, patch: int, seed: int) -> list[Piece]:
     """Every tensor of the initialisation, in the model's order: copied or new."""
     expected = expected_shapes(target_config(layout, patch))
+    row = layout.backbone
+    new = (f"{row.input}.", f"{DECODER}.") if row else NEW
+    latent_only = (f"{row.output}.",) if row else LATENT_ONLY
     copied = {
         name: source
         for name, source in layout.tensors.items()
         if expected.get(name) == source.shape
+        and not (layout.kind == "latent" and name.startswith(new))
     }
-    if lacking := [name for name in expected if name not in copied and not name.startswith(NEW)]:
+    if lacking := [name for name in expected if name not in copied and not name.startswith(new)]:
         name = lacking[0]
         found = layout.tensors.get(name)
         raise CheckpointError(
@@ -81,11 +92,11 @@ def plan(layout: Layout, patch: int, seed: int) -> list[Piece]:
         )
     names = [*layout.tensors, *(key.removeprefix(layout.prefix) for key in layout.unused)]
     if unknown := [
-        name for name in names if name not in expected and not name.startswith((*NEW, *LATENT_ONLY))
+        name for name in names if name not in expected and not name.startswith((*new, *latent_only))
     ]:
         raise CheckpointError(
-            f"{layout.path.name} has {len(unknown)} tensors that no Z-Image or L2P model has"
-            f" (first: {unknown[0]}). It is another kind of model"
+            f"{layout.path.name} has {len(unknown)} tensors that no {layout.model} or L2P model"
+            f" has (first: {unknown[0]}). It is another kind of model"
         )
     if quantized := [
         name
@@ -104,7 +115,7 @@ def plan(layout: Layout, patch: int, seed: int) -> list[Piece]:
     return [pieces[name] for name in expected]
 
 
-def target_config(layout: Layout, patch: int) -> L2PConfig:
+def target_config(layout: Layout, patch: int) -> PixelConfig:
     """The source's numbers with another patch size and the published decoder for it. Raises
     CheckpointError."""
     if patch not in PUBLISHED_DECODERS:
@@ -119,14 +130,16 @@ def target_config(layout: Layout, patch: int) -> L2PConfig:
                 f" {patch}; an L2P model is converted to a larger patch only. Train it as it is, or"
                 " give a latent Z-Image"
             )
-        return dataclasses.replace(
-            layout.config, patch_size=patch, decoder=PUBLISHED_DECODERS[patch]
-        )
+        return layout.config.with_patch(patch)
     # A latent model has every number but those of the pixel parts, which the patch size fixes.
     shapes = {
         name: source.shape for name, source in layout.tensors.items() if not name.startswith(NEW)
     }
     try:
+        if layout.backbone:
+            # The source keeps its own input projection, which tells the width.
+            own = {name: source.shape for name, source in layout.tensors.items()}
+            return layout.backbone.config(own, patch).with_patch(patch)
         dim = shapes["cap_embedder.1.weight"][0]
         config = L2PConfig.from_shapes(
             {
@@ -137,14 +150,38 @@ def target_config(layout: Layout, patch: int) -> L2PConfig:
         )
     except KeyError as missing:
         raise CheckpointError(
-            f"{layout.path.name} lacks {missing.args[0]}, which every Z-Image has. "
+            f"{layout.path.name} lacks {missing.args[0]}, which every {layout.model} has. "
             "If it is one of several shards, give them all, or their folder"
         ) from None
     except (ValueError, IndexError, ZeroDivisionError) as odd:
         raise CheckpointError(
-            f"{layout.path.name} is no Z-Image: {odd}. Give Z-Image or Z-Image-Turbo"
+            f"{layout.path.name} is no {layout.model}: {odd}. Give "
+            + (layout.backbone.repository if layout.backbone else "Z-Image or Z-Image-Turbo")
         ) from None
-    return dataclasses.replace(config, decoder=PUBLISHED_DECODERS[patch])
+    return config.with_patch(patch)
+
+
+def check_settings(layout: Layout, row: Backbone) -> None:
+    """Raise CheckpointError where a folder's config.json says what the class would not do by the
+    tensors' shapes alone."""
+    file = layout.files[0].with_name("config.json")
+    if not file.is_file():
+        return
+    found = read_json(file)
+    if "_class_name" not in found:  # another program's
+        return
+    wanted = {
+        "_class_name": row.diffusers_class,
+        **row.settings,
+        **row.arguments({name: source.shape for name, source in layout.tensors.items()}),
+    }
+    for key, value in wanted.items():
+        value = list(value) if isinstance(value, tuple) else value
+        if key in found and found[key] != value:
+            raise CheckpointError(
+                f"{file} says that {key} is {str(found[key])[:40]}; expected {value}, as in"
+                f" {row.repository}. Give that model"
+            )
 
 
 def draw(

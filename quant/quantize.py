@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..l2p_core.backbones import Backbone
 from ..l2p_core.files.atomic import atomic_write, readable_bytes
 from ..l2p_core.files.header import DTYPE_BYTES, CheckpointError
 from ..l2p_core.files.layout import Layout, Source, read_layout
@@ -136,7 +137,7 @@ def plan(layout: Layout, options: Options, tallies: list[Tally]) -> list[Piece]:
             " loses twice. Give the model it was made from; l2p export changes names alone"
         )
     plain = arrange(layout.tensors, "comfyui", dtype="BF16")
-    chosen = choose(plain, options)
+    chosen = choose(plain, options, layout.backbone)
     if dull := [piece for piece in plain if piece.name in chosen and len(piece.shape) != 2]:
         raise CheckpointError(
             f"--include reaches {dull[0].name} of shape {dull[0].shape}; only the weights of linear"
@@ -166,15 +167,26 @@ def divides(shape: tuple[int, ...], options: Options) -> bool:
     )
 
 
-def choose(pieces: list[Piece], options: Options) -> set[str]:
+def preset_pattern(preset: str, row: Backbone | None) -> str:
+    """What a preset quantizes, as a pattern of ComfyUI's names. row: of the model's backbone, whose
+    names are diffusers'; None for Z-Image."""
+    if row is None:
+        return PRESETS[preset]
+    linears = "|".join(row.lora[kind] for kind in ("attention", "feed_forward"))
+    first = rf"(?!{next(iter(row.stacks))}\.0\.)" if preset == "card" else ""
+    return rf"{first}({linears})\.weight"
+
+
+def choose(pieces: list[Piece], options: Options, row: Backbone | None = None) -> set[str]:
     """The names to quantize: the preset's and the included, without the excluded. Raises
     CheckpointError."""
     names = [piece.name for piece in pieces]
+    of_preset = preset_pattern(options.preset, row)
     for pattern in (*options.include, *options.exclude):
         if not any(fnmatchcase(name, pattern) for name in names):
             raise CheckpointError(
                 f"the pattern {pattern} matches no tensor; names are ComfyUI's, without prefix,"
-                f" such as {next(name for name in names if name.endswith('qkv.weight'))}"
+                f" such as {next(name for name in names if re.fullmatch(of_preset, name))}"
             )
 
     def matches(name: str, patterns: list[str]) -> bool:
@@ -183,7 +195,7 @@ def choose(pieces: list[Piece], options: Options) -> set[str]:
     chosen = {
         name
         for name in names
-        if (re.fullmatch(PRESETS[options.preset], name) or matches(name, options.include))
+        if (re.fullmatch(of_preset, name) or matches(name, options.include))
         and not matches(name, options.exclude)
     }
     if not chosen:

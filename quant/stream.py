@@ -107,6 +107,7 @@ def write(
         "l2p.format_version": FORMAT_VERSION,
         "l2p.made_by": f"ComfyUI-L2P, {command}",
         "l2p.options": json.dumps(options),
+        **next((each.backbone.metadata for each in inputs if each.backbone), {}),
         **carried_modelspec(inputs[0], modelspec),
         **defaults_metadata(inputs[0].default_settings if defaults is None else defaults),
     }
@@ -409,10 +410,14 @@ def as_bytes(block: Tensor) -> memoryview:
 def carried_modelspec(first: Layout, changes: dict[str, str]) -> dict[str, str]:
     """The first input's modelspec fields with these changed. What it says of the file's own bytes
     is left out."""
-    fields = {
-        "sai_model_spec": "1.0.1",
+    of_zimage = {
         "architecture": "z-image-l2p",
         "implementation": "https://github.com/TencentYoutuResearch/T2I-L2P",
+    }
+    of_backbone = {"architecture": f"{first.backbone.name}-l2p"} if first.backbone else of_zimage
+    fields = {
+        "sai_model_spec": "1.0.1",
+        **of_backbone,
         **modelspec(first),
         **changes,
         "hash_sha256": "",

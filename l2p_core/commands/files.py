@@ -34,9 +34,9 @@ def add_convert(commands: argparse._SubParsersAction) -> None:
         "convert",
         help="make a pixel initialisation to train from",
         description=(
-            "Make a pixel initialisation from a latent Z-Image or Z-Image-Turbo, or from a trained"
-            " L2P model of a smaller patch. Tensors that fit are copied; the others are initialised"
-            " from the seed."
+            "Make a pixel initialisation from a latent Z-Image, Z-Image-Turbo or FLUX.2-klein, or"
+            " from a trained L2P model of a smaller patch. Tensors that fit are copied; the others"
+            " are initialised from the seed."
         ),
     )
     parser.add_argument(
@@ -66,7 +66,7 @@ def add_convert(commands: argparse._SubParsersAction) -> None:
         from ...quant.convert import convert
 
         if not (sources := args.source + args.latent_ckpt_files):
-            raise ValueError("give the latent Z-Image, or a trained L2P model, to convert")
+            raise ValueError("give the latent model, or a trained L2P model, to convert")
         convert(sources, args.output, args.patch, args.seed, progress=True)
         print(args.output)
 

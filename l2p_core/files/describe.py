@@ -1,10 +1,8 @@
 """What a checkpoint is and what to do with it: `l2p inspect`."""
 
-import dataclasses
 from collections import Counter
 from pathlib import Path
 
-from ..config import L2PConfig
 from .header import CheckpointError
 from .layout import read_layout
 from .load import check
@@ -12,7 +10,7 @@ from .load import check
 KINDS = {
     "model": "L2P model",
     "part": "trained part of an L2P model",
-    "latent": "latent Z-Image",
+    "latent": "latent model",
     "lora": "LoRA",
     "text encoder": "text encoder",
     "unknown": "not an L2P model",
@@ -28,7 +26,8 @@ def describe(path: Path) -> dict:
         dtypes[entry.dtype] += entry.count
     facts = {
         "path": str(path),
-        "kind": KINDS[layout.kind],
+        "kind": f"latent {layout.model}" if layout.kind == "latent" else KINDS[layout.kind],
+        "backbone": layout.model if layout.kind in ("model", "part", "latent") else None,
         "files": len(layout.files),
         "bytes": sum(file.stat().st_size for file in layout.files),
         "tensors": len(layout.entries),
@@ -49,18 +48,15 @@ def describe(path: Path) -> dict:
             "height": layout.trained_size[0],
             "width": layout.trained_size[1],
             "size_multiple": config.size_multiple,
-            "config": dataclasses.asdict(config),
+            "config": dict(vars(config)),
+            "summary": config.summary,
             "usable": True,
             "advice": (
                 f'Generate with it: l2p generate "a prompt" --checkpoint {path} --text-encoder '
-                + (
-                    "Z-Image-Turbo"
-                    if config.cap_feat_dim == L2PConfig.cap_feat_dim
-                    else "FOLDER, the one it was trained with"
-                )
+                + (config.text_encoder or "FOLDER, the one it was trained with")
             ),
         }
-    except CheckpointError as error:
+    except (CheckpointError, ImportError) as error:
         facts |= {"usable": False, "advice": str(error)}
     return facts
 
@@ -82,17 +78,12 @@ def report(facts: dict) -> str:
         ),
     ]
     if "config" in facts:
-        config = facts["config"]
         lines += [
             (
                 f"  patch {facts['patch']}: trained for about {facts['width']} x {facts['height']}"
                 f" pixels, sides in multiples of {facts['size_multiple']}"
             ),
-            (
-                f"  width {config['dim']}, {config['n_heads']} heads, {config['n_layers']} +"
-                f" {config['n_refiner_layers']} + {config['n_refiner_layers']} layers, captions of"
-                f" {config['cap_feat_dim']}"
-            ),
+            f"  {facts['summary']}",
         ]
         lines += [
             f"  {facts['naming']} naming, prefix {facts['prefix'] or 'none'}, "

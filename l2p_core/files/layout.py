@@ -14,7 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from ..config import L2PConfig, block_numbers
+from ..backbones import DECODER, Backbone, find_backbone
+from ..config import L2PConfig, PixelConfig, block_numbers
 from ..settings import checked
 from .header import CheckpointError, Entry, find_files, read_header, reading, stamp
 from .naming import ADAPTER, COMFYUI_NAMES, PACKED, layer_name
@@ -28,6 +29,20 @@ DEFAULTS_KEY = "l2p.default_settings"  # of the metadata: JSON
 # What a file may say there. A distilled one is made for these.
 DEFAULT_SETTINGS = ("num_inference_steps", "cfg_scale", "shift", "sampler")
 CONVROT_GROUPSIZES = (4, 16, 64, 256, 1024)
+# What names of an L2P model's tensors begin with, on Z-Image.
+STEMS = (
+    "layers.",
+    "noise_refiner.",
+    "context_refiner.",
+    "t_embedder.",
+    "cap_embedder.",
+    "cap_pad",
+    "x_pad",
+    "x_embedder.",
+    "all_x_embedder.",
+    "local_decoder.",
+)
+DIT = "dit."  # stands before the transformer's names, not the decoder's, in some files
 KNOWN_PREFIXES = (
     "model.diffusion_model.",
     "diffusion_model.",
@@ -77,14 +92,19 @@ class Layout:
     stamps: dict[Path, tuple[int, ...]] = field(
         default_factory=dict
     )  # what each file was when it was described
+    backbone: Backbone | None = None  # None for Z-Image
+
+    @property
+    def model(self) -> str:
+        """The latent model that it is made from."""
+        return self.backbone.title if self.backbone else "Z-Image"
 
     @cached_property
-    def config(self) -> L2PConfig:
+    def config(self) -> PixelConfig:
         """The model's numbers, read from tensor shapes. Raises CheckpointError where none fit."""
+        shapes = {name: source.shape for name, source in self.tensors.items()}
         try:
-            return L2PConfig.from_shapes(
-                {name: source.shape for name, source in self.tensors.items()}
-            )
+            return self.backbone.config(shapes) if self.backbone else L2PConfig.from_shapes(shapes)
         except KeyError as missing:
             raise CheckpointError(
                 f"{self.path.name} lacks {missing.args[0]}, which every L2P model has: "
@@ -207,31 +227,28 @@ def describe(
 ) -> Layout:
     """The layout of these entries, wherever they are kept. markers: of quantized layers, by
     `layer_name`."""
-    prefix = find_prefix(entries)
-    kind, naming = classify(entries, prefix)
-    layout = Layout(path, files, entries, metadata, kind, prefix, naming, {}, stamps=stamps)
+    backbone = find_backbone(entries)
+    if backbone is None:
+        prefix = find_prefix(entries)
+        kind, naming = classify(entries, prefix)
+    else:
+        prefix = backbone_prefix(entries, backbone)
+        kind, naming = classify_backbone(entries, prefix, backbone), "published"
+    stems = backbone.stems if backbone else STEMS
+    layout = Layout(
+        path, files, entries, metadata, kind, prefix, naming, {}, stamps=stamps, backbone=backbone
+    )
     for key, entry in entries.items():
         if not key.startswith(prefix):
             layout.outside.append(key)
             continue
         name = key.removeprefix(prefix)
-        of_weight = f"{prefix}{name.rpartition('.')[0]}.weight" in entries
+        if backbone:
+            name = name.removeprefix(DIT)
+        of_weight = f"{key.rpartition('.')[0]}.weight" in entries
         if name == SCALED_FP8 or name.endswith(BESIDE_WEIGHTS) and of_weight:
             continue
-        if not name.startswith(
-            (
-                "layers.",
-                "noise_refiner.",
-                "context_refiner.",
-                "t_embedder.",
-                "cap_embedder.",
-                "cap_pad",
-                "x_pad",
-                "x_embedder.",
-                "all_x_embedder.",
-                "local_decoder.",
-            )
-        ):
+        if not name.startswith(stems):
             layout.unused.append(key)
             continue
         source = Source(entry)
@@ -314,6 +331,36 @@ def classify(entries: dict[str, Entry], prefix: str) -> tuple[str, str]:
     if any(key.endswith("embed_tokens.weight") for key in entries):
         return "text encoder", naming
     return "unknown", naming
+
+
+def backbone_prefix(entries: dict[str, Entry], backbone: Backbone) -> str:
+    """What stands before the names of a backbone's tensors and of its decoder, without `dit.`."""
+    found = {
+        key[: match.start()]
+        for key in entries
+        if (match := re.search(rf"(?<![^.]){backbone.signature}$", key))
+    }
+    if len(found) > 1:
+        raise CheckpointError(
+            f"there are {len(found)} models in it, under {' and '.join(map(repr, sorted(found)))}. "
+            "Give a file that holds one"
+        )
+    return found.pop().removesuffix(DIT)
+
+
+def classify_backbone(entries: dict[str, Entry], prefix: str, backbone: Backbone) -> str:
+    """The kind of a file of this backbone."""
+    if any(ADAPTER.search(key) for key in entries):
+        return "lora"
+    names = {key.removeprefix(prefix).removeprefix(DIT) for key in entries}
+    starts = {f"{name.partition('.')[0]}." for name in names}
+    if f"{DECODER}." not in starts:
+        return "latent" if f"{backbone.output}." in starts else "part"
+    numbers = [block_numbers(names, stack) for stack in backbone.stacks]
+    whole = starts.issuperset(backbone.stems) and all(
+        len(found) == max(found, default=0) + 1 for found in numbers
+    )
+    return "model" if whole else "part"
 
 
 def quantization_markers(entries: dict[str, Entry], metadata: dict[str, str]) -> dict[str, dict]:

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -15,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..config import L2PConfig, block_numbers
+from ..config import PixelConfig, block_numbers
 from ..model import L2PTransformer
 from .header import SHARD_NAME, CheckpointError, Entry, reject_zeros
 from .layout import FLOATS, UNSCALED, Layout, Source, read_layout
@@ -46,8 +45,7 @@ def load_model(
     finite L2P model; its message says what it is."""
     layout = path if isinstance(path, Layout) else read_layout(path, convrot_groupsize)
     check(layout)
-    with torch.device("meta"):
-        model = L2PTransformer(layout.config)
+    model = layout.config.build()
     tensors: dict[str, Tensor] = {}
     with ExitStack() as opened:
         try:
@@ -191,7 +189,7 @@ def check(layout: Layout) -> None:
         )
     if layout.kind == "latent":
         raise CheckpointError(
-            f"{name} is a latent Z-Image, which needs a VAE. "
+            f"{name} is a latent {layout.model}, which needs a VAE. "
             "Convert it to an L2P pixel initialisation first, l2p convert, and train that"
         )
     if layout.kind == "lora":
@@ -258,22 +256,16 @@ def bytes_in_memory(layout: Layout, dtype: torch.dtype) -> dict[str, int]:
     }
 
 
-def expected_shapes(config: L2PConfig) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: PixelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a model. Only one block of each stack is built: a file may
     claim thousands."""
-    depths = {
-        "layers": config.n_layers,
-        "noise_refiner": config.n_refiner_layers,
-        "context_refiner": config.n_refiner_layers,
-    }
-    with torch.device("meta"):
-        shallow = L2PTransformer(replace(config, n_layers=1, n_refiner_layers=1)).state_dict()
+    shallow = config.shallow().build().state_dict()
     expected = {}
     for stack, tensors in groupby(shallow.items(), key=lambda item: item[0].partition(".")[0]):
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors}
-        if stack not in depths:
+        if stack not in config.depths:
             expected.update(shapes)
-        for number in range(depths.get(stack, 0)):
+        for number in range(config.depths.get(stack, 0)):
             expected.update(
                 {name.replace(".0.", f".{number}.", 1): shape for name, shape in shapes.items()}
             )
@@ -281,8 +273,10 @@ def expected_shapes(config: L2PConfig) -> dict[str, tuple[int, ...]]:
 
 
 def missing_layers(layout: Layout) -> str:
-    """ "5..24": the gap in the main layers that a trained part leaves. Empty where there is
-    none."""
-    depths = block_numbers(layout.tensors)
-    absent = sorted(set(range(max(depths, default=-1) + 1)) - depths)
-    return f"{absent[0]}..{absent[-1]}" if absent else ""
+    """ "5..24": the gap in the main layers, or in one stack of them, that a trained part leaves.
+    Empty where there is none."""
+    for stack in layout.backbone.stacks if layout.backbone else ("layers",):
+        depths = block_numbers(layout.tensors, stack)
+        if absent := sorted(set(range(max(depths, default=-1) + 1)) - depths):
+            return f"{absent[0]}..{absent[-1]}"
+    return ""

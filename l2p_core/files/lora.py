@@ -308,7 +308,7 @@ def add_changes(
     for changed, strength in adapters:
         for name, change in changed.items():
             by_weight.setdefault(name, []).append((change, strength))
-    dtype = model.t_embedder.mlp[0].weight.dtype
+    dtype = model.dtype
     for name, added in by_weight.items():
         layer_name = name.removesuffix(".weight")
         layer = model.get_submodule(layer_name)

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Iterable
 
+from ..backbones import BACKBONES
+
 # ComfyUI's names for what T2I-L2P calls otherwise; q, k and v lie packed in `qkv`, in this order.
 COMFYUI_NAMES = {
     ".attention.out.": ".attention.to_out.0.",
@@ -14,8 +16,11 @@ PACKED = (
     (".attention.to_q.weight", ".attention.to_k.weight", ".attention.to_v.weight"),
 )
 STACKS = ("layers", "noise_refiner", "context_refiner")
+ALL_STACKS = (*STACKS, *(stack for row in BACKBONES.values() for stack in row.stacks))
 PARTS = (*STACKS, "t_embedder", "cap_embedder", "x_embedder", "all_x_embedder", "local_decoder")
-LAYER = re.compile(rf"(?:^|\.)((?:{'|'.join(PARTS)})\..+)")
+# The same of other backbones. `dit.` stands before them in some files.
+OTHER_PARTS = {stem.removesuffix(".") for row in BACKBONES.values() for stem in row.stems}
+LAYER = re.compile(rf"(?:^|\.)((?:{'|'.join(sorted({*PARTS, *OTHER_PARTS}))})\..+)")
 
 # What only an adapter's tensors are called: LoRA, LoHa, LoKr, OFT, GLoRA, DoRA, a difference.
 ADAPTER = re.compile(

@@ -5,24 +5,34 @@ import re
 import torch
 from torch import Tensor, nn
 
+from ..backbones import Backbone
 from ..files.header import CheckpointError
 from ..files.layout import Layout, read_layout
 from ..files.lora import Change, read_lora
 from ..model import L2PTransformer
 from .config import TrainConfig
 
-# The linears of a main layer, by what `lora_targets` calls them.
+# The linears of the main layers of Z-Image, by what `lora_targets` calls them.
 LINEARS = {
-    "attention": r"attention\.(to_[qkv]|to_out\.0)",
-    "feed_forward": r"feed_forward\.w[123]",
-    "adaLN": r"adaLN_modulation\.0",
+    "attention": r"layers\.\d+\.attention\.(to_[qkv]|to_out\.0)",
+    "feed_forward": r"layers\.\d+\.feed_forward\.w[123]",
+    "adaLN": r"layers\.\d+\.adaLN_modulation\.0",
 }
 
 
-def targets_of(config: TrainConfig) -> str:
-    """Return a pattern of the layers that get an adapter."""
-    linears = "|".join(LINEARS[name] for name in config.lora_targets)
-    return rf"layers\.\d+\.({linears})"
+def targets_of(config: TrainConfig, row: Backbone | None = None) -> str:
+    """Return a pattern of the layers that get an adapter. row: of the model's backbone; None for
+    Z-Image.
+
+    Raises ValueError where the model has none of `lora_targets`."""
+    known = row.lora if row else LINEARS
+    linears = "|".join(known[name] for name in config.lora_targets if name in known)
+    if not linears:
+        raise ValueError(
+            f"lora_targets is {' '.join(config.lora_targets)}, and this model's blocks have"
+            f" {' and '.join(known)}; name some of those"
+        )
+    return f"({linears})"
 
 
 def scale_of(config: TrainConfig) -> float:
@@ -38,7 +48,7 @@ def add_adapter(model: L2PTransformer, config: TrainConfig) -> None:
         raise ImportError("training a LoRA needs peft: pip install 'comfyui-l2p[train]'") from None
     model.requires_grad_(False)
     rank, alpha = config.lora_rank, config.lora_alpha or config.lora_rank
-    targets = targets_of(config)
+    targets = targets_of(config, getattr(model.config, "row", None))
     if config.lora_kind == "lokr":
         adapter = LoKrConfig(r=rank, alpha=alpha, target_modules=targets)
     else:
@@ -83,7 +93,7 @@ def read_first_lora(config: TrainConfig, base: Layout) -> tuple[Layout, dict[str
                 f"{lora.path.name} holds {kind} for {weight}, which is no LoRA; only a LoRA can be"
                 " trained further. Merge it into the checkpoint: l2p merge"
             )
-        if not re.fullmatch(targets_of(config), weight.removesuffix(".weight")):
+        if not re.fullmatch(targets_of(config, base.backbone), weight.removesuffix(".weight")):
             raise CheckpointError(
                 f"{lora.path.name} changes {weight}, which a LoRA run does not train. Merge it into"
                 " the checkpoint: l2p merge"

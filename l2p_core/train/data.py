@@ -22,7 +22,7 @@ from ..files.save import save_tensors
 from ..flow import training_sigmas
 from ..images import read_image, to_mask, to_pixels
 from ..pipeline import L2PPipeline, draw_noise
-from ..text import LAYER, MAX_TOKENS, TEMPLATE, encoder_files
+from ..text import MAX_TOKENS, encoder_files
 from ..tokenizer import find_tokenizer
 from .buckets import crop_and_resize, plan_epoch, target_size
 from .config import TrainConfig
@@ -60,7 +60,7 @@ class Encodings:
     them."""
 
     def __init__(self, folder: Path, pipe: L2PPipeline):
-        self.folder, self.pipe = folder, pipe
+        self.folder, self.pipe, prompts = folder, pipe, pipe.layout.config.prompts
         path = pipe.text_encoder_path
         described = [
             file
@@ -72,10 +72,12 @@ class Encodings:
             "text_encoder_sha256": hash_files(encoder_files(path)),
             "tokenizer_and_config_sha256": hash_files(described),
             "dtype": str(pipe.dtype),
-            "template": TEMPLATE,
-            "layer": str(LAYER),
+            "template": prompts.template,
+            "layer": " ".join(map(str, prompts.hidden_states)),
             "max_tokens": str(MAX_TOKENS),
         }
+        if prompts.pad_to:
+            self.maker["pad_to"] = str(prompts.pad_to)
 
     def add(self, captions: list[str], progress: bool = False) -> None:
         """Encode and store those that are not there, then take the encoder out of memory."""

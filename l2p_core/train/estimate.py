@@ -21,7 +21,6 @@ from ..files.layout import read_layout
 from ..files.load import check
 from ..flow import flow_matching_loss
 from ..meter import Meter, bytes_of, shapes_only
-from ..model import L2PTransformer
 from ..text import MAX_TOKENS
 from .buckets import target_size
 from .config import TrainConfig
@@ -57,8 +56,7 @@ def estimate(config: TrainConfig) -> dict[str, int]:
         )
     )
     dtype = compute_dtype(config)
-    with torch.device("meta"):
-        model = L2PTransformer(layout.config).to(dtype)
+    model = layout.config.build().to(dtype)
     on_gpu = config.device != "cpu"
     prepare(model, config, norm=fused_norm if on_gpu else F.rms_norm)
     with shapes_only(model), Meter(elsewhere=HOST) as meter:
@@ -123,7 +121,7 @@ def estimate(config: TrainConfig) -> dict[str, int]:
     return {**parts, "in all": sum(parts.values()), **beside}
 
 
-def to_host(model: L2PTransformer) -> int:
+def to_host(model: nn.Module) -> int:
     """Put swapped weights where nothing is counted, and return their bytes."""
     swapped = [
         module for module in model.modules() if isinstance(module, FrozenLinear) and module.swapped

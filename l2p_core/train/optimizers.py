@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..files.naming import ALL_STACKS
 from .config import TrainConfig
 from .low_memory import bitsandbytes, round_stochastically
 from .transfer import arrived, to_device, to_host
@@ -175,7 +176,7 @@ def muon_and_adamw(trained: dict[str, nn.Parameter], settings: dict[str, Any]) -
         raise ImportError(
             f"this is torch {torch.__version__}, and Muon came with 2.9: pip install -U torch"
         )
-    blocks = ("layers.", "noise_refiner.", "context_refiner.")
+    blocks = tuple(f"{stack}." for stack in ALL_STACKS)
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in trained.items():

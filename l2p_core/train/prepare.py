@@ -49,8 +49,9 @@ def prepare(
     norm: computes RMSNorm."""
     model.train()
     keep_dtypes(model, norm)
-    frozen = model.layers if config.lora_rank else model.layers[layers_of(config.freeze)]
-    frozen.requires_grad_(False)
+    frozen = model.main_blocks if config.lora_rank else model.main_blocks[layers_of(config.freeze)]
+    for part in (*frozen, *(model.shared_parts if frozen else ())):
+        part.requires_grad_(False)
     swapped = round(config.swap_blocks * len(frozen))
     for index, block in enumerate(frozen):
         if config.quantize_frozen or index < swapped:
@@ -65,7 +66,7 @@ def prepare(
         )  # the file it is mapped from is not written to
     if device:
         model.to(device)
-    blocks = *model.noise_refiner, *model.context_refiner, *model.layers
+    blocks = model.blocks
     if config.compile_blocks:
         for block in blocks:
             block.forward = torch.compile(block.forward)

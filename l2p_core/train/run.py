@@ -790,7 +790,7 @@ def stoppable(model: nn.Module, interrupted: Noted) -> Iterator[None]:
         if interrupted.is_set():
             raise Stopped
 
-    blocks = (*model.noise_refiner, *model.context_refiner, *model.layers, model.local_decoder)
+    blocks = (*model.blocks, model.local_decoder)
     hooks = [block.register_forward_pre_hook(check) for block in blocks]
     try:
         yield

@@ -38,9 +38,7 @@ def shard(
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     precision = MixedPrecisionPolicy(dtype, torch.float32 if dtype else None, None, False)
     for part in (
-        *model.noise_refiner,
-        *model.context_refiner,
-        *model.layers,
+        *model.blocks,
         model.local_decoder,
         model,
     ):

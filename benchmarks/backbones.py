@@ -1,0 +1,155 @@
+"""Proofs of the backbones in docs/backbones.md.
+
+python benchmarks/backbones.py overfit --folder /tmp/overfit
+    (a tiny FLUX.2 with random weights learns four images by `l2p train`, and `l2p generate`
+    makes them from noise: PSNR of each. Minutes on a CPU)
+python benchmarks/backbones.py convert --folder /tmp/full
+    (`l2p convert` of a full-size FLUX.2-klein of random weights: memory and time. 16 GB of disk)
+python benchmarks/backbones.py cards
+    (what a full-size model takes on cards of 16 and 24 GB, counted on headers)"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from comfyui_l2p.l2p_core import cli
+from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS
+from comfyui_l2p.l2p_core.files.load import expected_shapes
+from comfyui_l2p.l2p_core.shapes.scenes import render, scenes
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+import backbones  # noqa: E402
+
+SIDE, IMAGES = 64, 4
+
+
+def klein_shapes() -> dict[str, tuple[int, ...]]:
+    """Name and shape of each tensor of FLUX.2-klein-base-4B."""
+    import diffusers
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        model = diffusers.Flux2Transformer2DModel(
+            in_channels=128,
+            num_layers=5,
+            num_single_layers=20,
+            num_attention_heads=24,
+            joint_attention_dim=7680,
+            guidance_embeds=False,
+        )
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def l2p(*arguments: object) -> None:
+    """Run a command of l2p in this process."""
+    command = [str(each) for each in arguments]
+    print("l2p", *command, flush=True)
+    if cli.main(command):
+        raise SystemExit(1)
+
+
+def overfit(folder: Path, steps: int) -> None:
+    """Train on a handful of images, generate them, and print how near they come."""
+    data = folder / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    backbones.save_text_encoder(folder)
+    model = backbones.save_pixel_model(folder / "pixel.safetensors", 64, (2, 2))
+    every = scenes()
+    chosen = every[:: len(every) // IMAGES][:IMAGES]
+    for number, scene in enumerate(chosen):
+        image = render(scene).resize((SIDE, SIDE))
+        image.save(data / f"{number}.png")
+        (data / f"{number}.txt").write_text(scene.caption())
+    common = ("--text-encoder", folder)
+    l2p(
+        *("train", "--checkpoint", model, *common, "--data", data, "--output", folder / "run"),
+        *("--steps", steps, "--batch", IMAGES, "--freeze", "", "--learning-rate", 2e-3),
+        *("--schedule", "cosine", "--warmup", 20, "--mixed-precision", "no", "--device", "cpu"),
+        *("--timestep-sampling", "uniform", "--max-grad-norm", 1, "--sample-every", 0),
+        *("--height", SIDE, "--width", SIDE, "--save-every", steps, "--no-checkpointing"),
+    )
+    whole = folder / "model.safetensors"
+    part = folder / "run" / f"step-{steps}.safetensors"
+    l2p("merge", "--trained", part, "--base", model, "-o", whole)
+    for number, scene in enumerate(chosen):
+        output = folder / f"{number}.png"
+        l2p(
+            *("generate", scene.caption(), "--checkpoint", whole, *common, "-o", output),
+            *("--height", SIDE, "--width", SIDE, "--cfg-scale", 1, "--seed", 7 + number),
+            *("--dtype", "float32", "--overwrite", "--device", "cpu"),
+        )
+        found, wanted = (
+            np.asarray(Image.open(file).convert("RGB")).astype(float)
+            for file in (output, data / f"{number}.png")
+        )
+        error = np.square(found - wanted).mean()
+        print(f"PSNR {10 * np.log10(255**2 / error):5.1f} dB  {scene.caption()}", flush=True)
+
+
+def tensors_of(shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """(name, dtype, shape), in BF16."""
+    for name, shape in shapes.items():
+        yield name, "BF16", shape
+
+
+def convert(folder: Path) -> None:
+    """Convert a full-size file, and print time and memory."""
+    from files import run
+    from load import make
+
+    folder.mkdir(parents=True, exist_ok=True)
+    source, output = folder / "klein.safetensors", folder / "pixel.safetensors"
+    shapes = klein_shapes()
+    if not source.exists():
+        make(source, list(tensors_of(shapes)))
+    program = [sys.executable, "-m", "comfyui_l2p.l2p_core.cli"]
+    command = [*program, "convert", source, "-o", output]
+    seconds, peak, status = run(command, [source], output)
+    numbers = sum(int(np.prod(shape)) for shape in shapes.values())
+    print(
+        f"{numbers / 1e9:.2f} B parameters, {source.stat().st_size / 1e9:.2f} GB: {seconds:.0f} s,"
+        f" {peak:.2f} GB of private memory at the peak, exit status {status}"
+    )
+    subprocess.run(
+        [sys.executable, "-m", "comfyui_l2p.l2p_core.cli", "inspect", output], check=True
+    )
+
+
+def cards() -> None:
+    """Print what generating at 1024 takes, for cards of two sizes."""
+    from cards import row, text_encoder_tensors, write_sparse
+    from comfyui_l2p.l2p_core.backbones import FLUX2_KLEIN
+
+    config = FLUX2_KLEIN.config(klein_shapes(), 16).with_patch(16)
+    assert config.decoder == PUBLISHED_DECODERS[16]
+    with tempfile.TemporaryDirectory() as folder:
+        model, encoder = Path(folder, "model.safetensors"), Path(folder, "encoder.safetensors")
+        write_sparse(model, tensors_of(expected_shapes(config)))
+        write_sparse(encoder, text_encoder_tensors())
+        for card in (16, 24):
+            print(row("FLUX.2-klein, BF16", model, encoder, 1024, card), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("overfit", "convert", "cards"))
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir(), "l2p-backbones"))
+    parser.add_argument("--steps", type=int, default=600)
+    args = parser.parse_args()
+    if args.what == "overfit":
+        overfit(args.folder, args.steps)
+    elif args.what == "convert":
+        convert(args.folder)
+    else:
+        cards()
+
+
+if __name__ == "__main__":
+    main()
