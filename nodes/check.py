@@ -34,8 +34,9 @@ class L2PCheckModel(io.ComfyNode):
             category="L2P/files",
             is_output_node=True,
             description=(
-                "Proves that a checkpoint and a text encoder work here, or names what is wrong:"
-                " files, tensors, sign, time, scale, prompt. Unloads ComfyUI's models first."
+                "Tests whether a checkpoint and a text encoder work here, and names what is"
+                " wrong: files, tensors, sign, timestep, scale or prompt. Unloads ComfyUI's models"
+                " first."
             ),
             search_aliases=["doctor", "verify", "test checkpoint", "diagnose"],
             inputs=[
@@ -47,14 +48,18 @@ class L2PCheckModel(io.ComfyNode):
                     "image",
                     optional=True,
                     tooltip=(
-                        "An image to denoise, resized. Without one, a simple scene is rendered."
+                        "An image to denoise; it is resized. Without an image, the node renders a"
+                        " simple scene."
                     ),
                 ),
                 io.String.Input(
                     "prompt",
                     default="",
                     optional=True,
-                    tooltip="What the image shows. Empty: the prompt of the rendered scene.",
+                    tooltip=(
+                        "What the image shows. If it is empty, the prompt of the rendered scene"
+                        " is used."
+                    ),
                 ),
             ],
             outputs=[io.String.Output("report")],

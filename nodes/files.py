@@ -18,18 +18,18 @@ FILENAME = io.String.Input(
     "filename",
     default="",
     tooltip=(
-        "Name of the new file in models/diffusion_models; empty for the "
-        "source's with what was done to it."
+        "Name of the new file in models/diffusion_models. If it is empty, the file gets the name"
+        " of the source and a suffix."
     ),
 )
 OVERWRITE = io.Boolean.Input(
-    "overwrite", default=False, advanced=True, tooltip="Replace a file of that name."
+    "overwrite", default=False, advanced=True, tooltip="Replace an existing file of that name."
 )
 DTYPE = io.Combo.Input(
     "dtype",
     options=["as they are", *merge.DTYPES],
     default="as they are",
-    tooltip="Of all tensors. bf16 makes 12 GB of the published 1K model's 20.",
+    tooltip="One dtype for all tensors. bf16 reduces the published 1K model from 20 GB to 12 GB.",
 )
 
 
@@ -45,8 +45,8 @@ class L2PQuantizeCheckpoint(io.ComfyNode):
             is_output_node=True,
             description=(
                 "Writes a whole L2P model with its large linears in 8 or 4 bits, a third of the"
-                " size or less, and reports what each tensor lost. Needs little memory, whatever"
-                " the file's size."
+                " size or less, and reports the error of each tensor. Needs little memory for a"
+                " file of any size."
             ),
             search_aliases=["int8", "fp8", "shrink", "compress"],
             inputs=[
@@ -60,8 +60,8 @@ class L2PQuantizeCheckpoint(io.ComfyNode):
                     options=list(FORMATS),
                     default="int8_tensorwise",
                     tooltip=(
-                        "int8_tensorwise runs on any recent GPU and on the CPU; float8 on RTX 40"
-                        " and newer; mxfp8, and nvfp4 of 4 bits, on RTX 50 and newer."
+                        "int8_tensorwise runs on any recent GPU and on the CPU. float8 is for RTX"
+                        " 40 and newer; mxfp8 and nvfp4 (4 bits) are for RTX 50 and newer."
                     ),
                 ),
                 io.Combo.Input(
@@ -69,8 +69,8 @@ class L2PQuantizeCheckpoint(io.ComfyNode):
                     options=list(FORMATS["int8_tensorwise"].granularities),
                     default="row",
                     tooltip=(
-                        "Of INT8: a scale for each tensor or row, or for each row after a rotation"
-                        " that spreads outliers (convrot). The other formats have their own."
+                        "For INT8: one scale for each tensor or each row, or for each row after a"
+                        " rotation that spreads outliers (convrot). The other formats ignore it."
                     ),
                 ),
                 io.Combo.Input(
@@ -115,8 +115,9 @@ class L2PConvertCheckpoint(io.ComfyNode):
             category="L2P/files",
             is_output_node=True,
             description=(
-                "Makes a pixel initialisation, where training starts, from Z-Image or from an L2P"
-                " model of a smaller patch. It does not generate before it is trained."
+                "Makes a pixel initialisation, from which training starts, from Z-Image or from"
+                " an L2P model with smaller patches. It cannot generate images before it is"
+                " trained."
             ),
             search_aliases=["pixel initialisation", "z-image to l2p", "train"],
             inputs=[
@@ -125,14 +126,17 @@ class L2PConvertCheckpoint(io.ComfyNode):
                     options=model_files(),
                     tooltip=(
                         "Z-Image or Z-Image-Turbo (any shard of a sharded model), or an L2P model"
-                        " of a smaller patch."
+                        " with smaller patches."
                     ),
                 ),
                 io.Combo.Input(
                     "patch",
                     options=["16", "64", "128", "160"],
                     default="16",
-                    tooltip="Pixels: 16 for 1K images, 64 for 4K, 128 for 8K, 160 for 10K.",
+                    tooltip=(
+                        "Side of a patch in pixels: 16 for 1K images, 64 for 4K, 128 for 8K, 160"
+                        " for 10K."
+                    ),
                 ),
                 io.Int.Input(
                     "seed",
@@ -140,7 +144,10 @@ class L2PConvertCheckpoint(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFF,
                     control_after_generate=False,
-                    tooltip="Of the new tensors; the same on every machine.",
+                    tooltip=(
+                        "Seed of the new tensors. The same seed gives the same file on every"
+                        " machine."
+                    ),
                 ),
                 FILENAME,
                 OVERWRITE,
@@ -170,20 +177,22 @@ class L2PMergeCheckpoint(io.ComfyNode):
             category="L2P/files",
             is_output_node=True,
             description=(
-                "Puts what a training saved over the pixel initialisation it started from, or adds"
-                " a LoRA to its model, and writes the whole model."
+                "Writes a whole model: puts trained tensors into the pixel initialisation that"
+                " training started from, or adds a LoRA to its model."
             ),
             search_aliases=["trained part", "whole model", "bf16"],
             inputs=[
                 io.Combo.Input(
                     "trained",
                     options=list(dict.fromkeys([*model_files(), *lora_files()])),
-                    tooltip="What the training saved, or a LoRA.",
+                    tooltip="The tensors that training saved, or a LoRA.",
                 ),
                 io.Combo.Input(
                     "base",
                     options=model_files(),
-                    tooltip="The pixel initialisation it started from; a LoRA's model.",
+                    tooltip=(
+                        "The pixel initialisation that training started from, or the LoRA's model."
+                    ),
                 ),
                 DTYPE,
                 FILENAME,
@@ -195,7 +204,7 @@ class L2PMergeCheckpoint(io.ComfyNode):
                     max=10.0,
                     step=0.05,
                     optional=True,
-                    tooltip="Of a LoRA. Leave 1 for what was trained whole.",
+                    tooltip="Strength of a LoRA. Keep 1 for trained tensors.",
                 ),
             ],
             outputs=[io.String.Output("filename")],

@@ -50,15 +50,16 @@ class L2PCheckpointLoader(io.ComfyNode):
             display_name="Load L2P Checkpoint",
             category="L2P",
             description=(
-                "Loads an L2P model of any kind: merged, INT8, shards, 1K to 10K, in any naming."
+                "Loads an L2P model of any kind: merged, INT8, shards, 1K to 10K, with any tensor"
+                " names."
             ),
             search_aliases=["latent to pixel", "pixel space", "z-image l2p", "load model", "int8"],
             inputs=[
                 bundled_or(
                     "checkpoint",
                     tooltip=(
-                        "A file of models/checkpoints or models/diffusion_models; of shards, any"
-                        " one of them."
+                        "A file in models/checkpoints or models/diffusion_models. For a sharded"
+                        " model, choose any shard."
                     ),
                 ),
                 io.Combo.Input(
@@ -67,8 +68,8 @@ class L2PCheckpointLoader(io.ComfyNode):
                     default="automatic",
                     advanced=True,
                     tooltip=(
-                        "What weights are kept as. automatic: what the device is fastest with. "
-                        "INT8 and FP8 files keep their 8-bit weights whatever is chosen."
+                        "The dtype of the weights in memory. automatic: the fastest one on this"
+                        " device. INT8 and FP8 files keep their 8-bit weights with every choice."
                     ),
                 ),
                 io.Combo.Input(
@@ -77,8 +78,8 @@ class L2PCheckpointLoader(io.ComfyNode):
                     default="as marked",
                     advanced=True,
                     tooltip=(
-                        "Group size in which the INT8 weights were rotated, for a file that does"
-                        " not say so."
+                        "Group size of rotated INT8 weights, for a file without a marker for the"
+                        " rotation."
                     ),
                 ),
             ],
@@ -118,16 +119,16 @@ class L2PTextEncoderLoader(io.ComfyNode):
             display_name="Load Z-Image Text Encoder",
             category="L2P",
             description=(
-                "Loads Qwen3-4B, which Z-Image and L2P read prompts with: qwen_3_4b.safetensors, or"
-                " the text_encoder folder of Z-Image as it comes from Hugging Face."
+                "Loads Qwen3-4B, the text encoder of Z-Image and L2P: qwen_3_4b.safetensors, or"
+                " the text_encoder folder of Z-Image from Hugging Face."
             ),
             search_aliases=["qwen3", "clip", "load clip", "prompt encoder"],
             inputs=[
                 bundled_or(
                     "text_encoder",
                     tooltip=(
-                        "A file or Hugging Face folder in models/text_encoders. The bundled one"
-                        " belongs to the bundled small model alone."
+                        "A file or Hugging Face folder in models/text_encoders. The bundled text"
+                        " encoder works only with the bundled small model."
                     ),
                 ),
                 io.Combo.Input(
@@ -135,7 +136,10 @@ class L2PTextEncoderLoader(io.ComfyNode):
                     options=["default", "cpu"],
                     default="default",
                     advanced=True,
-                    tooltip="cpu: keep the encoder out of GPU memory, at some seconds a prompt.",
+                    tooltip=(
+                        "cpu keeps the text encoder out of GPU memory; a prompt then takes some"
+                        " seconds."
+                    ),
                 ),
             ],
             outputs=[io.Clip.Output()],

@@ -19,8 +19,8 @@ class L2PTextEncode(io.ComfyNode):
             display_name="L2P Text Encode (Prompt)",
             category="L2P",
             description=(
-                "Encodes the prompt and the negative prompt. An empty negative prompt is encoded as"
-                " well: L2P was trained with it, so zeroed conditioning is no substitute."
+                "Encodes the prompt and the negative prompt. An empty negative prompt is encoded"
+                " too, because L2P was trained with it. Zeroed conditioning does not replace it."
             ),
             search_aliases=["clip text encode", "prompt", "negative prompt", "conditioning"],
             inputs=[
@@ -39,7 +39,7 @@ class L2PTextEncode(io.ComfyNode):
                     multiline=True,
                     dynamic_prompts=True,
                     default="",
-                    tooltip="What to steer away from; may be empty. Has no effect at guidance 1.",
+                    tooltip="What to avoid; may be empty. It has no effect at guidance scale 1.",
                 ),
             ],
             outputs=[io.Conditioning.Output("positive"), io.Conditioning.Output("negative")],
@@ -70,13 +70,16 @@ class L2PPromptList(io.ComfyNode):
             node_id="L2PPromptList",
             display_name="L2P Prompt List",
             category="L2P",
-            description="Many prompts, one a line: what follows runs once for each.",
+            description=(
+                "Splits a text into prompts, one per line. All nodes after this one run once for"
+                " each prompt."
+            ),
             search_aliases=["batch of prompts", "prompt lines", "list", "for each"],
             inputs=[
                 io.String.Input(
                     "prompts",
                     multiline=True,
-                    tooltip="One prompt a line; empty lines are left out.",
+                    tooltip="One prompt per line. Empty lines are skipped.",
                 )
             ],
             outputs=[io.String.Output("prompt", is_output_list=True)],

@@ -85,8 +85,8 @@ class L2PKSampler(io.ComfyNode):
             display_name="L2P KSampler",
             category="L2P",
             description=(
-                "Generates pixels, without a VAE. With an image it refines that, with a mask only"
-                " there."
+                "Generates an image directly in pixels, without a VAE. With an input image it"
+                " refines that image; with a mask it generates only the masked part."
             ),
             search_aliases=[
                 "ksampler",
@@ -102,8 +102,8 @@ class L2PKSampler(io.ComfyNode):
                 io.Conditioning.Input(
                     "negative",
                     tooltip=(
-                        "What to steer away from: an empty prompt, encoded, not zeroed "
-                        "conditioning. Has no effect at guidance 1."
+                        "The encoded negative prompt, empty or not; do not use zeroed"
+                        " conditioning. It has no effect at guidance scale 1."
                     ),
                 ),
                 side("width", min=0, tooltip=f"Pixels, {MULTIPLES}. {OWN_SIZE}."),
@@ -113,8 +113,8 @@ class L2PKSampler(io.ComfyNode):
                     "seed",
                     control_after_generate=True,
                     tooltip=(
-                        "Seed of the noise, of a whole batch at once. A single image is the one"
-                        " that `l2p generate` gives."
+                        "Seed of the noise of the whole batch. A single image equals that of `l2p"
+                        " generate` with this seed."
                     ),
                 ),
                 STEPS,
@@ -125,8 +125,8 @@ class L2PKSampler(io.ComfyNode):
                     step=0.1,
                     round=0.01,
                     tooltip=(
-                        "Guidance scale (CFG); 1 turns guidance off and halves the time. Published:"
-                        " 2 for 1K, 4 for larger models."
+                        "Guidance scale (CFG); 1 turns guidance off and halves the time."
+                        " Published values: 2 for the 1K model, 4 for larger models."
                     ),
                 ),
                 setting(
@@ -134,39 +134,38 @@ class L2PKSampler(io.ComfyNode):
                     "sampler_name",
                     options=[*comfy.samplers.SAMPLER_NAMES, "ab2"],
                     tooltip=(
-                        "The solver. Published: euler. ab2, of second order, is as near to the"
-                        " exact solution in 18 steps at shift 2 as euler in 30 at shift 3."
+                        "The sampler. euler is the published one. ab2 needs fewer steps: in 18"
+                        " steps at shift 2 it is as near to the exact solution as euler in 30"
+                        " steps at shift 3."
                     ),
                 ),
                 io.Combo.Input(
                     "scheduler",
                     options=[EXACT, *comfy.samplers.SCHEDULER_NAMES],
                     default=EXACT,
-                    tooltip="The sigma schedule. l2p: the published one, exactly.",
+                    tooltip="The sigma schedule. l2p is exactly the published one.",
                 ),
                 SHIFT,
                 setting(
                     "denoising_strength",
                     "denoise",
                     tooltip=(
-                        "How much noise the image gets: 1 keeps nothing of it. Leave 1 without an"
-                        " image."
+                        "How much noise the input image gets: 1 keeps nothing of it. Keep 1"
+                        " without an image."
                     ),
                 ),
                 io.Image.Input(
                     "image",
                     optional=True,
                     tooltip=(
-                        "Start from this image, or each of a batch; resized where it is not of"
-                        " width and height."
+                        "The image to start from, or a batch of them. It is resized if its size"
+                        " is not width x height."
                     ),
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip=(
-                        "Generate only where it is white; the rest of the image is kept exactly."
-                    ),
+                    tooltip=("The white part is generated; the rest of the image is kept exactly."),
                 ),
                 # Those of older workflows, whose widgets are told apart by their place.
                 setting("stages", optional=True, extra_dict=HIDDEN),
@@ -366,7 +365,10 @@ class L2PScheduler(io.ComfyNode):
             node_id="L2PScheduler",
             display_name="L2P Scheduler",
             category="L2P",
-            description="The published noise schedule, exactly, for SamplerCustom and its kin.",
+            description=(
+                "Outputs exactly the published sigma schedule, for SamplerCustom and"
+                " SamplerCustomAdvanced."
+            ),
             search_aliases=["sigmas", "basic scheduler", "flow shift"],
             inputs=[
                 STEPS,
@@ -395,14 +397,14 @@ class EmptyL2PLatentImage(io.ComfyNode):
             node_id="EmptyL2PLatentImage",
             display_name="Empty L2P Latent Image",
             category="L2P",
-            description="An empty pixel latent for ComfyUI's own samplers.",
+            description="Makes an empty pixel latent for ComfyUI's own samplers.",
             search_aliases=["empty latent", "size", "resolution", "aspect ratio"],
             inputs=[
                 io.Combo.Input(
                     "size",
                     options=[CUSTOM, *PRESETS],
                     default=CUSTOM,
-                    tooltip="custom: the width and height below; or a usual size instead of them.",
+                    tooltip="A usual size. With custom, width and height are used.",
                 ),
                 side("width", min=16),
                 side("height", min=16),
@@ -436,14 +438,17 @@ class L2PImageToLatent(io.ComfyNode):
             node_id="L2PImageToLatent",
             display_name="L2P Image to Pixel Latent",
             category="L2P",
-            description="What VAE Encode is to other models: the image's own pixels, in float32.",
+            description=(
+                "Replaces VAE Encode: outputs the image's own pixels as a LATENT, in float32."
+            ),
             search_aliases=["vae encode", "pixel latent"],
             inputs=[
                 io.Image.Input(
                     "image",
                     tooltip=(
-                        "One image or a batch. Sides best in multiples of 16 pixels, of 64, 128"
-                        " or 320 for the 4K, 8K and 10K models; others are padded while generating."
+                        "One image or a batch. Its sides should be multiples of 16 pixels, and of"
+                        " 64, 128 or 320 for the 4K, 8K and 10K models. Other sizes are padded"
+                        " while sampling."
                     ),
                 )
             ],
@@ -464,14 +469,16 @@ class L2PLatentToImage(io.ComfyNode):
             node_id="L2PLatentToImage",
             display_name="L2P Pixel Latent to Image",
             category="L2P",
-            description="What VAE Decode is to other models: the generated pixels, in float32.",
+            description=(
+                "Replaces VAE Decode: outputs the generated pixels as an IMAGE, in float32."
+            ),
             search_aliases=["vae decode", "pixel latent"],
             inputs=[
                 io.Latent.Input(
                     "latent",
                     tooltip=(
-                        "Pixels, as an L2P model's sampler gives them; a latent of another model "
-                        "needs that model's VAE Decode."
+                        "The output of a sampler with an L2P model. Decode a latent of another"
+                        " model with the VAE of that model."
                     ),
                 )
             ],

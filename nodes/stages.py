@@ -38,8 +38,8 @@ class L2PStages(io.ComfyNode):
             display_name="L2P Stages",
             category="L2P",
             description=(
-                "For sizes above the trained resolution: generates in stages, each twice as large"
-                " as the one before."
+                "Options to generate above the trained resolution in stages, each twice as large"
+                " as the previous one."
             ),
             search_aliases=["upscale", "hires fix", "4k", "tiled", "stages"],
             inputs=[
@@ -54,7 +54,7 @@ class L2PStages(io.ComfyNode):
                     round=0.01,
                     tooltip=(
                         "Guidance scale of every stage after the first. 1 turns guidance off and"
-                        " halves their time; 0 is cfg of L2P KSampler."
+                        " halves their time; 0 means the cfg of L2P KSampler."
                     ),
                 ),
                 setting("stage_attention", optional=True),

@@ -54,15 +54,16 @@ ENCODER_TOOLTIP = (
     " one belongs to the bundled small model alone."
 )
 DATASET_TOOLTIP = (
-    "A folder of ComfyUI's input, or one of its output that holds captions too: images with a .txt"
-    " of the same name each, or with a metadata.csv. Or what is connected to images and prompts."
+    "A folder in ComfyUI's input, or one in its output that also holds captions: images with a"
+    " .txt of the same name beside each image, or with a metadata.csv. 'images of the graph' uses"
+    " what is connected to images and prompts."
 )
 OUTPUT = io.String.Input(
     "output",
     default="my_training",
     tooltip=(
-        "Name of the result, and of the run's folder in output/l2p_training, where a second Run"
-        " resumes."
+        "Name of the result, and of the run's folder in output/l2p_training. A second Run with"
+        " this name resumes the run."
     ),
 )
 STEPS = io.Int.Input(
@@ -70,26 +71,32 @@ STEPS = io.Int.Input(
     default=1000,
     min=1,
     max=10_000_000,
-    tooltip="Optimizer steps in all. More of them later resume the run.",
+    tooltip="Total number of optimizer steps. Raise it later to continue a finished run.",
 )
-BATCH = io.Int.Input("batch", default=1, min=1, max=256, tooltip="Images in each step.")
+BATCH = io.Int.Input("batch", default=1, min=1, max=256, tooltip="Number of images in each step.")
 TRIGGER = io.String.Input(
     "trigger",
     default="",
-    tooltip="A word that every caption gets: in place of [trigger], or before a caption.",
+    tooltip=(
+        "A word that every caption gets. It replaces [trigger] in a caption, or is put before the"
+        " caption."
+    ),
 )
 SAMPLE_PROMPTS = io.String.Input(
     "sample_prompts",
     multiline=True,
     default="",
-    tooltip="A prompt a line, generated during training. Empty: the first four captions.",
+    tooltip=(
+        "Prompts of samples that are generated during training, one per line. If it is empty, the"
+        " first four captions are used."
+    ),
 )
 SAMPLE_EVERY = io.Int.Input(
     "sample_every",
     default=250,
     min=0,
     max=10_000_000,
-    tooltip="Steps between two rows of samples; 0 for none.",
+    tooltip="Number of steps between two rows of samples. 0 generates no samples.",
 )
 SEED = io.Int.Input(
     "seed",
@@ -98,16 +105,16 @@ SEED = io.Int.Input(
     max=0xFFFFFFFFFFFFFFFF,
     advanced=True,
     control_after_generate=False,
-    tooltip="Of the order of the images and of the noise.",
+    tooltip="Seed of the order of the images and of the noise.",
 )
 IMAGES = io.Image.Input(
-    "images", optional=True, tooltip="Images to train on, where no folder is chosen."
+    "images", optional=True, tooltip="Images to train on, if dataset is 'images of the graph'."
 )
 PROMPTS = io.String.Input(
     "prompts",
     optional=True,
     force_input=True,
-    tooltip="Captions of the images: one for each, as a list or a line each, or one for all.",
+    tooltip="Captions of the connected images: a list, one line per image, or one caption for all.",
 )
 
 
@@ -141,8 +148,9 @@ class L2PTrainLoRA(io.ComfyNode):
                     options=list(CARDS),
                     default="16gb",
                     tooltip=(
-                        "Memory of the GPU: the settings that the 1K model needs there at 1024 x"
-                        " 1024 and batch 1, counted. No effect on a CPU."
+                        "Memory of the GPU. Chooses settings with which the 1K model fits at 1024"
+                        " x 1024 and batch 1; the memory is counted, not measured. No effect on a"
+                        " CPU."
                     ),
                 ),
                 STEPS,
@@ -151,7 +159,9 @@ class L2PTrainLoRA(io.ComfyNode):
                     default=16,
                     min=1,
                     max=512,
-                    tooltip="Size of the LoRA: more learns more, from more images.",
+                    tooltip=(
+                        "Rank of the LoRA. A higher rank can learn more, but needs more images."
+                    ),
                 ),
                 io.Float.Input(
                     "learning_rate",
@@ -159,7 +169,7 @@ class L2PTrainLoRA(io.ComfyNode):
                     min=1e-7,
                     max=1.0,
                     step=1e-7,
-                    tooltip="Of AdamW. 0.0001 is usual for a LoRA.",
+                    tooltip="Learning rate of AdamW. 0.0001 is usual for a LoRA.",
                 ),
                 BATCH,
                 TRIGGER,
@@ -231,8 +241,9 @@ class L2PTrain(io.ComfyNode):
                     options=list(CARDS),
                     default="24gb",
                     tooltip=(
-                        "Memory of the GPU: the settings that the 1K model needs there at 1024 x"
-                        " 1024 and batch 1, counted. 80gb trains as published. No effect on a CPU."
+                        "Memory of the GPU. Chooses settings with which the 1K model fits at 1024"
+                        " x 1024 and batch 1; the memory is counted, not measured. 80gb trains as"
+                        " published. No effect on a CPU."
                     ),
                 ),
                 io.Combo.Input(
@@ -240,8 +251,8 @@ class L2PTrain(io.ComfyNode):
                     options=list(LAYERS),
                     default="shallow",
                     tooltip=(
-                        "shallow: all but main layers 5 to n - 6, as published. whole: every"
-                        " weight, on 80gb or 24gb."
+                        "shallow: all but the main layers 5 to n - 6, as published. whole: every"
+                        " weight; needs the preset 80gb or 24gb."
                     ),
                 ),
                 STEPS,
@@ -251,7 +262,7 @@ class L2PTrain(io.ComfyNode):
                     min=1e-7,
                     max=1.0,
                     step=1e-7,
-                    tooltip="Of AdamW. Published: 0.00005.",
+                    tooltip="Learning rate of AdamW. The published value is 0.00005.",
                 ),
                 BATCH,
                 TRIGGER,
