@@ -13,16 +13,16 @@ latent transformer at patches of 16 pixels, without a decoder."""
 import argparse
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from comfyui_l2p.l2p_core import L2PConfig, L2PTransformer
 from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS
 from comfyui_l2p.l2p_core.flow import guided_velocity
-from comfyui_l2p.l2p_core.model import Attention, Hooks
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -187,13 +187,19 @@ def prompt_of(config: L2PConfig, tokens: int) -> Tensor:
 
 
 def ours(
-    config: L2PConfig, size: int, prompts: tuple[int, int], scale: float = 2.0, **options
+    config: L2PConfig,
+    size: int,
+    prompts: tuple[int, int],
+    scale: float = 2.0,
+    fused: bool = True,
+    **options,
 ) -> Counter:
-    """A step of this project's sampler, guided unless scale is 1. options: of `guided_velocity`."""
+    """A step of this project's sampler, guided unless scale is 1. fused: with comfy-kitchen's
+    kernel, as on a GPU that it supports. options: of `guided_velocity`."""
     model = build(config)
     positive, negative = (prompt_of(config, length) for length in prompts)
     image = torch.empty(1, 3, size, size, device="meta")
-    with counting(model) as counter:
+    with counting(model) as counter, fused_rotation(counter) if fused else nullcontext():
         velocity = guided_velocity(model, [positive], [negative], scale, **options)
         velocity(image, 0.5)
     return counter
@@ -203,9 +209,9 @@ def diffusers_backbone(config: L2PConfig, size: int, prompts: tuple[int, int]) -
     """Two passes of diffusers' transformer with as many tokens and the same widths."""
     from diffusers import ZImageTransformer2DModel
 
-    patch = config.patch_size
+    patch_size = config.patch_size
     with torch.device("meta"):
-        model = ZImageTransformer2DModel(all_patch_size=(patch,), in_channels=3).bfloat16()
+        model = ZImageTransformer2DModel(all_patch_size=(patch_size,), in_channels=3).bfloat16()
     model.requires_grad_(False)
     # its tables, made on the CPU at the first pass, are indexed by positions that have no numbers
     model.rope_embedder = Rotations(config.head_dim)
@@ -213,7 +219,7 @@ def diffusers_backbone(config: L2PConfig, size: int, prompts: tuple[int, int]) -
     with counting(model) as counter:
         for length in prompts:
             time = torch.empty(1, device="meta")
-            model([image], time, [prompt_of(config, length)], patch_size=patch)
+            model([image], time, [prompt_of(config, length)], patch_size=patch_size)
     return counter
 
 
@@ -230,39 +236,27 @@ class Rotations(nn.Module):
         return torch.empty(shape, dtype=torch.complex64, device=ids.device)
 
 
-class FusedRotation(Hooks):
-    """ComfyUI's way: comfy-kitchen normalizes and rotates queries and keys in one kernel."""
+@contextmanager
+def fused_rotation(counter: Counter) -> Iterator[None]:
+    """Within it, count what comfy-kitchen's kernel does on a GPU: queries and keys are normalized
+    and rotated at once."""
 
-    def __init__(self, counter: Counter):
-        super().__init__()
-        self.counter = counter
-
-    def norm_and_rotate(
-        self, attention: Attention, q: Tensor, k: Tensor, rope: Tensor
+    def rms_rope(
+        q: Tensor, k: Tensor, matrices: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        """Count `nodes.comfyui.norm_and_rotate`, whose table has four numbers a pair."""
-        made = [torch.empty_like(q), torch.empty_like(k)]
-        weights = [attention.norm_q.weight, attention.norm_k.weight]
-        self.counter.add("element-wise", "rms_rope", 0, [q, k, rope, rope, *weights], made)
-        return made[0], made[1]
+        made = torch.empty_like(q), torch.empty_like(k)
+        given = [q, k, matrices, q_weight, k_weight]
+        counter.add("element-wise", "rms_rope", 0, given, list(made))
+        return made
 
-
-def in_comfyui(config: L2PConfig, size: int, prompts: tuple[int, int]) -> Counter:
-    """A guided step of this project's network as its nodes run it in ComfyUI on a GPU."""
-    model = build(config)
-    image = torch.empty(1, 3, size, size, dtype=torch.bfloat16, device="meta")
-    with counting(model) as counter:
-        hooks, time = FusedRotation(counter), torch.empty(1, device="meta")
-        model.predict_each(
-            image, time, [([prompt_of(config, length)], hooks) for length in prompts]
-        )
-    return counter
+    with patch("comfyui_l2p.l2p_core.model.fused_rotation", lambda x: rms_rope):
+        yield
 
 
 PROGRAMS: dict[str, Callable[..., Counter]] = {
     "ours": ours,
+    "ours without comfy-kitchen": partial(ours, fused=False),
     "ours, batched guidance": partial(ours, batch_guidance=True),
-    "ours in ComfyUI": in_comfyui,
     "diffusers' transformer": diffusers_backbone,
 }
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .config import L2PConfig, PixelConfig
 from .decoder import LocalDecoder
+from .kernels import fused_rotation
 from .neighbourhoods import Neighbourhoods, attend_in_neighbourhoods
 
 TOKEN_MULTIPLE = 32  # image and prompt tokens are each padded to a multiple of this
@@ -55,6 +56,7 @@ class Hooks:
         self.grid = 0, 0  # rows and columns of image tokens in this pass
         self.windows: Neighbourhoods | None = None  # of the block that runs
         self._refined: Tensor | None = None
+        self._matrices: tuple[Tensor, Tensor] | None = None  # rope, and what is made of it
 
     def run_block(
         self,
@@ -85,13 +87,35 @@ class Hooks:
         """Apply several linear layers to the same input."""
         return [layer(x) for layer in layers]
 
+    def normalize(self, norm: nn.RMSNorm, x: Tensor, factor: Tensor | None) -> Tensor:
+        """Normalize x, (B, S, D), and multiply it by a factor, (B, 1, D), or None for 1."""
+        if factor is None:
+            return norm(x)
+        if len(factor) > 1 or torch.is_grad_enabled():
+            return norm(x) * factor
+        return self.scaled_norm(norm, x, factor)
+
+    def scaled_norm(self, norm: nn.RMSNorm, x: Tensor, factor: Tensor) -> Tensor:
+        """`normalize` for one image."""
+        return scaled_norm(x, norm.weight, factor)
+
     def norm_and_rotate(
         self, attention: "Attention", q: Tensor, k: Tensor, rope: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Normalize queries and keys, each (B, S, heads, head), and rotate them by their
         positions."""
-        rotated = rotate(attention.norm_q(q), rope).to(q.dtype)
-        return rotated, rotate(attention.norm_k(k), rope).to(k.dtype)
+        fused = fused_rotation(q)
+        if fused is None:
+            return norm_and_rotate(attention, q, k, rope)
+        weights = attention.norm_q.weight, attention.norm_k.weight
+        return fused(q, k, self.matrices(rope), *weights, NORM_EPS)
+
+    def matrices(self, rope: Tensor) -> Tensor:
+        """`rotation_matrices`, made once for all blocks that get the same rope."""
+        kept = self._matrices
+        if kept is None or kept[0] is not rope:
+            kept = self._matrices = rope, rotation_matrices(rope)
+        return kept[1]
 
     def attend_in_windows(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
         """`attend`, of image tokens within the block's windows where it has some."""
@@ -325,7 +349,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """x: (B, S, D). rope: (B or 1, S, head/2, 2). lengths: see `member_lengths`. time: (B,
         t_dim) where modulated."""
-        scale_a = gate_a = scale_f = gate_f = 1
+        scale_a = gate_a = scale_f = gate_f = None
         if time is not None:
             scale_a, gate_a, scale_f, gate_f = self.adaLN_modulation(time)[:, None].chunk(
                 4, dim=-1
@@ -336,13 +360,17 @@ class Block(nn.Module):
                 1 + scale_f,
                 gate_f.tanh(),
             )
+        normalize = hooks.normalize
 
         def before(x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return self.attention.project(self.attention_norm1(x) * scale_a, rope, hooks)
+            x = normalize(self.attention_norm1, x, scale_a)
+            return self.attention.project(x, rope, hooks)
 
         def after(x: Tensor, attended: Tensor) -> Tensor:
-            x = x + gate_a * self.attention_norm2(self.attention.to_out[0](attended))
-            return x + gate_f * self.ffn_norm2(self.feed_forward(self.ffn_norm1(x) * scale_f))
+            attended = self.attention.to_out[0](attended)
+            x = x + normalize(self.attention_norm2, attended, gate_a)
+            forwarded = self.feed_forward(normalize(self.ffn_norm1, x, scale_f))
+            return x + normalize(self.ffn_norm2, forwarded, gate_f)
 
         q, k, v = by_tokens(before, x, rope)  # each (B, S, heads, head)
         attended = hooks.attend_in_windows(
@@ -518,6 +546,21 @@ def _(q, k, v, lengths):
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1] * v.shape[3])
 
 
+def scaled_norm(x: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
+    """Return the RMSNorm of x, (1, S, D), times a factor, (1, 1, D), in one kernel: the factor is
+    multiplied into the weight."""
+    weight = (weight * factor[0, 0]).to(x.dtype)
+    return F.rms_norm(x, weight.shape, weight, NORM_EPS)
+
+
+def norm_and_rotate(
+    attention: "Attention", q: Tensor, k: Tensor, rope: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`Hooks.norm_and_rotate` by torch."""
+    rotated = rotate(attention.norm_q(q), rope).to(q.dtype)
+    return rotated, rotate(attention.norm_k(k), rope).to(k.dtype)
+
+
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Rotate neighbouring pairs of (B, S, heads, head) by the angles of rope (B or 1, S, head/2,
     2), in float32. Returns x's dtype."""
@@ -534,6 +577,13 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
         return torch.stack(turned, dim=-1).flatten(-2)
     product = torch.view_as_complex(pairs) * torch.view_as_complex(rope)
     return torch.view_as_real(product).flatten(-2).to(x.dtype)
+
+
+def rotation_matrices(rope: Tensor) -> Tensor:
+    """Cosine and sine per pair, (B, S, head/2, 2) → (B, S, 1, head/2, 2, 2), the form that
+    comfy-kitchen's and ComfyUI's functions take."""
+    cos, sin = rope.unbind(-1)
+    return torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2))[:, :, None]
 
 
 @lru_cache(maxsize=16)

@@ -39,6 +39,7 @@ from ..l2p_core.model import (
     Hooks,
     L2PTransformer,
     attend_by_length,
+    rotation_matrices,
 )
 from ..l2p_core.text import MAX_TOKENS
 from ..quant.export import PREFIXES, marker
@@ -106,7 +107,7 @@ class ComfyHooks(Hooks):
             "img": x[:, :image_tokens],
             "img_input": self.before[:, :image_tokens],
             "txt": self.prompt if stack == "noise_refiner" else x[:, image_tokens:],
-            "pe": comfyui.rotation_matrices(rope[:, :image_tokens]),
+            "pe": rotation_matrices(rope[:, :image_tokens]),
             "vec": time,
             "x": self.image,
             "block_index": index,
@@ -127,11 +128,15 @@ class ComfyHooks(Hooks):
         joint = comfyui.joint_int8(x, layers)
         return super().project(x, layers) if joint is None else joint.chunk(len(layers), dim=-1)
 
+    def scaled_norm(self, norm: torch.nn.RMSNorm, x: Tensor, factor: Tensor) -> Tensor:
+        """Normalize and scale with the weight where and as ComfyUI computes with it."""
+        return comfyui.scaled_norm(norm, x, factor)
+
     def norm_and_rotate(
         self, attention: Attention, q: Tensor, k: Tensor, rope: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Normalize and rotate by ComfyUI's fused kernel, where it has one."""
-        return comfyui.norm_and_rotate(attention, q, k, rope)
+        return comfyui.norm_and_rotate(attention, q, k, rope, self.matrices)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
         """Attention as ComfyUI was started with, or as a node overrides it."""

@@ -24,9 +24,10 @@ from comfy.ldm.modules import attention
 from server import PromptServer
 from torch import Tensor
 
+from ..l2p_core import model as network
 from ..l2p_core.files.lora import split_packed_lora
 from ..l2p_core.files.quantization import int8_linear_on_cpu
-from ..l2p_core.model import NORM_EPS, PUBLISHED, Attention
+from ..l2p_core.model import NORM_EPS, Attention
 
 INSTALLED = "_l2p_installed"  # set on ComfyUI's own module: a pack may be imported twice
 INT8_LAYOUT = "TensorWiseINT8Layout"
@@ -150,30 +151,33 @@ def attend(q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
     )
 
 
-def rotation_matrices(rope: Tensor) -> Tensor:
-    """Cosine and sine per pair, (B, S, head/2, 2) → (B, S, 1, head/2, 2, 2), the form that
-    ComfyUI's functions take."""
-    cos, sin = rope.unbind(-1)
-    return torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2))[:, :, None]
-
-
 def fused_rotation() -> Callable | None:
     """comfy-kitchen's kernel that normalizes and rotates queries and keys; None before v0.29."""
     return getattr(getattr(comfy.quant_ops, "ck", None), "rms_rope", None)
 
 
-def norm_and_rotate(layer: Attention, q: Tensor, k: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+def norm_and_rotate(
+    layer: Attention, q: Tensor, k: Tensor, rope: Tensor, matrices: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
     """`Hooks.norm_and_rotate` by comfy-kitchen's fused kernel, which ComfyUI has since v0.29 and
-    uses for Z-Image."""
+    uses for Z-Image. matrices: `Hooks.matrices`."""
     fused = fused_rotation()
     if fused is None or q.requires_grad:
-        return PUBLISHED.norm_and_rotate(layer, q, k, rope)
+        return network.norm_and_rotate(layer, q, k, rope)
     q_weight, _, q_stream = comfy.ops.cast_bias_weight(layer.norm_q, q, offloadable=True)
     k_weight, _, k_stream = comfy.ops.cast_bias_weight(layer.norm_k, k, offloadable=True)
-    q, k = fused(q, k, rotation_matrices(rope), q_weight, k_weight, NORM_EPS)
+    q, k = fused(q, k, matrices(rope), q_weight, k_weight, NORM_EPS)
     comfy.ops.uncast_bias_weight(layer.norm_q, q_weight, None, q_stream)
     comfy.ops.uncast_bias_weight(layer.norm_k, k_weight, None, k_stream)
     return q, k
+
+
+def scaled_norm(norm: torch.nn.RMSNorm, x: Tensor, factor: Tensor) -> Tensor:
+    """`Hooks.scaled_norm` with the weight where and as ComfyUI computes with it."""
+    weight, _, stream = comfy.ops.cast_bias_weight(norm, x, offloadable=True)
+    out = network.scaled_norm(x, weight, factor)
+    comfy.ops.uncast_bias_weight(norm, weight, None, stream)
+    return out
 
 
 def joint_int8(x: Tensor, layers: tuple[torch.nn.Module, ...]) -> Tensor | None:
