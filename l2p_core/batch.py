@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from .attention import SAGE
 from .devices import free_memory
 from .files.atomic import WAIT, locked, process_rank
 from .files.header import hash_files
@@ -266,6 +267,8 @@ def image_record(
         facts["lora"] = [lora.layout.path.name for lora in pipe.loras]
         facts["lora_sha256"] = lora_hashes
         facts["lora_strength"] = [lora.strength for lora in pipe.loras]
+    if pipe.attention == SAGE:  # the others differ by rounding
+        facts["attention"] = pipe.attention
     return {
         **facts,
         "dtype": str(pipe.dtype).removeprefix("torch."),

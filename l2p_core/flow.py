@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .attention import AUTO
 from .model import Hooks, L2PTransformer
 from .settings import Settings
 from .step_cache import StepCache
@@ -57,6 +58,7 @@ def guided_velocity(
     rope_scale: float = 1.0,
     decoder_tile: int | None = None,
     neighbourhood: int = 0,
+    attention: str = AUTO,
 ) -> Velocity:
     """Return the model's velocity with classifier-free guidance: negative + scale * (positive -
     negative).
@@ -67,7 +69,8 @@ def guided_velocity(
     cache count; with the cache, use the velocity for one image or batch only. bf16_rounding: round
     the timestep as the published bfloat16 pipeline does, by up to 0.003. batch_guidance: evaluate
     both prompts in one batch of twice the size. rope_scale: RoPE interpolation factor.
-    decoder_tile: as `LocalDecoder.forward` takes it. neighbourhood: as `Hooks` takes it."""
+    decoder_tile: as `LocalDecoder.forward` takes it. neighbourhood, attention: as `Hooks` takes
+    them."""
 
     def hooks() -> Hooks:
         common: dict[str, Any] = {
@@ -75,6 +78,7 @@ def guided_velocity(
             "decoder_tile": decoder_tile,
             "same_prompts": True,
             "neighbourhood": neighbourhood,
+            "attention": attention,
         }
         if not settings.cache_threshold:
             return Hooks(**common)

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import AUTO, attend_by_parts, attention, attention_by
 from .config import L2PConfig, PixelConfig
 from .decoder import LocalDecoder
 from .kernels import fused_rotation
-from .neighbourhoods import Neighbourhoods, attend_in_neighbourhoods
 
 TOKEN_MULTIPLE = 32  # image and prompt tokens are each padded to a multiple of this
 NORM_EPS = 1e-5
@@ -42,19 +42,22 @@ class Hooks:
         decoder_tile: int | None = None,
         same_prompts: bool = False,
         neighbourhood: int = 0,
+        attention: str = AUTO,
     ):
         """rope_scale: RoPE interpolation of rows and columns, below 1 for images above the trained
         resolution. rope_shift: added to the scaled rows and columns. decoder_tile: as
         `LocalDecoder.forward` takes it. same_prompts: all passes with these hooks have the same
         prompts and weights, so that prompts are refined once. neighbourhood: side in tokens of the
-        windows that image tokens attend within, see `neighbourhoods`; 0 for the whole image."""
+        windows that image tokens attend within, see `neighbourhoods`; 0 for the whole image.
+        attention: the kernel, one of `attention.BACKENDS`."""
         self.rope_scale = rope_scale
         self.rope_shift = rope_shift
         self.decoder_tile = decoder_tile
         self.same_prompts = same_prompts
         self.neighbourhood = neighbourhood
+        self.attention = attention
         self.grid = 0, 0  # rows and columns of image tokens in this pass
-        self.windows: Neighbourhoods | None = None  # of the block that runs
+        self.windows: Tensor | None = None  # of the block that runs; a tensor compiles once
         self._refined: Tensor | None = None
         self._matrices: tuple[Tensor, Tensor] | None = None  # rope, and what is made of it
 
@@ -72,7 +75,8 @@ class Hooks:
         (B, S, D)."""
         side = 0 if stack == "context_refiner" else self.neighbourhood
         local = 0 < side < max(self.grid)
-        self.windows = Neighbourhoods(*self.grid, side, index % 2 * side // 2) if local else None
+        where = *self.grid, side, index % 2 * side // 2  # as `Neighbourhoods` takes them
+        self.windows = torch.tensor(where) if local else None
         return block(x, rope, lengths, time, self)
 
     def refine_prompts(self, refine: Callable[[], Tensor]) -> Tensor:
@@ -117,21 +121,18 @@ class Hooks:
             kept = self._matrices = rope, rotation_matrices(rope)
         return kept[1]
 
-    def attend_in_windows(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
-        """`attend`, of image tokens within the block's windows where it has some."""
-        if self.windows is None:
-            return self.attend(q, k, v, lengths)
-        attend = partial(self.attend, lengths=None)
-        return attend_in_neighbourhoods(attend, q, k, v, lengths, self.windows)
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
-        """Attention over (B, heads, S, head) → (B, S, D). lengths: see `member_lengths`."""
-        if lengths is None:
-            return attention(q, k, v)
+        """Attention over (B, heads, S, head) → (B, S, D), within the block's windows. lengths: see
+        `member_lengths`."""
         if not torch.compiler.is_compiling():
-            return attend_by_length(attention, q, k, v, lengths)
-        if not torch.is_grad_enabled():  # an operator, whose graph does not depend on the lengths
-            return torch.ops.comfyui_l2p.attend_by_length(q, k, v, lengths)
+            attend = attention_by(self.attention)
+            return attend_by_parts(attend, q, k, v, lengths, self.windows)
+        if self.attention == AUTO and lengths is None and self.windows is None:
+            return attention(q, k, v)
+        if not torch.is_grad_enabled():  # an operator: one graph for all lengths and windows
+            parts = lengths, self.windows
+            return torch.ops.comfyui_l2p.attend(q, k, v, *parts, self.attention)
+        assert lengths is not None  # training has no windows, and torch's own choice of kernel
         own = torch.arange(k.shape[2]) < lengths[:, None]  # (B, S)
         return attention(q, k, v, own[:, None, None].to(q.device))
 
@@ -373,9 +374,7 @@ class Block(nn.Module):
             return x + normalize(self.ffn_norm2, forwarded, gate_f)
 
         q, k, v = by_tokens(before, x, rope)  # each (B, S, heads, head)
-        attended = hooks.attend_in_windows(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), lengths
-        )
+        attended = hooks.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), lengths)
         del q, k, v
         return by_tokens(after, x, attended)
 
@@ -505,45 +504,6 @@ def member_lengths(lengths: list[int], image_tokens: int = 0) -> Tensor | None:
     if len(set(lengths)) == 1:
         return None
     return torch.tensor(lengths) + image_tokens
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention over (B, heads, S, head) → (B, S, D), by torch."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-
-
-def attend_by_length(
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor,
-) -> Tensor:
-    """Attention of each member over its own first tokens; what is beyond becomes 0.
-
-    A mask would do the same, but keeps torch from its fastest kernels. attend: as `attention`.
-    lengths: (B,). Neighbours of one length are computed together."""
-    out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1] * v.shape[3])
-    start = 0
-    for length, count in zip(*torch.unique_consecutive(lengths, return_counts=True)):
-        members, own = slice(start, start + int(count)), slice(int(length))
-        out[members, own] = attend(*(each[members, :, own] for each in (q, k, v)))
-        start += int(count)
-    return out
-
-
-@torch.library.custom_op(
-    "comfyui_l2p::attend_by_length",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor lengths) -> Tensor",
-)
-def _attend_by_length_operator(q, k, v, lengths):
-    return attend_by_length(attention, q, k, v, lengths)
-
-
-@_attend_by_length_operator.register_fake
-def _(q, k, v, lengths):
-    return q.new_empty(q.shape[0], q.shape[2], q.shape[1] * v.shape[3])
 
 
 def scaled_norm(x: Tensor, weight: Tensor, factor: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .attention import AUTO, check_backend
 from .devices import default_device, default_dtype, empty_cache, free_memory, threads_for
 from .files.layout import Layout, read_layout
 from .files.load import check, load_model
@@ -79,6 +80,7 @@ class L2PPipeline:
         compile_blocks: bool = False,
         load_on_cpu: bool = False,
         prompt_reader: Callable[[str, int], str] | None = None,
+        attention: str = AUTO,
     ):
         """See `from_pretrained`. load_on_cpu: load the model there; training moves it in parts.
         prompt_reader: what makes of a prompt and a seed the prompt that is encoded."""
@@ -87,6 +89,7 @@ class L2PPipeline:
         self.decoder_tile, self.offload, self._progress = decoder_tile, offload, progress
         self.batch_guidance, self.compile_blocks = batch_guidance, compile_blocks
         self.load_on_cpu, self._prompt_reader = load_on_cpu, prompt_reader
+        self.attention = attention
         self.loras: list[Lora] = []  # see `load_lora`
         self._encode_on_cpu = False
         self._encodings: dict[str, Tensor] = {}  # of the prompts seen last
@@ -107,6 +110,7 @@ class L2PPipeline:
         compile_blocks: bool = False,
         load_on_cpu: bool = False,
         trained_size: tuple[int, int] | None = None,
+        attention: str = AUTO,
     ) -> "L2PPipeline":
         """Open a checkpoint of any kind that `load_model` reads; only its header is read for now.
 
@@ -122,8 +126,9 @@ class L2PPipeline:
         batch_guidance: run both passes of a guided step as one of twice the batch. compile_blocks:
         with torch.compile, which takes a while at the first images. load_on_cpu: load the model
         there whatever the device is. trained_size: height and width of the trained resolution,
-        where it is not what the checkpoint says. Raises CheckpointError where the checkpoint can't
-        be used, and ValueError for a tile below 0."""
+        where it is not what the checkpoint says. attention: the kernel, one of
+        `attention.BACKENDS`; whether the device has it is tried when the model is loaded. Raises
+        CheckpointError where the checkpoint can't be used, and ValueError for a tile below 0."""
         if decoder_tile is not None and decoder_tile < 0:
             raise ValueError(
                 f"decoder_tile is {decoder_tile}; expected a side in pixels, or 0 for the whole at"
@@ -161,6 +166,7 @@ class L2PPipeline:
             compile_blocks,
             load_on_cpu,
             prompt_reader,
+            attention,
         )
 
     @property
@@ -229,6 +235,7 @@ class L2PPipeline:
     @cached_property
     def transformer(self) -> L2PTransformer:
         """The model, loaded when it is first used."""
+        check_backend(self.attention, self.device, self.dtype, self.layout.config.head_dim)
         on_cpu = self.streamed or self.load_on_cpu
         model = load_model(
             self.layout, "cpu" if on_cpu else self.device, self.dtype, progress=self._progress
@@ -407,6 +414,7 @@ class L2PPipeline:
                 stage.rope_scale,
                 self.decoder_tile,
                 stage.neighbourhood // self.layout.config.patch_size,
+                self.attention,
             )
             if stage.window:
                 velocity = in_windows(velocity, stage.window, self.layout.config.size_multiple)

@@ -17,6 +17,7 @@ import torch
 from comfy.supported_models_base import ClipTarget
 from torch import Tensor
 
+from ..l2p_core.attention import attend_by_parts
 from ..l2p_core.config import L2PConfig, Level
 from ..l2p_core.decoder import decoder_bytes
 from ..l2p_core.files.header import CheckpointError, Entry
@@ -38,7 +39,6 @@ from ..l2p_core.model import (
     Block,
     Hooks,
     L2PTransformer,
-    attend_by_length,
     rotation_matrices,
 )
 from ..l2p_core.text import MAX_TOKENS
@@ -141,7 +141,7 @@ class ComfyHooks(Hooks):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
         """Attention as ComfyUI was started with, or as a node overrides it."""
         attend = partial(comfyui.attend, options=self.options)
-        return attend(q, k, v) if lengths is None else attend_by_length(attend, q, k, v, lengths)
+        return attend_by_parts(attend, q, k, v, lengths, self.windows)
 
 
 class L2PNetwork(L2PTransformer):

@@ -2,12 +2,13 @@
 machine code, which takes minutes."""
 
 from contextlib import suppress
+from copy import deepcopy
 
 import pytest
 import torch
 from comfyui_l2p.l2p_core.config import L2PConfig
 from comfyui_l2p.l2p_core.files.quantization import Int8Linear
-from comfyui_l2p.l2p_core.model import Block, L2PTransformer, rope_of_prompt, rotate
+from comfyui_l2p.l2p_core.model import Block, Hooks, L2PTransformer, rope_of_prompt, rotate
 
 pytestmark = pytest.mark.slow
 TOKENS, HEAD = 96, 128
@@ -141,3 +142,17 @@ def test_an_ordinary_day_takes_six_graphs(graphs):
     alone = run(image[1:2], prompts[1:2])
     assert len(graphs.found) == 6 and breaks() == 0
     torch.testing.assert_close(together[1:2], alone, atol=3e-5, rtol=0)
+
+
+def test_windows_of_all_sizes_are_one_graph(graphs):
+    """Shifted ones too; as `compile_blocks` compiles."""
+    network = L2PTransformer(config(n_layers=2)).eval().requires_grad_(False)
+    plain = deepcopy(network)
+    for block in network.layers:
+        block.compile(backend=graphs, dynamic=True)
+    for height, width in ((128, 128), (96, 160), (256, 128)):
+        given = torch.randn(1, 3, height, width), torch.tensor([0.5]), [torch.randn(9, 48)]
+        with torch.no_grad():
+            found, expected = (each(*given, Hooks(neighbourhood=4)) for each in (network, plain))
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    assert (len(graphs.found), breaks()) == (1, 0)

@@ -67,4 +67,4 @@ def test_every_line_of_the_card_s_benchmark_runs(tmp_path, monkeypatch):
     ] * 2
     absent = {what for what, row in rows.items() if row["value"] is None}
     assert all(what.startswith(("attention", "product")) for what in absent), absent
-    assert len(rows) == 33
+    assert len(rows) == 38

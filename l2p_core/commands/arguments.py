@@ -126,6 +126,15 @@ def add_pipeline(machine: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="compile the model's blocks (torch.compile); the first images take longer",
     )
+    machine.add_argument(
+        "--attention",
+        choices=("auto", "flash", "cudnn", "efficient", "math", "sage"),
+        default="auto",
+        help=(
+            "attention kernel: torch's choice (default), one of torch's, or SageAttention, which"
+            " computes in 8 bits and must be installed"
+        ),
+    )
 
 
 def add_ray(machine: argparse._ActionsContainer, collect: bool = True) -> None:
@@ -178,6 +187,7 @@ def pipeline_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "offload": args.offload,
         "batch_guidance": args.batch_guidance,
         "compile_blocks": args.compile_blocks,
+        "attention": args.attention,
     }
 
 

@@ -12,7 +12,15 @@ BUNDLED = "bundled"
 FLAGS = {
     str(each.metadata.get("flag", ""))[2:].replace("-", "_"): name for name, each in FIELDS.items()
 }
-OPTIONS = ("dtype", "convrot", "decoder_tile", "offload", "batch_guidance", "compile_blocks")
+OPTIONS = (
+    "dtype",
+    "convrot",
+    "decoder_tile",
+    "offload",
+    "batch_guidance",
+    "compile_blocks",
+    "attention",
+)
 SWITCHES = {"true": True, "false": False}
 
 
@@ -66,6 +74,8 @@ def _option(name: str, value: str) -> str | int | bool:
     if name == "dtype":
         if value not in ("bfloat16", "float16", "float32"):
             raise ValueError(f"dtype is {value!r}; expected bfloat16, float16 or float32")
+        return value
+    if name == "attention":  # its values are those of --attention, checked when the model is loaded
         return value
     if name in ("convrot", "decoder_tile"):
         if not value.isdecimal():
