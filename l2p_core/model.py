@@ -101,6 +101,8 @@ class Hooks:
 
     def scaled_norm(self, norm: nn.RMSNorm, x: Tensor, factor: Tensor) -> Tensor:
         """`normalize` for one image."""
+        if norm.weight.dtype != x.dtype:  # samples during mixed-precision training
+            return norm(x) * factor
         return scaled_norm(x, norm.weight, factor)
 
     def norm_and_rotate(

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from .attention import AUTO, check_backend
+from .config import L2PConfig
 from .devices import default_device, default_dtype, empty_cache, free_memory, threads_for
 from .files.layout import Layout, read_layout
 from .files.load import check, load_model
@@ -235,7 +236,7 @@ class L2PPipeline:
     @cached_property
     def transformer(self) -> L2PTransformer:
         """The model, loaded when it is first used."""
-        check_backend(self.attention, self.device, self.dtype, self.layout.config.head_dim)
+        self._check_attention()
         on_cpu = self.streamed or self.load_on_cpu
         model = load_model(
             self.layout, "cpu" if on_cpu else self.device, self.dtype, progress=self._progress
@@ -247,6 +248,17 @@ class L2PPipeline:
             for block in model.blocks:
                 block.compile(dynamic=True)  # one graph for all sizes and lengths of prompts
         return model
+
+    def _check_attention(self) -> None:
+        """Raise ValueError where the model or the device does not support `attention`."""
+        config = self.layout.config
+        if isinstance(config, L2PConfig):
+            check_backend(self.attention, self.device, self.dtype, config.head_dim)
+        elif self.attention != AUTO:
+            raise ValueError(
+                f"attention is {self.attention}, which {self.layout.model} does not support. Set it"
+                f" to {AUTO}"
+            )
 
     @cached_property
     def text_encoder(self) -> TextEncoder:

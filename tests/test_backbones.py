@@ -192,6 +192,11 @@ def test_generating_is_the_formula_longhand(klein):
     for unsupported in ({"cache_threshold": 0.1}, {"stage_attention": "local"}):
         with pytest.raises(ValueError, match="which FLUX.2-klein does not support"):
             pipe.complete(unsupported)
+    pipe = L2PPipeline.from_pretrained(
+        klein / "small.safetensors", klein, device="cpu", attention="flash"
+    )
+    with pytest.raises(ValueError, match="attention is flash, which FLUX.2-klein does not support"):
+        assert pipe.transformer
 
 
 def train(klein, data, output, **settings):
