@@ -26,6 +26,7 @@ from comfyui_l2p.l2p_core import L2PConfig, L2PTransformer, load_model
 from comfyui_l2p.l2p_core.attention import BACKENDS, attention_by, check_backend
 from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS
 from comfyui_l2p.l2p_core.devices import default_device, empty_cache
+from comfyui_l2p.l2p_core.files.fp8 import Fp8Linear
 from comfyui_l2p.l2p_core.files.quantization import Int8Linear
 from comfyui_l2p.l2p_core.flow import SOLVERS, flow_matching_loss, guided_velocity, schedule
 from comfyui_l2p.l2p_core.meter import peak_bytes, peak_on, shapes_only
@@ -146,14 +147,13 @@ def numerics(card: Card) -> Iterator[Row]:
         yield Row(f"network in {name} against recorded numbers", apart, "relative", verdict)
 
 
-def in_8_bits(model: L2PTransformer) -> L2PTransformer:
-    """The main layers' linears as INT8, a scale for each row."""
-    for name, layer in list(model.layers.named_modules()):
-        if isinstance(layer, nn.Linear) and "adaLN" not in name:
-            scale = layer.weight.float().abs().amax(1, keepdim=True) / 127
-            numbers = (layer.weight.float() / scale).round().to(torch.int8)
-            model.layers.set_submodule(name, Int8Linear(numbers, scale, None))
-    return model
+def in_8_bits(weight: Tensor, kind: str) -> Int8Linear | Fp8Linear:
+    """A linear layer's weight as INT8 or FP8, a scale for each row."""
+    weight, largest = weight.float(), 127 if kind == "INT8" else 448
+    scale = weight.abs().amax(1, keepdim=True) / largest
+    if kind == "INT8":
+        return Int8Linear((weight / scale).round().to(torch.int8), scale, None)
+    return Fp8Linear((weight / scale).to(torch.float8_e4m3fn), scale, None)
 
 
 def steps(card: Card) -> Iterator[Row]:
@@ -195,11 +195,21 @@ def steps(card: Card) -> Iterator[Row]:
     yield Row("compiling", first, "s")
 
 
-def steps_in_int8(card: Card) -> Iterator[Row]:
+def steps_in_8_bits(card: Card) -> Iterator[Row]:
     """The same with the main layers' products in 8 bits."""
-    took = card.seconds(guided_step(card, in_8_bits(card.model()), card.size))
-    note = f"{took / card.eager:.2f} of eager" if card.eager else ""
-    yield Row("step, main layers in INT8", took, "s", note)
+    for kind in ("INT8", "FP8"):
+
+        def run(kind: str = kind) -> list[Row]:
+            model = card.model()
+            for name, layer in list(model.layers.named_modules()):
+                if isinstance(layer, nn.Linear) and "adaLN" not in name:
+                    model.layers.set_submodule(name, in_8_bits(layer.weight, kind))
+            took = card.seconds(guided_step(card, model, card.size))
+            note = f"{took / card.eager:.2f} of eager" if card.eager else ""
+            return [Row(f"step, main layers in {kind}", took, "s", note)]
+
+        yield from attempt(run, f"step, main layers in {kind}")
+        empty_cache(card.device)
 
 
 def counted_peak(card: Card) -> float:
@@ -228,20 +238,14 @@ def products(card: Card) -> Iterator[Row]:
     whole = card.seconds(lambda: x @ weight.t())
     yield Row("product, bfloat16", 2e-12 * tokens * inputs * outputs / whole, "TFLOP/s")
 
-    scale = torch.ones((), device=card.device)
-    x8, weight8 = x.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)
+    for kind in ("FP8", "INT8"):
 
-    def in_fp8() -> Tensor:
-        return torch._scaled_mm(x8, weight8.t(), scale, scale, out_dtype=card.dtype)
+        def run(kind: str = kind) -> list[Row]:
+            eight_bits = in_8_bits(weight, kind)
+            took = card.seconds(lambda: eight_bits(x))
+            return [Row(f"product, {kind}", took / whole, "of bfloat16's time")]
 
-    yield from attempt(
-        lambda: [Row("product, FP8", card.seconds(in_fp8) / whole, "of bfloat16")], "product, FP8"
-    )
-    layer = Int8Linear(weight.to(torch.int8), torch.ones(outputs, 1, device=card.device), None)
-    yield from attempt(
-        lambda: [Row("product, INT8", card.seconds(lambda: layer(x)) / whole, "of bfloat16")],
-        "product, INT8",
-    )
+        yield from attempt(run, f"product, {kind}")
 
 
 def attention(card: Card) -> Iterator[Row]:
@@ -344,7 +348,7 @@ def training_step(card: Card, what: str, kind: str, memory: str) -> list[Row]:
 SECTIONS = (
     numerics,
     steps,
-    steps_in_int8,
+    steps_in_8_bits,
     products,
     attention,
     at_4096,

@@ -269,6 +269,8 @@ def image_record(
         facts["lora_strength"] = [lora.strength for lora in pipe.loras]
     if pipe.attention == SAGE:  # the others differ by rounding
         facts["attention"] = pipe.attention
+    if pipe.fp8:
+        facts["fp8"] = True
     return {
         **facts,
         "dtype": str(pipe.dtype).removeprefix("torch."),

@@ -67,7 +67,7 @@ def needs(pipe: L2PPipeline, settings: CompleteSettings, batch: int) -> Needs:
     """Return what generating takes, for `fit.place`."""
     stacks = tuple(f"{stack}." for stack in pipe.layout.config.depths)  # what `offload` streams
     by_block: Counter[str] = Counter()  # bytes, by the part of the name that tells a block
-    for name, size in bytes_in_memory(pipe.layout, pipe.dtype).items():
+    for name, size in bytes_in_memory(pipe.layout, pipe.dtype, pipe.in_fp8).items():
         by_block[".".join(name.split(".")[:2]) if name.startswith(stacks) else ""] += size
     model = by_block.total()
     outside = by_block.pop("")

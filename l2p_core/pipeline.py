@@ -16,8 +16,9 @@ from torch import Tensor
 from .attention import AUTO, check_backend
 from .config import L2PConfig
 from .devices import default_device, default_dtype, empty_cache, free_memory, threads_for
+from .files.fp8 import multiplies_fp8
 from .files.layout import Layout, read_layout
-from .files.load import check, load_model
+from .files.load import check, has_fp8, load_model
 from .files.lora import Change, add_changes, read_lora
 from .fit import RESERVE, SHARE, Placement, place
 from .flow import SOLVERS, Callback, guided_velocity, inpaint_velocity, interpolate, schedule
@@ -82,6 +83,7 @@ class L2PPipeline:
         load_on_cpu: bool = False,
         prompt_reader: Callable[[str, int], str] | None = None,
         attention: str = AUTO,
+        fp8: bool = False,
     ):
         """See `from_pretrained`. load_on_cpu: load the model there; training moves it in parts.
         prompt_reader: what makes of a prompt and a seed the prompt that is encoded."""
@@ -90,7 +92,7 @@ class L2PPipeline:
         self.decoder_tile, self.offload, self._progress = decoder_tile, offload, progress
         self.batch_guidance, self.compile_blocks = batch_guidance, compile_blocks
         self.load_on_cpu, self._prompt_reader = load_on_cpu, prompt_reader
-        self.attention = attention
+        self.attention, self.fp8 = attention, fp8
         self.loras: list[Lora] = []  # see `load_lora`
         self._encode_on_cpu = False
         self._encodings: dict[str, Tensor] = {}  # of the prompts seen last
@@ -112,6 +114,7 @@ class L2PPipeline:
         load_on_cpu: bool = False,
         trained_size: tuple[int, int] | None = None,
         attention: str = AUTO,
+        fp8: bool = False,
     ) -> "L2PPipeline":
         """Open a checkpoint of any kind that `load_model` reads; only its header is read for now.
 
@@ -128,8 +131,10 @@ class L2PPipeline:
         with torch.compile, which takes a while at the first images. load_on_cpu: load the model
         there whatever the device is. trained_size: height and width of the trained resolution,
         where it is not what the checkpoint says. attention: the kernel, one of
-        `attention.BACKENDS`; whether the device has it is tried when the model is loaded. Raises
-        CheckpointError where the checkpoint can't be used, and ValueError for a tile below 0."""
+        `attention.BACKENDS`; whether the device has it is tried when the model is loaded. fp8:
+        keep FP8 weights (float8_e4m3fn) and multiply in FP8, see `in_fp8`. Raises
+        CheckpointError where the checkpoint can't be used, and ValueError for a tile below 0, or
+        for fp8 where there are no such weights."""
         if decoder_tile is not None and decoder_tile < 0:
             raise ValueError(
                 f"decoder_tile is {decoder_tile}; expected a side in pixels, or 0 for the whole at"
@@ -139,6 +144,12 @@ class L2PPipeline:
         checkpoint = Path(checkpoint) if checkpoint else BUNDLED_MODEL / "transformer.safetensors"
         layout = read_layout(checkpoint, convrot_groupsize)
         check(layout)
+        if fp8 and not has_fp8(layout):
+            raise ValueError(
+                f"fp8 is for FP8 checkpoints, and {layout.path.name} holds no float8_e4m3fn weights"
+                " with scales. Leave it out, or make such a checkpoint: l2p quantize --format"
+                " float8_e4m3fn"
+            )
         if trained_size:
             height, width = trained_size
             metadata = {**layout.metadata, "modelspec.resolution": f"{width}x{height}"}
@@ -168,6 +179,7 @@ class L2PPipeline:
             load_on_cpu,
             prompt_reader,
             attention,
+            fp8,
         )
 
     @property
@@ -179,6 +191,12 @@ class L2PPipeline:
         if self.offload is None:
             self.offload = self.place(self.complete({}), 1).offload
         return self.offload
+
+    @property
+    def in_fp8(self) -> bool:
+        """Whether FP8 weights are multiplied as such: where `fp8` asks for it, the device can, and
+        no LoRA changes them. They are dequantized elsewhere."""
+        return self.fp8 and not self.loras and multiplies_fp8(self.device)
 
     def place(
         self,
@@ -238,8 +256,15 @@ class L2PPipeline:
         """The model, loaded when it is first used."""
         self._check_attention()
         on_cpu = self.streamed or self.load_on_cpu
+        if self.fp8 and not self.in_fp8:
+            reason = "a LoRA changes them" if self.loras else f"{self.device} has no FP8 product"
+            warnings.warn(f"FP8 weights are dequantized: {reason}", stacklevel=2)
         model = load_model(
-            self.layout, "cpu" if on_cpu else self.device, self.dtype, progress=self._progress
+            self.layout,
+            "cpu" if on_cpu else self.device,
+            self.dtype,
+            progress=self._progress,
+            fp8=self.in_fp8,
         )
         add_changes(model, [(lora.changes, lora.strength) for lora in self.loras])
         if self.streamed:

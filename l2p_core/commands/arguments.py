@@ -127,6 +127,14 @@ def add_pipeline(machine: argparse._ArgumentGroup) -> None:
         help="compile the model's blocks (torch.compile); the first images take longer",
     )
     machine.add_argument(
+        "--fp8",
+        action="store_true",
+        help=(
+            "keep the weights of an FP8 checkpoint in 8 bits and multiply in FP8, on cards that can"
+            " (RTX 40, H100 and newer); by default they are dequantized on load"
+        ),
+    )
+    machine.add_argument(
         "--attention",
         choices=("auto", "flash", "cudnn", "efficient", "math", "sage"),
         default="auto",
@@ -188,6 +196,7 @@ def pipeline_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "batch_guidance": args.batch_guidance,
         "compile_blocks": args.compile_blocks,
         "attention": args.attention,
+        "fp8": args.fp8,
     }
 
 

@@ -144,9 +144,9 @@ def add_compare(actions: argparse._SubParsersAction) -> None:
             "Generate the same prompts and seeds with every argument, and compare each with the"
             " first: PSNR, SSIM, LPIPS if it is installed, and the shapes score. An argument is"
             " CHECKPOINT[:NAME=VALUE,...], where NAME is a setting of l2p generate, dtype,"
-            " decoder_tile, offload, batch_guidance, compile_blocks or attention, and CHECKPOINT"
-            " may be `bundled`; or a folder of l2p evaluate write. Writes compare.json, report.html"
-            " and a sheet of the ten pairs that differ most."
+            " decoder_tile, offload, batch_guidance, compile_blocks, attention or fp8, and"
+            " CHECKPOINT may be `bundled`; or a folder of l2p evaluate write. Writes compare.json,"
+            " report.html and a sheet of the ten pairs that differ most."
         ),
     )
     parser.add_argument(

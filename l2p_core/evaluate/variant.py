@@ -20,6 +20,7 @@ OPTIONS = (
     "batch_guidance",
     "compile_blocks",
     "attention",
+    "fp8",
 )
 SWITCHES = {"true": True, "false": False}
 

@@ -16,15 +16,16 @@ from tqdm import tqdm
 
 from ..config import PixelConfig, block_numbers
 from ..model import L2PTransformer
+from .fp8 import MULTIPLE, Fp8Linear
 from .header import SHARD_NAME, CheckpointError, Entry, reject_zeros
 from .layout import FLOATS, UNSCALED, Layout, Source, read_layout
-from .quantization import Int8Linear, dequantize, kernel
+from .quantization import FP8_DTYPES, Int8Linear, dequantize, kernel
 
 In = TypeVar("In")
 Out = TypeVar("Out")
 
 READERS = 4  # threads: more than a disk feeds, and each holds what it casts
-KEPT_IN_8_BITS = "int8_tensorwise"  # other formats are dequantized
+INT8, E4M3 = "int8_tensorwise", "float8_e4m3fn"  # formats that may stay 8 bits
 
 
 def load_model(
@@ -33,6 +34,7 @@ def load_model(
     dtype: torch.dtype = torch.bfloat16,
     convrot_groupsize: int | None = None,
     progress: bool = False,
+    fp8: bool = False,
 ) -> L2PTransformer:
     """Return the model of a checkpoint, ready to generate.
 
@@ -41,7 +43,8 @@ def load_model(
 
     dtype: what all weights become, save INT8 ones, which stay INT8. Weights that already are of
     that dtype stay in the memory-mapped file on a CPU. convrot_groupsize: see `read_layout`, where
-    a layout has it. progress: show a bar. Raises CheckpointError where the file is not a whole,
+    a layout has it. progress: show a bar. fp8: keep FP8 weights and multiply in FP8, which the
+    device must support: see `multiplies_fp8`. Raises CheckpointError where the file is not a whole,
     finite L2P model; its message says what it is."""
     layout = path if isinstance(path, Layout) else read_layout(path, convrot_groupsize)
     check(layout)
@@ -57,7 +60,7 @@ def load_model(
                 f"{layout.path.name} can't be opened: {error}. Get the file again"
             ) from None
         device = torch.empty(0, device=device).device  # "cuda" may be another one in a thread
-        reader = Reader(layout, readers, model, device, dtype)
+        reader = Reader(layout, readers, model, device, dtype, fp8)
         # packed q, k and v are one group: their weight is read, and dequantized, once
         groups = [
             dict(group)
@@ -77,11 +80,12 @@ def load_model(
     for name, source in layout.tensors.items():
         layer = name.rpartition(".")[0]
         if f"{layer}.weight_scale" in tensors and name == f"{layer}.weight":
-            linear = Int8Linear(
-                tensors[name],
-                tensors[f"{layer}.weight_scale"],
-                model.get_submodule(layer).bias,
-                source.convrot_groupsize,
+            bias = model.get_submodule(layer).bias
+            given = tensors[name], tensors[f"{layer}.weight_scale"], bias
+            linear = (
+                Fp8Linear(*given)
+                if source.format == E4M3
+                else Int8Linear(*given, source.convrot_groupsize)
             )
             model.set_submodule(layer, linear)
     model.load_state_dict(tensors, assign=True)
@@ -98,9 +102,10 @@ class Reader:
         model: L2PTransformer,
         device: torch.device,
         dtype: torch.dtype,
+        fp8: bool,
     ):
         self.layout, self.readers, self.model = layout, readers, model
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.fp8 = device, dtype, fp8
 
     def load(self, group: Mapping[str, Source]) -> dict[str, Tensor]:
         """Return the tensors that one of the file's tensors becomes, by their published names: one,
@@ -114,10 +119,10 @@ class Reader:
                 self.reject_nan(source.entry.key, loaded[name])
                 continue
             assert source.scale is not None  # every format has one
-            if source.format == KEPT_IN_8_BITS and isinstance(
-                self.model.get_submodule(layer), nn.Linear
-            ):
-                kernel("int8_linear")  # says so now where it is not installed
+            linear = isinstance(self.model.get_submodule(layer), nn.Linear)
+            if linear and stays_in_8_bits(source, self.fp8):
+                if source.format == INT8:
+                    kernel("int8_linear")  # says so now where it is not installed
                 shared = source.scale.count == 1
                 third = None if shared else source.third
                 scale = self.read(source.scale, third, torch.float32)
@@ -153,6 +158,8 @@ class Reader:
         """Raise CheckpointError where a tensor holds NaN or infinite numbers."""
         if not tensor.is_floating_point() or not tensor.numel():
             return
+        if tensor.dtype in FP8_DTYPES:  # which have no minimum
+            tensor = tensor.bfloat16()
         if torch.stack((tensor.min(), tensor.max())).isfinite().all():  # both are NaN of a NaN
             return
         raise CheckpointError(
@@ -248,10 +255,24 @@ def check(layout: Layout) -> None:
             )
 
 
-def bytes_in_memory(layout: Layout, dtype: torch.dtype) -> dict[str, int]:
-    """What each tensor takes once it is loaded, by its published name."""
+def stays_in_8_bits(source: Source, fp8: bool) -> bool:
+    """Whether the weight of a linear layer is multiplied as it is stored."""
+    fits = all(length % MULTIPLE == 0 for length in source.shape)
+    return source.format == INT8 or fp8 and source.format == E4M3 and fits
+
+
+def has_fp8(layout: Layout) -> bool:
+    """Whether a checkpoint holds weights that `load_model` can keep in FP8."""
+    return any(
+        stays_in_8_bits(source, True) and source.format == E4M3
+        for source in layout.tensors.values()
+    )
+
+
+def bytes_in_memory(layout: Layout, dtype: torch.dtype, fp8: bool = False) -> dict[str, int]:
+    """What each tensor takes once it is loaded, by its published name. fp8: as for `load_model`."""
     return {
-        name: math.prod(source.shape) * (1 if source.format == KEPT_IN_8_BITS else dtype.itemsize)
+        name: math.prod(source.shape) * (1 if stays_in_8_bits(source, fp8) else dtype.itemsize)
         for name, source in layout.tensors.items()
     }
 
