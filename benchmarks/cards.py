@@ -68,7 +68,7 @@ def row(name: str, model: Path, encoder: Path, side: int, card: int) -> str:
     pipe.adopt(placement)
     freed = placement.free_text_encoder or placement.encode_on_cpu
     parts, _ = estimate(pipe, settings, 1, freed, placement.encode_on_cpu)
-    return f"| {name} | {card} GB | {placement.reason} | {parts['in all'] / 1e9:.1f} GB |"
+    return f"| {name} | {card} GB | {placement.reason} | {parts['total'] / 1e9:.1f} GB |"
 
 
 def main() -> None:

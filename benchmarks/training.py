@@ -159,7 +159,7 @@ def main() -> None:
             }
         )
         estimated, measured = (
-            estimate(config)["in all"],
+            estimate(config)["total"],
             measure(config, output.with_suffix(".toml")),
         )
         print(

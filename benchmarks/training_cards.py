@@ -66,14 +66,14 @@ def main() -> None:
                 columns = (
                     weights,
                     state,
-                    parts["activations and what passes"],
-                    parts["in all"],
+                    parts["activations and buffers"],
+                    parts["total"],
                     parts.get("in the CPU's memory", 0),
                 )
                 cells = " | ".join(f"{size / 1e9:.2f} GB" for size in columns)
                 gigabytes = int(card.removesuffix("gb"))
                 print(f"| {NAMES[kind]} | {gigabytes} GB | {told(chosen)} | {cells} |", flush=True)
-                if parts["in all"] > (1 - FREE) * 2**30 * gigabytes:
+                if parts["total"] > (1 - FREE) * 2**30 * gigabytes:
                     full.append(f"{kind} on {card}")
     if full:
         sys.exit(f"too much: {', '.join(full)}")

@@ -162,7 +162,8 @@ class BackboneConfig(PixelConfig):
         """The sizes in one line."""
         layers = " + ".join(map(str, self.depths.values()))
         return (
-            f"{self.row.title}: width {self.dim}, {layers} layers, captions of {self.cap_feat_dim}"
+            f"{self.row.title}: width {self.dim}, {layers} layers, prompt embeddings of"
+            f" width {self.cap_feat_dim}"
         )
 
     def shallow(self) -> "BackboneConfig":

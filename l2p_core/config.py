@@ -205,7 +205,8 @@ class L2PConfig(PixelConfig):
         """The sizes in one line."""
         return (
             f"width {self.dim}, {self.n_heads} heads, {self.n_layers} + {self.n_refiner_layers} +"
-            f" {self.n_refiner_layers} layers, captions of {self.cap_feat_dim}"
+            f" {self.n_refiner_layers} layers, prompt embeddings of width"
+            f" {self.cap_feat_dim}"
         )
 
     def shallow(self) -> "L2PConfig":

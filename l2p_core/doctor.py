@@ -86,14 +86,16 @@ def report(findings: Iterable[Finding]) -> str:
 
 def verdict(failed: int) -> str:
     """Return what so many failed findings come to."""
-    return f"{failed} failed" if failed else "everything that was tested is right"
+    return f"{failed} test{'s' * (failed > 1)} failed" if failed else "all tests passed"
 
 
 def environment() -> Iterator[Finding]:
     """Yield what is installed here."""
     found = [f"{name} {installed(name) or 'missing'}" for name in PACKAGES]
     yield Finding("versions", True, f"Python {platform.python_version()}, {', '.join(found)}")
-    extras = [f"{name}: {installed(package) or 'none'}" for name, package in EXTRAS.items()]
+    extras = [
+        f"{name}: {package} {installed(package) or 'missing'}" for name, package in EXTRAS.items()
+    ]
     yield Finding("extras", None, ", ".join(extras))
     yield Finding("system", None, f"{platform.platform()}, {os.cpu_count()} cores")
     yield Finding("device", None, describe_device(default_device()))
@@ -113,7 +115,7 @@ def describe_device(device: torch.device) -> str:
     """Return the name and the memory of the device that is used by default."""
     free = free_memory(device)
     if device.type == "cpu":
-        return f"cpu, {torch.get_num_threads()} threads; no accelerator that torch can use"
+        return f"cpu, torch threads: {torch.get_num_threads()}; no accelerator that torch can use"
     about = getattr(torch, device.type)
     name = about.get_device_name(device) if hasattr(about, "get_device_name") else device.type
     memory = "memory not known" if free is None else f"{free / 1e9:.1f} GB free"
@@ -160,9 +162,9 @@ def recorded_image(device: str | None) -> Finding:
     with open_image(RECORDED, ("PNG",)) as recorded:
         expected = np.asarray(recorded.convert("RGB")).astype(float)
     apart = float(np.sqrt(np.square(np.asarray(image) - expected).mean()))
-    detail = f"{apart:.2f} levels from the recorded one, in {seconds:.1f} s"
+    detail = f"differs by {apart:.2f} levels from the recorded one, generated in {seconds:.1f} s"
     if apart > NEAR:
-        detail += f"; expected {NEAR} at most. This torch computes something else on this device"
+        detail += f"; expected at most {NEAR}. This torch computes wrong results on this device"
     return Finding("bundled image", apart <= NEAR, detail)
 
 
@@ -213,7 +215,7 @@ def examine_checkpoint(
         yield from untested(*rest[1:])
         return
     seconds = time.perf_counter() - started
-    yield Finding("weights", True, f"whole and finite, loaded in {seconds:.1f} s")
+    yield Finding("weights", True, f"complete, without NaN, loaded in {seconds:.1f} s")
 
     embeds, nothing = embeds.to(pipe.device), nothing.to(pipe.device)
     probe = Probe(model, to_pixels(scene), embeds, nothing)
@@ -232,7 +234,9 @@ def describe_file(layout: Layout) -> str:
     size = sum(file.stat().st_size for file in layout.files)
     dtypes = Counter(entry.dtype for entry in layout.entries.values())
     told = ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common())
-    return f"{size / 1e9:.2f} GB, {len(layout.entries)} tensors ({told}), {layout.naming} naming"
+    return (
+        f"{size / 1e9:.2f} GB, {len(layout.entries)} tensors ({told}), {layout.naming} tensor names"
+    )
 
 
 def published(layout: Layout) -> Finding:
@@ -246,10 +250,10 @@ def published(layout: Layout) -> Finding:
         if label == "1K" and layout.naming == "published" and not layout.quantization:
             odd = [key for key, dtype in dtypes.items() if dtype != dtype_in_1k(key)]
             if not odd:
-                return Finding(name, True, "model-1k-merge: names, shapes and dtypes all agree")
+                return Finding(name, True, "model-1k-merge: names, shapes and dtypes agree")
             detail = (
                 f"the 1K model, with {len(odd)} tensors of another dtype than model-1k-merge"
-                f" (first: {odd[0]} is {dtypes[odd[0]]}, there {dtype_in_1k(odd[0])})"
+                f" (first: {odd[0]} is {dtypes[odd[0]]}, expected {dtype_in_1k(odd[0])})"
             )
             return Finding(name, None, detail)
         quantized = f", {layout.quantization}" if layout.quantization else ""
@@ -277,7 +281,7 @@ def examine_text_encoder(pipe: L2PPipeline) -> Finding:
     embedding = next((key for key in entries if key.endswith("embed_tokens.weight")), None)
     if embedding is None:
         raise CheckpointError(
-            f"{pipe.text_encoder_path} is no text encoder: it lacks embed_tokens. Give the"
+            f"{pipe.text_encoder_path} is not a text encoder: it lacks embed_tokens. Give the"
             " text_encoder/ folder of Tongyi-MAI/Z-Image-Turbo"
         )
     config = pipe.layout.config
@@ -285,8 +289,8 @@ def examine_text_encoder(pipe: L2PPipeline) -> Finding:
     wanted = config.cap_feat_dim // len(config.prompts.hidden_states)
     if width != wanted:
         raise CheckpointError(
-            f"the text encoder is {width} wide; this checkpoint takes {wanted}. Give the one it was"
-            " trained with"
+            f"the text encoder has width {width}; this checkpoint needs {wanted}. Give the one that"
+            " it was trained with"
         )
     find_tokenizer(pipe.text_encoder_path, pipe.tokenizer_path)
     dtypes = "/".join(sorted({entry.dtype for entry in entries.values()}))
@@ -349,8 +353,8 @@ def measure_pass(pipe: L2PPipeline, probe: Probe) -> Finding:
     return Finding(
         "one pass",
         None,
-        f"{width} x {height}: {seconds:.2f} s, {peak / 1e9:.3f} GB beside the weights, estimated"
-        f" {expected / 1e9:.3f} GB with the longest prompt",
+        f"{width} x {height}: {seconds:.2f} s, {peak / 1e9:.3f} GB of memory without the weights;"
+        f" the estimate for the longest prompt is {expected / 1e9:.3f} GB",
     )
 
 
@@ -365,7 +369,9 @@ def compare(pipe: L2PPipeline, probe: Probe, other: str | Path) -> Finding:
         layout = read_layout(other)
         check(layout)
         if layout.config != pipe.layout.config:
-            raise CheckpointError(f"{layout.path.name} is a model of other sizes")
+            raise CheckpointError(
+                f"{layout.path.name} has other tensor shapes; expected the same model"
+            )
         pipe.__dict__.pop("transformer")
         probe.model = load_model(layout, pipe.device, pipe.dtype)
     except CheckpointError as error:
@@ -375,8 +381,8 @@ def compare(pipe: L2PPipeline, probe: Probe, other: str | Path) -> Finding:
     second = time.perf_counter() - started
     apart = ((ours - theirs).norm() / ours.norm()).item()
     detail = (
-        f"{layout.path.name}: its velocity differs by {apart:.1%}, a pass takes {second:.2f} s"
-        f" against {first:.2f} s"
+        f"{layout.path.name}: its velocity differs by {apart:.1%}; a pass takes {second:.2f} s,"
+        f" and {first:.2f} s with the first file"
     )
     return Finding("other file", apart <= INT8_LIMIT, detail)
 

@@ -32,7 +32,7 @@ def estimate(
     free_text_encoder: bool,
     encode_on_cpu: bool = False,
 ) -> tuple[dict[str, int], list[tuple[int, int, int]]]:
-    """Bytes held at the peak, by what they are for, with their sum as "in all", and what waits in
+    """Bytes held at the peak, by purpose, with their sum as "total", and what waits in
     the CPU's memory; and the passes through the model that one batch takes: (how many, height,
     width) for each stage.
 
@@ -43,7 +43,7 @@ def estimate(
     streamed = pipe.streamed
     generating = {
         "model": needed.streamed if streamed else needed.model,
-        "images and what passes": needed.passing(pipe.decoder_tile),
+        "images and activations": needed.passing(pipe.decoder_tile),
     }
     encoder = 0 if encode_on_cpu else needed.text_encoder
     parts = generating if free_text_encoder else {"text encoder": encoder, **generating}
@@ -60,7 +60,7 @@ def estimate(
                 min(stage.width, stage.window or stage.width),
             )
         )
-    return {**parts, "in all": in_all, **beside}, passes
+    return {**parts, "total": in_all, **beside}, passes
 
 
 def needs(pipe: L2PPipeline, settings: CompleteSettings, batch: int) -> Needs:

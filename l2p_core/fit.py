@@ -47,7 +47,9 @@ def place(
     A text encoder that does not fit even alone works on the CPU. Where nothing fits, the smallest
     is returned, and the reason says so."""
     if free is None:
-        reason = "as asked for; the memory is the CPU's, or not known"
+        reason = (
+            "as the options say, because the free memory of the device is not known or it is a CPU"
+        )
         return Placement(bool(free_text_encoder), bool(offload), decoder_tile, reason)
     room = int(SHARE * free) - RESERVE
     encode_on_cpu = needs.text_encoder > room

@@ -124,7 +124,7 @@ def prove(probe: Probe) -> list[Finding]:
 
 def untested(*names: str) -> list[Finding]:
     """Findings that wait for an earlier one."""
-    return [Finding(name, None, "not tested: mend the fault above first") for name in names]
+    return [Finding(name, None, "not tested: fix the fault above first") for name in names]
 
 
 def check_strengths(model: L2PTransformer) -> Finding:
@@ -150,11 +150,16 @@ def check_strengths(model: L2PTransformer) -> Finding:
                 return Finding(
                     "scale",
                     False,
-                    f"{name} is {times:.3g} times as strong as its like in other blocks; expected"
-                    f" 1/{SPREAD} to {SPREAD}. Its weight_scale is wrong, or its data are damaged:"
-                    " get the file again, or quantize it again",
+                    f"the weights of {name} are {times:.3g} times as large as those of the same"
+                    f" linear in other blocks; expected 1/{SPREAD} to {SPREAD} times. Its"
+                    " weight_scale is wrong, or its data are damaged: get the file again, or"
+                    " quantize it again",
                 )
-    return Finding("scale", True, f"{count} linears lie within {SPREAD} x of their like")
+    return Finding(
+        "scale",
+        True,
+        f"the weight scales of {count} linears agree with other blocks within {SPREAD} x",
+    )
 
 
 def strength_of(module: nn.Module) -> float:
@@ -172,10 +177,12 @@ def check_sign(given: list[Pass]) -> Finding:
         return Finding(
             "sign",
             False,
-            f"the velocity points backwards (cosine {cosine:.2f}); expected image - noise from the"
-            " model. The checkpoint was trained with the opposite sign",
+            f"the velocity has the opposite direction (cosine {cosine:.2f}); expected image - noise"
+            " from the model. The checkpoint was trained with the opposite sign",
         )
-    return Finding("sign", True, f"cosine {cosine:.2f} to the true velocity")
+    return Finding(
+        "sign", True, f"the cosine between the velocity and the true one is {cosine:.2f}"
+    )
 
 
 def check_amplitude(given: list[Pass]) -> Finding:
@@ -183,14 +190,14 @@ def check_amplitude(given: list[Pass]) -> Finding:
     amplitude = sum(each.amplitude for each in given) / len(given)
     told = f"the velocity is {amplitude:.2f} times as long as the true one"
     if min(each.cosine for each in given) < 0.7:
-        return Finding("amplitude", None, f"{told}, in another direction")
+        return Finding("amplitude", None, f"{told}, but has another direction")
     low, high = AMPLITUDES
     if not low <= amplitude <= high:
         return Finding(
             "amplitude",
             False,
-            f"{told}; expected {low} to {high}. Images are taken in [-1, 1]: the checkpoint was"
-            " trained on another range",
+            f"{told}; expected {low} to {high}. Images have values in [-1, 1] here: the checkpoint"
+            " was trained on another range",
         )
     return Finding("amplitude", True, told)
 
@@ -211,10 +218,12 @@ def check_readings(probe: Probe, given: list[Pass]) -> list[Finding]:
     findings = []
     for kind, count in names.items():
         if kind == faulty and share < CLEARLY:
-            detail = f"{told} leaves {share:.2f} of the error: the file means that"
+            detail = f"with {told}, only {share:.2f} of the error remains: the file means that"
             findings.append(Finding(kind, False, detail))
         elif count:
-            findings.append(Finding(kind, True, f"none of {count} other readings is better"))
+            plural = "s" * (count > 1)
+            detail = f"{count} other interpretation{plural} of the file tried; none is better"
+            findings.append(Finding(kind, True, detail))
         else:
             untold = "the file has no INT8 weights" if kind == "convrot" else "not tested on it"
             findings.append(Finding(kind, None, untold))
@@ -224,7 +233,7 @@ def check_readings(probe: Probe, given: list[Pass]) -> list[Finding]:
 def readings(probe: Probe) -> Iterator[tuple[str, str, float, Callable[[], Pass]]]:
     """Other readings of the file: (kind, in words, sigma, one pass)."""
     high, low = SIGMAS[0], SIGMAS[-1]
-    yield "time", "time 1 for noise and 0 for image", high, partial(probe.run, high, time=high)
+    yield "time", "timestep 1 for noise and 0 for image", high, partial(probe.run, high, time=high)
     if isinstance(probe.model, L2PTransformer):
         yield from misnamings(probe, low)
     layers = [each for each in probe.model.modules() if isinstance(each, Int8Linear)]
@@ -301,9 +310,9 @@ def check_denoising(baselines: list[float], given: list[Pass], without: list[Pas
         told.append(f"{shares[0]:.2f} at sigma {sigma}")
         # without its prompt, what was there at almost pure noise is anyone's guess
         good = good and shares[0] <= MARGIN and (sigma == SIGMAS[0] or shares[1] <= MARGIN)
-    detail = f"error of x0, as a share of the best baseline's: {', '.join(told)}"
+    detail = f"error of the x0 prediction, relative to the best baseline: {', '.join(told)}"
     if not good:
-        detail += f"; expected {MARGIN} at most. The weights do not denoise: get the file again"
+        detail += f"; expected at most {MARGIN}. The weights do not denoise: get the file again"
     return Finding("denoising", good, detail)
 
 
@@ -317,8 +326,8 @@ def check_prompt(given: list[Pass], without: list[Pass]) -> Finding:
         return Finding("prompt", False, "the prompt has no effect at all")
     if ratio > PROMPT_MARGIN:
         detail += (
-            f"; expected {PROMPT_MARGIN} at most. The text encoder or its tokenizer is not the one"
-            " this checkpoint was trained with, or the prompt does not describe the image"
+            f"; expected at most {PROMPT_MARGIN}. The text encoder or its tokenizer is not the one"
+            " that this checkpoint was trained with, or the prompt does not describe the image"
         )
     return Finding("prompt", ratio <= PROMPT_MARGIN, detail)
 

@@ -36,14 +36,14 @@ class Settings:
 
     prompt: str = setting("", "what to generate", inputs=("prompt", "text"))
     negative_prompt: str = setting(
-        "", "what to steer away from; of no effect at guidance scale 1", metavar="TEXT"
+        "", "what to avoid; it has no effect at guidance scale 1", metavar="TEXT"
     )
     seed: int = setting(
         42, "seed of the noise", low=0, high=2**64 - 1, inputs=("seed", "noise_seed")
     )
     height: int | None = setting(
         None,
-        "pixels, a multiple of 16; of 64, 128 or 320 for the 4K, 8K and 10K models",
+        "height in pixels: a multiple of 16, and of 64, 128 or 320 for the 4K, 8K and 10K models",
         low=1,
         high=MAX_SIDE,
         metavar="PIXELS",
@@ -51,7 +51,7 @@ class Settings:
     )
     width: int | None = setting(
         None,
-        "pixels, as for the height",
+        "width in pixels, with the same rules as for the height",
         low=1,
         high=MAX_SIDE,
         metavar="PIXELS",
@@ -82,12 +82,12 @@ class Settings:
     )
     sampler: str = setting(
         "euler",
-        "solver: euler as published, or ab2, of second order, which needs fewer steps",
+        "euler, as published; or ab2, a second-order method that needs fewer steps",
         choices=("euler", "ab2"),
         inputs=("sampler_name",),
     )
     input_image: str = setting(
-        "", "start from this image", metavar="FILE", inputs=("LoadImage.image",)
+        "", "image to start from", metavar="FILE", inputs=("LoadImage.image",)
     )
     denoising_strength: float = setting(
         1.0,
@@ -99,14 +99,14 @@ class Settings:
     )
     inpaint_mask: str = setting(
         "",
-        "white is generated, black keeps the input image's pixels exactly",
+        "mask for the input image: white is generated, black keeps its pixels exactly",
         metavar="FILE",
         inputs=("LoadImageMask.image",),
     )
     stages: int = setting(
         1,
-        "for sizes above the trained resolution: number of stages, each twice as large as the one"
-        " before, which is resized and refined",
+        "number of stages, for sizes above the trained resolution; each stage doubles the size of"
+        " the previous image and refines it",
         low=1,
         high=8,
         metavar="N",
@@ -121,8 +121,8 @@ class Settings:
     )
     stage_cfg_scale: float = setting(
         0.0,
-        "guidance scale of every stage after the first; 1 turns guidance off and halves their time,"
-        " 0 is the guidance scale of the first stage",
+        "guidance scale of every stage after the first; 1 turns guidance off and halves their"
+        " time, 0 means the guidance scale of the first stage",
         low=0.0,
         high=100.0,
         inputs=("stage_cfg",),
@@ -157,16 +157,16 @@ class Settings:
     )
     cfg_normalization: float = setting(
         0.0,
-        "limit the guided velocity's norm to this many times that of the prompt's own, which tames"
-        " high guidance scales; 0 is no limit",
+        "limit the norm of the guided velocity to this many times that of the velocity with the"
+        " prompt, against artifacts of high guidance scales; 0 means no limit",
         low=0.0,
         high=100.0,
         inputs=(),
     )
     cache_threshold: float = setting(
         0.0,
-        "skip most layers at steps where the first one changes by no more than this share; 0 never"
-        " skips",
+        "skip most layers at steps where the output of the first layer changes by no more than"
+        " this share; 0 never skips",
         low=0.0,
         high=math.inf,
         metavar="SHARE",

@@ -133,7 +133,10 @@ def test_names_behind_dit_are_read(klein, tmp_path):
 
 def test_inspect_says_what_it_is(klein, capsys):
     assert main(["inspect", str(klein / "pixel.safetensors")]) == 0
-    assert "FLUX.2-klein: width 32, 2 + 3 layers, captions of 24" in capsys.readouterr().out
+    assert (
+        "FLUX.2-klein: width 32, 2 + 3 layers, prompt embeddings of width 24"
+        in capsys.readouterr().out
+    )
     assert main(["inspect", str(klein / "transformer")]) == 0
     assert "latent FLUX.2-klein" in capsys.readouterr().out
 

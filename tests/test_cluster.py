@@ -153,7 +153,7 @@ def test_a_node_dies_and_every_request_is_answered_as_without_ray(cluster, tmp_p
         (["--ray", "a green star"], "A prompt goes before --ray"),
         (["--ray", "127.0.0.1:1"], "no Ray answers at 127.0.0.1:1"),
         (["--collect"], "--collect is for a Ray cluster"),
-        (["--ray", "--free-text-encoder"], "--free-text-encoder does not go with --ray"),
+        (["--ray", "--free-text-encoder"], "--free-text-encoder cannot be combined with --ray"),
     ],
 )
 def test_flags_that_do_not_fit_get_a_sentence(tmp_path, monkeypatch, capsys, flags, said):

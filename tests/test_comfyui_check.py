@@ -31,7 +31,7 @@ def test_the_node_reports_what_the_doctor_does(comfyui, tmp_path):
         expected = doctor.report(doctor.examine_checkpoint(file, encoder, device="cpu"))
         assert without_measurements(found) == without_measurements(expected)
         assert ("FAIL  sign" in found) == (file != MODEL)
-    assert "1 failed" in found
+    assert "1 test failed" in found
 
 
 @pytest.mark.comfyui

@@ -36,7 +36,7 @@ def test_the_estimate_is_what_drawing_holds(batch, side, cfg_scale):
     assert parts["text encoder"] == pytest.approx(
         bytes_of(pipe.text_encoder.model.state_dict().values()), rel=0.01
     )
-    assert parts["in all"] == sum(size for name, size in parts.items() if name != "in all")
+    assert parts["total"] == sum(size for name, size in parts.items() if name != "total")
     assert passes == [(30 if cfg_scale == 1 else 60, side, side)]
     with Meter() as meter:
         captions = [torch.randn(512, 96, dtype=torch.bfloat16) for _ in range(batch)]
@@ -45,7 +45,7 @@ def test_the_estimate_is_what_drawing_holds(batch, side, cfg_scale):
             torch.randn(batch, 3, side, side),
             schedule(2),
         )
-    assert parts["images and what passes"] == pytest.approx(meter.peak(), rel=0.02)
+    assert parts["images and activations"] == pytest.approx(meter.peak(), rel=0.02)
 
 
 @pytest.mark.slow
@@ -58,7 +58,7 @@ def test_windows_hold_little_and_ask_often():
     )
     assert whole_passes == [(60, 96, 96), (9, 192, 192), (9, 384, 384)]
     assert windows_passes == [(60, 96, 96), (18 * 9, 96, 96), (18 * 25, 96, 96)]
-    assert windows["images and what passes"] < whole["images and what passes"] / 2
+    assert windows["images and activations"] < whole["images and activations"] / 2
 
 
 @pytest.mark.slow
@@ -171,7 +171,7 @@ def test_the_estimate_takes_the_checkpoint_alone(tmp_path, capsys):
     quantize(BUNDLED_MODEL / "transformer.safetensors", tmp_path / "int8.safetensors")
     assert main(["generate", "--estimate", "--checkpoint", str(tmp_path / "int8.safetensors")]) == 0
     told = capsys.readouterr().out
-    assert "in all" in told and "the text encoder is not counted" in told
+    assert "total" in told and "the text encoder is not counted" in told
 
 
 @pytest.mark.slow
@@ -179,7 +179,7 @@ def test_the_command_estimates_and_draws_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["generate", "--estimate", "--height", "960", "--width", "96", "--steps", "7"]) == 0
     told = capsys.readouterr().out
-    assert "in all" in told and "passes through the model: 14 of 1 x 96 x 960 pixels" in told
+    assert "total" in told and "passes through the model: 14 of 1 x 96 x 960 pixels" in told
     assert not list(tmp_path.iterdir())
 
 

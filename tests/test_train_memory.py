@@ -193,12 +193,12 @@ def test_the_estimate_counts_weights_gradients_and_state(data, precision, frozen
     assert found["optimizer state"] == 8 * trained + 4 * count, (
         "two means of each number, and a count of steps for each tensor"
     )
-    assert found["in all"] == sum(size for name, size in found.items() if name != "in all")
+    assert found["total"] == sum(size for name, size in found.items() if name != "total")
 
 
 @pytest.mark.slow
 def test_the_estimate_knows_what_saves_memory(data):
-    passing = "activations and what passes"
+    passing = "activations and buffers"
     plain = parts(data, checkpointing=False)
     saving = parts(data)
     assert saving[passing] < plain[passing] / 2
@@ -248,7 +248,7 @@ def test_the_estimate_is_what_a_real_step_holds(data):
         flow_matching_loss(model, *inputs).backward()
         optimizer.step()
     assert meter.peak() - gradients == pytest.approx(
-        parts(data, mixed_precision="no")["activations and what passes"], rel=0.02
+        parts(data, mixed_precision="no")["activations and buffers"], rel=0.02
     )
 
 

@@ -27,7 +27,9 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         ),
     )
     parser.add_argument(
-        "--tokenizer", metavar="FOLDER", help="default: tokenizer/ in or beside the text encoder"
+        "--tokenizer",
+        metavar="FOLDER",
+        help="folder of the tokenizer (default: tokenizer/ in or beside the text encoder)",
     )
 
 
@@ -69,7 +71,9 @@ def add_machine(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     machine.add_argument(
         "--batch", type=int, default=1, metavar="N", help="images generated at a time (default 1)"
     )
-    machine.add_argument("--device", help="default: the accelerator, if there is one")
+    machine.add_argument(
+        "--device", help="device to compute on (default: the accelerator, if there is one)"
+    )
     add_pipeline(machine)
     machine.add_argument(
         "--free-text-encoder",
@@ -89,23 +93,23 @@ def add_pipeline(machine: argparse._ArgumentGroup) -> None:
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
         help=(
-            "default: bfloat16; float16 on NVIDIA cards older than RTX 30; float32 for a small"
-            " model on a CPU"
+            "dtype to compute in (default: bfloat16; float16 on NVIDIA cards older than RTX 30;"
+            " float32 for a small model on a CPU)"
         ),
     )
     machine.add_argument(
         "--convrot",
         type=int,
         metavar="GROUP",
-        help="group size of rotated INT8 weights in a file that does not say so",
+        help="group size of rotated INT8 weights, for a file without a marker for the rotation",
     )
     machine.add_argument(
         "--decoder-tile",
         type=int,
         metavar="PIXELS",
         help=(
-            "side of the tiles in which the local decoder computes: the same image in less memory;"
-            " 0 for no tiles (default: tiles for large images)"
+            "the local decoder computes in tiles of this side: the same image in less memory; 0"
+            " means no tiles (default: tiles for large images)"
         ),
     )
     machine.add_argument(
@@ -153,9 +157,9 @@ def add_ray(machine: argparse._ActionsContainer, collect: bool = True) -> None:
         const="",
         metavar="ADDRESS",
         help=(
-            "use all GPUs of the Ray cluster at HOST:PORT, to which this machine belongs; without"
-            " ADDRESS, of the cluster that RAY_ADDRESS names, or of this machine alone. Needs pip"
-            " install 'comfyui-l2p[ray]'"
+            "use all GPUs of the Ray cluster at HOST:PORT, to which this machine must belong."
+            " Without ADDRESS, use the cluster that the variable RAY_ADDRESS names; if it is not"
+            " set, use this machine alone. Needs pip install 'comfyui-l2p[ray]'"
         ),
     )
     if collect:

@@ -11,16 +11,19 @@ def add_doctor(commands: argparse._SubParsersAction) -> None:
         "doctor",
         help="test this installation, or a checkpoint and its text encoder",
         description=(
-            "Without a checkpoint: report what is installed, compare an image of the bundled model"
-            " with a recorded one, and prove that the model denoises. With one: compare its tensors"
-            " with the published files, and prove that it denoises an image better than any"
-            " baseline. Faults are named. Exit status 1 if any test fails."
+            "Without a checkpoint: report what is installed, compare an image of the bundled"
+            " model with a recorded one, and test that the model denoises. With a checkpoint:"
+            " compare its tensors with the published files, and test that it denoises an image"
+            " better than baselines that need no model. The report names each fault. The exit"
+            " status is 1 if any test fails."
         ),
     )
     parser.add_argument("--checkpoint", metavar="PATH", help="file, index or folder of shards")
     parser.add_argument("--text-encoder", metavar="PATH", help="as for l2p generate")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="as for l2p generate")
-    parser.add_argument("--device", help="default: the accelerator, if there is one")
+    parser.add_argument(
+        "--device", help="device to compute on (default: the accelerator, if there is one)"
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--convrot", type=int, metavar="GROUP", help="as for l2p generate")
     parser.add_argument(
@@ -28,7 +31,7 @@ def add_doctor(commands: argparse._SubParsersAction) -> None:
         metavar="FILE",
         help="denoise this image (default: a scene that the program renders)",
     )
-    parser.add_argument("--prompt", metavar="TEXT", help="what the image shows")
+    parser.add_argument("--prompt", metavar="TEXT", help="prompt that describes the image")
     parser.add_argument(
         "--compare",
         metavar="PATH",

@@ -51,14 +51,25 @@ def add_convert(commands: argparse._SubParsersAction) -> None:
         type=Path,
         default=[],
         metavar="SHARD",
-        help="the source files, under the published script's flag",
+        help="the source files; this is the flag of the published script",
     )
-    parser.add_argument("-o", "--output", "--output_path", type=Path, required=True, metavar="FILE")
+    parser.add_argument(
+        "-o",
+        "--output",
+        "--output_path",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the new file",
+    )
     parser.add_argument(
         "--patch",
         type=int,
         default=16,
-        help="16, 64, 128 or 160, for 1K, 4K, 8K or 10K pixels (default 16)",
+        help=(
+            "side of a patch in pixels: 16, 64, 128 or 160 for the trained resolutions 1K, 4K, 8K"
+            " or 10K (default 16)"
+        ),
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the new tensors (default 0)")
 
@@ -66,7 +77,7 @@ def add_convert(commands: argparse._SubParsersAction) -> None:
         from ...quant.convert import convert
 
         if not (sources := args.source + args.latent_ckpt_files):
-            raise ValueError("give the latent model, or a trained L2P model, to convert")
+            raise ValueError("no source is given; give the latent model, or a trained L2P model")
         convert(sources, args.output, args.patch, args.seed, progress=True)
         print(args.output)
 
@@ -101,9 +112,17 @@ def add_merge(commands: argparse._SubParsersAction) -> None:
         metavar="FILE",
         help="the pixel initialisation, or the LoRA's base model",
     )
-    parser.add_argument("-o", "--output", "--file_out", type=Path, required=True, metavar="FILE")
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="of all tensors (default: each tensor's own)"
+        "-o",
+        "--output",
+        "--file_out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the new file",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="dtype of all tensors (default: each tensor keeps its own)"
     )
     parser.add_argument(
         "--skip",
@@ -145,24 +164,26 @@ def add_quantize(commands: argparse._SubParsersAction) -> None:
             " and this program load directly. Prints the quantization error of each tensor."
         ),
     )
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
+    parser.add_argument("checkpoint", type=Path, help="file, index or folder of shards")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE", help="the new file"
+    )
     parser.add_argument(
         "--format",
         choices=list(FORMATS),
         default="int8_tensorwise",
         help=(
-            "default int8_tensorwise; this program computes in INT8 and dequantizes the others,"
-            " ComfyUI computes in FP8 on RTX 40 and newer, in mxfp8 and nvfp4 (4 bits) on RTX 50"
-            " and newer"
+            "format of the weights (default int8_tensorwise). l2p computes in INT8 and"
+            " dequantizes the other formats. ComfyUI computes in FP8 on RTX 40 and newer, and in"
+            " mxfp8 and nvfp4 (4 bits) on RTX 50 and newer"
         ),
     )
     parser.add_argument(
         "--granularity",
         choices=FORMATS["int8_tensorwise"].granularities,
         help=(
-            "scales of INT8: one for each row (default), one for each tensor, or one for each row"
-            " after a rotation that spreads outliers"
+            "for INT8: one scale for each row (default), one for each tensor, or one for each row"
+            " after a rotation that spreads outliers (convrot)"
         ),
     )
     parser.add_argument(
@@ -170,8 +191,8 @@ def add_quantize(commands: argparse._SubParsersAction) -> None:
         choices=PRESETS,
         default="card",
         help=(
-            "card: the linears of all main layers but the first; small: of all blocks (default"
-            " card)"
+            "which linears are quantized. card: those of all main layers but the first; small:"
+            " those of all blocks (default card)"
         ),
     )
     parser.add_argument(
@@ -180,8 +201,8 @@ def add_quantize(commands: argparse._SubParsersAction) -> None:
         default=[],
         metavar="PATTERN",
         help=(
-            "also quantize these tensors, by ComfyUI's names, such as 'layers.0.*.w1.weight'; may"
-            " be repeated"
+            "also quantize tensors of this name; give ComfyUI's names, such as"
+            " 'layers.0.*.w1.weight'; may be repeated"
         ),
     )
     parser.add_argument(
@@ -189,7 +210,7 @@ def add_quantize(commands: argparse._SubParsersAction) -> None:
         action="append",
         default=[],
         metavar="PATTERN",
-        help="keep these tensors in BF16",
+        help="keep tensors of this name in BF16; may be repeated",
     )
     parser.add_argument(
         "--prefix",
@@ -231,26 +252,31 @@ def add_export(commands: argparse._SubParsersAction) -> None:
             "INT8 stays INT8 unless --dtype dequantizes it."
         ),
     )
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
+    parser.add_argument("checkpoint", type=Path, help="file, index or folder of shards")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE", help="the new file"
+    )
     parser.add_argument(
         "--naming",
         choices=PREFIXES,
         default="comfyui",
-        help="T2I-L2P's names, or ComfyUI's with q, k and v packed (default comfyui)",
+        help=(
+            "tensor names: those of T2I-L2P, or those of ComfyUI with q, k and v packed (default"
+            " comfyui)"
+        ),
     )
     parser.add_argument(
         "--prefix",
         help="key prefix (default: none for published, model.diffusion_model. for comfyui)",
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="of all tensors (default: each tensor's own)"
+        "--dtype", choices=DTYPES, help="dtype of all tensors (default: each tensor keeps its own)"
     )
     parser.add_argument(
         "--convrot",
         type=int,
         metavar="GROUP",
-        help="group size of rotated INT8 weights in a file that does not say so",
+        help="group size of rotated INT8 weights, for a file without a marker for the rotation",
     )
 
     def run(args: argparse.Namespace) -> None:

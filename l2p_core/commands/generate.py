@@ -59,7 +59,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
         "--count",
         type=int,
         default=1,
-        help="images for each prompt, with seeds one apart (default 1)",
+        help="images for each prompt; each further image adds 1 to the seed (default 1)",
     )
     machine = add_machine(parser)
     add_ray(machine)
@@ -84,7 +84,9 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
         from ..tables import read_rows
 
         if (args.prompt is None) == (args.prompts is None) and not args.estimate:
-            raise ValueError("give a prompt, or a file of them with --prompts")
+            raise ValueError(
+                "no prompt is given; give a prompt, or a file of prompts with --prompts"
+            )
         rank, processes, device = share(args.device)
         check_ray(args, processes)
         options = PipelineOptions(
@@ -126,8 +128,9 @@ def generate_on_cluster(
 
     if args.free_text_encoder:
         raise ValueError(
-            "--free-text-encoder does not go with --ray, where prompts reach a GPU one after"
-            " another: an encoder without room beside the model stays on the CPU. Leave it out"
+            "--free-text-encoder cannot be combined with --ray, because prompts reach a GPU one"
+            " after another. Leave it out: a text encoder that does not fit beside the model then"
+            " runs on the CPU"
         )
     generate(jobs, pipe, options, args.ray, args.device, args.collect, args.overwrite)
 

@@ -46,8 +46,9 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
         "--api-key",
         metavar="KEY",
         help=(
-            "key of the page and the API; every user of this machine can read it in the list of"
-            " processes, so prefer --api-key-file or the default (the variable L2P_API_KEY)"
+            "key of the page and the API. Every user of this machine can read it in the list of"
+            " processes, so prefer --api-key-file or the environment variable L2P_API_KEY, which"
+            " is the default"
         ),
     )
     network.add_argument(
@@ -79,8 +80,11 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
     add_pipeline(machine)
     add_ray(machine, collect=False)
     for name, help in (
-        ("min", "with --ray: model processes at least (default: as --max-replicas)"),
-        ("max", "with --ray: model processes under load (default: one for each GPU)"),
+        (
+            "min",
+            "with --ray: smallest number of model processes (default: that of --max-replicas)",
+        ),
+        ("max", "with --ray: largest number of model processes (default: one for each GPU)"),
     ):
         machine.add_argument(f"--{name}-replicas", type=int, metavar="N", help=help)
     limits = parser.add_argument_group("limits")
@@ -145,4 +149,4 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
             print_bundled()
         serve(options, PipelineOptions(pipeline_arguments(args), batch=args.batch))
 
-    parser.set_defaults(run=run, when_stopped="Unfinished images are lost")
+    parser.set_defaults(run=run, when_stopped="Images that are not finished are lost")

@@ -26,14 +26,15 @@ def add_queue(commands: argparse._SubParsersAction) -> None:
         "workflow",
         type=Path,
         metavar="WORKFLOW.json",
-        help="in API format (ComfyUI: Workflow > Export (API))",
+        help="workflow in API format (in ComfyUI: Workflow > Export (API))",
     )
     parser.add_argument(
         "--server",
         action="append",
         metavar="URL",
         help=(
-            "may be repeated: a free server takes the next image (default http://127.0.0.1:8188)"
+            "address of a ComfyUI server; may be repeated, and an idle server then takes the next"
+            " image (default http://127.0.0.1:8188)"
         ),
     )
     add_output(parser)
@@ -64,7 +65,7 @@ def add_queue(commands: argparse._SubParsersAction) -> None:
         "--count",
         type=int,
         default=1,
-        help="images for each prompt, with seeds one apart (default 1)",
+        help="images for each prompt; each further image adds 1 to the seed (default 1)",
     )
     image.add_argument("--model", metavar="NAME", help="checkpoint, as the server lists it")
     image.add_argument("--text-encoder", metavar="NAME", help="as the server lists it")

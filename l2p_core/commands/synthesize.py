@@ -18,10 +18,10 @@ def add_synthesize(commands: argparse._SubParsersAction) -> None:
         "synthesize",
         help="generate training images with the latent model, and write their prompts",
         description=(
-            "Generate images with a latent Z-Image through diffusers, as a folder for l2p train:"
-            " images/ and metadata.csv with the seeds. An interrupted run resumes. Under"
-            " `accelerate launch`, the images are divided among the processes; with --ray, among"
-            " the GPUs of a cluster."
+            "Generate training images with a latent Z-Image through diffusers. The output is a"
+            " folder for l2p train: images/ and metadata.csv with the seeds. The same command"
+            " resumes an interrupted run. Under `accelerate launch`, the images are divided among"
+            " the processes; with --ray, among the GPUs of a cluster."
         ),
     )
     parser.add_argument(
@@ -30,16 +30,19 @@ def add_synthesize(commands: argparse._SubParsersAction) -> None:
         type=Path,
         metavar="PROMPTS",
         help=(
-            ".txt (a prompt a line), .csv, .json or .jsonl with a column prompt or text; with"
-            " --write-prompts the .txt to write (default: prompts.txt in the output folder)"
+            "a prompt file: .txt (one prompt per line), or .csv, .json or .jsonl with a column"
+            " prompt or text. With --write-prompts: the .txt file to write (default: prompts.txt"
+            " in the output folder)"
         ),
     )
     parser.add_argument(
         "--model",
         metavar="FOLDER",
-        help="the latent model, such as Z-Image-Turbo; without it only prompts are written",
+        help="the latent model, such as Z-Image-Turbo; without --model only prompts are written",
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FOLDER", help="output folder"
+    )
     for each in fields(SynthesizeConfig):
         parser.add_argument(
             f"--{each.name}",
@@ -50,7 +53,7 @@ def add_synthesize(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--batch", type=int, default=1, help="images generated at a time (default 1)"
     )
-    parser.add_argument("--device", help="default: the GPU, if there is one")
+    parser.add_argument("--device", help="device to compute on (default: the GPU, if there is one)")
     add_ray(parser)
     writing = parser.add_argument_group("prompts")
     writing.add_argument(
@@ -65,10 +68,15 @@ def add_synthesize(commands: argparse._SubParsersAction) -> None:
     writing.add_argument(
         "--text-encoder",
         metavar="PATH",
-        help="the language model, Qwen3-4B as for l2p generate (default: that of --model)",
+        help=(
+            "the text encoder that writes the prompts, Qwen3-4B as for l2p generate (default:"
+            " that of --model)"
+        ),
     )
     writing.add_argument(
-        "--tokenizer", metavar="FOLDER", help="default: tokenizer/ in or beside the text encoder"
+        "--tokenizer",
+        metavar="FOLDER",
+        help="folder of the tokenizer (default: tokenizer/ in or beside the text encoder)",
     )
     writing.add_argument(
         "--templates", action="store_true", help="write prompts by templates, without a model"
@@ -87,10 +95,14 @@ def add_synthesize(commands: argparse._SubParsersAction) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="seed of the order of categories and of sampling (default 0)",
+        help="seed of the order of categories and of the language model's sampling (default 0)",
     )
     writing.add_argument(
-        "--prompt-batch", type=int, default=16, metavar="N", help="prompts at a time (default 16)"
+        "--prompt-batch",
+        type=int,
+        default=16,
+        metavar="N",
+        help="prompts written at a time (default 16)",
     )
 
     def run(args: argparse.Namespace) -> None:

@@ -25,9 +25,9 @@ def add_train(commands: argparse._SubParsersAction) -> None:
         "train",
         help="train a pixel initialisation, or resume a run",
         description=(
-            "Train an L2P model on images with captions. The settings come from a TOML file, from"
-            " the flags below (the same names), or from both. A run that was stopped resumes from"
-            " its last save."
+            "Train an L2P model on images with captions. Settings come from a TOML file, from the"
+            " flags below (with the same names), or from both. The same command resumes an"
+            " interrupted run from its last save."
         ),
     )
     parser.add_argument(
@@ -46,14 +46,15 @@ def add_train(commands: argparse._SubParsersAction) -> None:
         "--memory",
         choices=CARDS,
         help=(
-            "choose settings that fit a GPU with this much memory, for what is trained: the"
-            " published layers, all layers (freeze '') or a LoRA; explicit settings take precedence"
+            "choose settings with which the training of the published layers, of all layers"
+            " (freeze '') or of a LoRA fits a GPU with this much memory; settings that you give"
+            " override them"
         ),
     )
     parser.add_argument(
         "--stop-at-eof",
         action="store_true",
-        help="save and stop when standard input ends, for programs that start this one",
+        help="save and stop when standard input ends; for programs that start l2p train",
     )
     add_knobs(parser, TrainConfig)
 

@@ -34,10 +34,10 @@ def add_write(actions: argparse._SubParsersAction) -> None:
     """Add `l2p evaluate write`."""
     parser = actions.add_parser(
         "write",
-        help="generate a benchmark's images in the folder layout of its scorer",
+        help="generate a benchmark's images in the folder layout that its scorer reads",
         description=(
-            "Generate a benchmark's images in the folder layout of its scorer, with a card that"
-            " records the settings. The same command resumes an interrupted run. Under"
+            "Generate a benchmark's images in the folder layout that its scorer reads. The file"
+            " card.json records the settings. The same command resumes an interrupted run. Under"
             " `accelerate launch` or torchrun, the prompts are divided among the processes."
         ),
     )
@@ -48,18 +48,22 @@ def add_write(actions: argparse._SubParsersAction) -> None:
         type=Path,
         metavar="SOURCE",
         help=(
-            "geneval: its evaluation_metadata.jsonl; dpg: its folder of prompts; prompts: a prompt"
-            " file as for l2p generate; shapes, the score of the bundled model: no source"
+            "where the prompts are. geneval: its evaluation_metadata.jsonl; dpg: its folder of"
+            " prompts; prompts: a prompt file as for l2p generate; shapes (the score of the"
+            " bundled model): leave it out"
         ),
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FOLDER", help="output folder"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="use only N prompts, spread evenly")
     parser.add_argument(
         "--count",
         type=int,
         metavar="N",
         help=(
-            "images for each prompt, with seeds one apart (default 4 for geneval and dpg, else 1)"
+            "images for each prompt; each further image adds 1 to the seed (default 4 for geneval"
+            " and dpg, else 1)"
         ),
     )
     add_checkpoint(parser)
@@ -79,11 +83,12 @@ def add_score(actions: argparse._SubParsersAction) -> None:
     """Add `l2p evaluate score`."""
     parser = actions.add_parser(
         "score",
-        help="apply a benchmark's rules",
+        help="compute a benchmark's scores",
         description=(
-            "Apply a benchmark's rules to detections or answers: those of a file, or of a model"
-            " that judges the images of a folder. Only a benchmark's own judge gives its official"
-            " scores; others are labelled by their names. Writes the scores as JSON, and a report."
+            "Apply a benchmark's rules to detections or answers. These come from a file, or from"
+            " a model that judges the images of a folder. Only a benchmark's own judge gives its"
+            " official scores; scores of other judges are labelled with their names. Writes the"
+            " scores as JSON, and a report."
         ),
     )
     parser.add_argument("benchmark", choices=SCORED)
@@ -92,23 +97,26 @@ def add_score(actions: argparse._SubParsersAction) -> None:
         type=Path,
         metavar="INPUT",
         help=(
-            "a folder of l2p evaluate write; or a file of detections (geneval) or answers (dpg),"
-            " such as those of the official program"
+            "a folder that l2p evaluate write made; or a file of detections (geneval) or answers"
+            " (dpg), such as those of the official program"
         ),
     )
     parser.add_argument(
         "--detector",
         metavar="PATH",
         help=(
-            "geneval: a Mask2Former of transformers, trained on COCO's instances; or shapes, which"
-            " finds the bundled model's shapes by measurement"
+            "geneval: a Mask2Former model of the library transformers, trained on COCO's"
+            " instances; or `shapes`, which finds the shapes of the bundled model by measuring the"
+            " image"
         ),
     )
     parser.add_argument(
         "--color-model",
         metavar="PATH",
-        help="geneval: a CLIP of transformers that names colours, such as"
-        " openai/clip-vit-large-patch14",
+        help=(
+            "geneval: a CLIP model of the library transformers, which names colours, such as"
+            " openai/clip-vit-large-patch14"
+        ),
     )
     parser.add_argument(
         "--csv", type=Path, metavar="FILE", help="dpg: its dpg_bench.csv, with the questions"
@@ -116,9 +124,13 @@ def add_score(actions: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--vqa",
         metavar="PATH",
-        help="dpg: a model of transformers that answers questions (BLIP, BLIP-2 or ViLT)",
+        help=(
+            "dpg: a model of the library transformers that answers questions (BLIP, BLIP-2 or ViLT)"
+        ),
     )
-    parser.add_argument("--device", help="default: the accelerator, if there is one")
+    parser.add_argument(
+        "--device", help="device to compute on (default: the accelerator, if there is one)"
+    )
     parser.add_argument(
         "-o",
         "--output",
@@ -143,10 +155,10 @@ def add_compare(actions: argparse._SubParsersAction) -> None:
         description=(
             "Generate the same prompts and seeds with every argument, and compare each with the"
             " first: PSNR, SSIM, LPIPS if it is installed, and the shapes score. An argument is"
-            " CHECKPOINT[:NAME=VALUE,...], where NAME is a setting of l2p generate, dtype,"
-            " decoder_tile, offload, batch_guidance, compile_blocks, attention or fp8, and"
-            " CHECKPOINT may be `bundled`; or a folder of l2p evaluate write. Writes compare.json,"
-            " report.html and a sheet of the ten pairs that differ most."
+            " CHECKPOINT[:NAME=VALUE,...] or a folder that l2p evaluate write made. CHECKPOINT may"
+            " be `bundled`, the bundled model. NAME is a setting of l2p generate, or dtype,"
+            " decoder_tile, offload, batch_guidance, compile_blocks, attention or fp8. Writes"
+            " compare.json, report.html, and sheets of the ten pairs that differ most."
         ),
     )
     parser.add_argument(
@@ -158,9 +170,14 @@ def add_compare(actions: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--prompts",
         metavar="FILE",
-        help="a prompt file as for l2p generate, or shapes for those of the bundled model's score",
+        help=(
+            "a prompt file as for l2p generate, or `shapes` for the prompts of the bundled"
+            " model's score"
+        ),
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FOLDER", help="output folder"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="use only N prompts, spread evenly")
     parser.add_argument(
         "--count", type=int, default=1, metavar="N", help="images for each prompt (default 1)"
@@ -169,11 +186,13 @@ def add_compare(actions: argparse._SubParsersAction) -> None:
         "--text-encoder",
         metavar="PATH",
         help=(
-            "text encoder of all checkpoints (default: text_encoder/ beside each; for the prompts"
-            " shapes, the bundled one)"
+            "text encoder of all checkpoints (default: text_encoder/ beside each checkpoint; with"
+            " --prompts shapes, the bundled one)"
         ),
     )
-    parser.add_argument("--tokenizer", metavar="FOLDER", help="as for l2p generate")
+    parser.add_argument(
+        "--tokenizer", metavar="FOLDER", help="folder of the tokenizer, as for l2p generate"
+    )
     add_settings(parser.add_argument_group("image"), GENERAL)
     add_machine(parser)
 

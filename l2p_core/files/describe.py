@@ -53,7 +53,7 @@ def describe(path: Path) -> dict:
             "usable": True,
             "advice": (
                 f'Generate with it: l2p generate "a prompt" --checkpoint {path} --text-encoder '
-                + (config.text_encoder or "FOLDER, the one it was trained with")
+                + (config.text_encoder or "FOLDER, where FOLDER is the text encoder of this model")
             ),
         }
     except (CheckpointError, ImportError) as error:
@@ -86,12 +86,12 @@ def report(facts: dict) -> str:
             f"  {facts['summary']}",
         ]
         lines += [
-            f"  {facts['naming']} naming, prefix {facts['prefix'] or 'none'}, "
+            f"  {facts['naming']} tensor names, key prefix {facts['prefix'] or '(none)'}, "
             f"{'quantized: ' + facts['quantization'] if facts['quantization'] else 'not quantized'}"
         ]
     if facts["default_settings"]:
         settings = (f"{name} {value}" for name, value in facts["default_settings"].items())
         lines += [f"  default settings: {', '.join(settings)}"]
     if facts["other_tensors"]:
-        lines += [f"  {facts['other_tensors']} tensors of other models beside it"]
+        lines += [f"  the file also holds {facts['other_tensors']} tensors of other models"]
     return "\n".join([*lines, f"  {facts['advice']}"])

@@ -73,7 +73,7 @@ class OpenAIFields(BaseModel):
 
     prompt: str = Field(max_length=MAX_PROMPT, description="What to generate.")
     model: str | None = Field(None, description="The served model, or nothing. See /v1/models.")
-    n: int = Field(1, ge=1, description="Number of images, with seeds one apart.")
+    n: int = Field(1, ge=1, description="Number of images. Each further image adds 1 to the seed.")
     size: str | None = Field(
         None, description='"WIDTHxHEIGHT", or "auto" for the trained resolution.'
     )

@@ -50,40 +50,44 @@ class TrainConfig:
     )
     data: tuple[str, ...] = knob(
         (),
-        "folders of images: each with metadata.csv or metadata.jsonl, or with a caption in a .txt"
+        "folders of images, each with metadata.csv or metadata.jsonl, or with a caption in a .txt"
         " beside each image; or data sets of Hugging Face, as hf://OWNER/NAME or folders."
-        " FOLDER:10 takes its images 10 times an epoch",
+        " FOLDER:10 uses the images of this folder 10 times per epoch",
     )
     output: str = knob(
         "", "the run's folder: configuration, log, samples, step-N.safetensors, resume.pt"
     )
     caption_column: str = knob(
-        "", "the metadata's column of captions (default: text, prompt or caption)"
+        "",
+        ("name of the metadata column that holds the captions (default: text, prompt or caption)"),
     )
     trigger: str = knob(
         "",
-        "a word that every caption gets: in place of [trigger], or before a caption that lacks it;"
-        " an image without a caption gets the word as its caption",
+        "a word that every caption gets. It replaces [trigger]; a caption without [trigger] gets"
+        " it at its start, unless it already contains the word. An image without a caption gets"
+        " the word as its caption",
     )
     masked_loss: bool = knob(
         False,
-        "train on the white part of each image's mask: NAME-masklabel.png beside the image, the"
-        " file of its name in masks/, or the one in the metadata's column mask",
+        "train on the white part of each image's mask. The mask is NAME-masklabel.png beside the"
+        " image, the file of the same name in masks/, or the file in the metadata column mask",
     )
     unmasked_weight: float = knob(
         0.0, "with masked_loss: weight of the black part; white has weight 1"
     )
     regularization: tuple[str, ...] = knob(
         (),
-        "folders of regularization images: the class, without the trained subject and without the"
-        " trigger word; repeated until there are as many as training images",
+        "folders of regularization images, which show the class without the trained subject;"
+        " their captions get no trigger word. They are repeated until there are as many as"
+        " training images",
     )
     regularization_weight: float = knob(1.0, "weight of the loss of regularization images")
     text_encoder: str = knob(
         "",
-        "as for l2p generate; encodes captions that are not in the cache yet, and is then freed",
+        "text encoder, as for l2p generate; it encodes captions that are not in the cache yet,"
+        " and is then freed",
     )
-    tokenizer: str = knob("", "as for l2p generate")
+    tokenizer: str = knob("", "folder of the tokenizer, as for l2p generate")
     cache: str = knob("", "folder for encoded captions (default: encodings/ in the data folder)")
 
     steps: int = knob(10_000, "total number of optimizer steps")
@@ -91,10 +95,11 @@ class TrainConfig:
     accumulate: int = knob(1, "batches per step: their gradients are averaged")
     height: int = knob(
         0,
-        "pixels; with width, images are resized and cropped to this size. 0: each keeps its shape",
+        "height in pixels; with width, all images are resized and cropped to this size. 0: each"
+        " image keeps its shape",
         high=MAX_SIDE,
     )
-    width: int = knob(0, "pixels", high=MAX_SIDE)
+    width: int = knob(0, "width in pixels; see height", high=MAX_SIDE)
     max_pixels: int = knob(
         0,
         "larger images are resized to this many pixels (default: the checkpoint's trained"
@@ -109,15 +114,15 @@ class TrainConfig:
     )
     size_step: int = knob(
         0,
-        "sides of images that keep their shape are multiples of this (default: the patch, as"
-        " published)",
+        "sides of images that keep their shape are multiples of this many pixels (default: the"
+        " patch, as published)",
         high=MAX_SIDE,
     )
     buckets: str = knob(
         "auto",
-        "sizes of images: own, each image's own shape, as published; fixed, 13 shapes near the"
-        " trained area, so that batches hold one size; auto: fixed where a step takes several"
-        " images and neither size_step nor height is given",
+        "sizes of training images. own: each image keeps its shape, as published; fixed: 13"
+        " shapes near the trained area, so that batches hold one size; auto: fixed if a step takes"
+        " several images and neither size_step nor height is given, else own",
         choices=("auto", "own", "fixed"),
     )
     background: str = knob(
@@ -132,24 +137,24 @@ class TrainConfig:
     freeze: str = knob("5:-5", "main layers to freeze, as a Python slice; '' trains everything")
     recipe: str = knob(
         "",
-        "another way to train: module:Class, of a subclass of train.run.Run, in an installed"
-        " package or the current folder. It is code, so only this flag names it, and a TOML file"
-        " names none but the small model's own",
+        "module:Class, a subclass of train.run.Run that trains in another way; the module is in"
+        " an installed package or the current folder. A recipe is code, so it must be given by"
+        " this flag; a TOML file may name only the recipes of the small model",
     )
     lora_rank: int = knob(
         0,
-        "train a LoRA of this rank on the main layers' attention, feed-forward and adaLN; all"
-        " weights stay frozen. 0: train the weights",
+        "train a LoRA of this rank on the attention, feed-forward and adaLN of the main layers;"
+        " the model's own weights stay frozen. 0: train the weights themselves",
     )
-    lora_alpha: float = knob(0.0, "the LoRA is scaled by lora_alpha / lora_rank; 0: not scaled")
+    lora_alpha: float = knob(0.0, "scale the LoRA by lora_alpha / lora_rank; 0: no scaling")
     lora_targets: tuple[str, ...] = knob(
         LORA_TARGETS,
         "linears of the main layers that get a LoRA (default: attention feed_forward adaLN)",
     )
     lora_kind: str = knob(
         "lora",
-        "dora also trains the norm of each row (arXiv 2402.09353), for low ranks; lokr trains a"
-        " Kronecker product (LyCORIS), for smaller files",
+        "kind of the LoRA. dora also trains the norm of each row (arXiv 2402.09353), which helps"
+        " low ranks; lokr trains a Kronecker product (LyCORIS), for smaller files",
         choices=("lora", "dora", "lokr"),
     )
     resume_lora: str = knob(
@@ -159,55 +164,64 @@ class TrainConfig:
     )
     noise: str = knob(
         "auto",
-        "paired: each image meets the noise of its own seed each time, as published at 1K;"
-        " random; auto: paired at patch 16 where the data has seeds",
+        "noise of training. paired: each image always gets the noise of its own seed, as"
+        " published at 1K; random: new noise each time; auto: paired at patch 16 if the data has"
+        " seeds, else random",
         choices=("auto", "paired", "random"),
     )
     timestep_sampling: str = knob(
         "grid",
-        "how sigmas are sampled: grid, uniformly from the published schedule (of 500 steps at patch"
-        " 16, 1000 above); uniform, uniformly between 0 and 1, for details; logit-normal, mostly"
-        " from the middle and hardly any near the ends (Stable Diffusion 3); mode, mostly from the"
-        " middle and some near the ends; shifted, as grid but continuous",
+        "how sigmas are sampled. grid: uniformly from the published schedule (500 steps at patch"
+        " 16, 1000 steps above); uniform: uniformly between 0 and 1, for details; logit-normal:"
+        " mostly in the middle and hardly any near the ends (Stable Diffusion 3); mode: mostly in"
+        " the middle and some near the ends; shifted: as grid, but continuous",
         choices=("grid", "uniform", "logit-normal", "mode", "shifted"),
     )
-    shift: float = knob(3.0, "shift of grid and shifted: above 3 puts more weight on the layout")
+    shift: float = knob(
+        3.0,
+        ("shift of the sigmas of grid and shifted; a value above 3 puts more weight on the layout"),
+    )
     loss_weighting: str = knob(
         "none",
-        "weight of the loss by sigma: min-snr reduces the weight near pure noise, where training"
-        " cannot remove the error; cosmap doubles the weight of the middle (Stable Diffusion 3)",
+        "weight of the loss, depending on sigma. min-snr: less weight near pure noise, where"
+        " training cannot remove the error; cosmap: twice the weight in the middle (Stable"
+        " Diffusion 3)",
         choices=("none", "min-snr", "cosmap"),
     )
     caption_dropout: float = knob(
         0.0,
-        "share of captions replaced by the empty prompt, which guidance needs; 0 as published",
+        "share of captions that are replaced by the empty prompt; guidance needs the empty"
+        " prompt. 0 as published",
     )
 
     learning_rate: float = knob(5e-5, "learning rate of AdamW (betas 0.9 and 0.999, epsilon 1e-8)")
     weight_decay: float = knob(0.01, "weight decay of every parameter, as published")
     schedule: str = knob(
         "published",
-        "learning-rate schedule: published, a third of the rate for the first five steps; constant;"
-        " linear and cosine decay to 0",
+        "learning-rate schedule. published: a third of the rate for the first five steps, then"
+        " constant; constant; linear and cosine: decay to 0",
         choices=("published", "constant", "linear", "cosine"),
     )
-    warmup: int = knob(0, "warm-up steps, from a rate of 0; not with schedule published")
+    warmup: int = knob(
+        0, ("number of warm-up steps, in which the rate rises from 0; not with schedule published")
+    )
     max_grad_norm: float = knob(0.0, "clip gradients to this norm; 0: no clipping, as published")
     ema: float = knob(
         0.0,
         "samples and step files use an EMA of the trained weights with this decay per step (0.999"
-        " is usual; lower in the first steps). 0: the weights themselves, as published",
+        " is usual; the decay is lower in the first steps). 0: the weights themselves, as"
+        " published",
     )
     mixed_precision: str = knob(
         "bf16",
-        "bf16: trained weights in float32, computation and frozen layers in bfloat16; no:"
-        " everything in float32",
+        "precision of training. bf16: trained weights in float32, computation and frozen layers"
+        " in bfloat16; no: everything in float32",
         choices=("bf16", "no"),
     )
     checkpointing: bool = knob(
         True,
-        "gradient checkpointing of the blocks and the decoder: a third slower, a fraction of the"
-        " memory",
+        "gradient checkpointing of the blocks and the decoder: a step takes a third longer, in a"
+        " fraction of the memory",
     )
     offload_activations: bool = knob(False, "offload saved activations to the CPU")
     quantize_frozen: str = knob(
@@ -222,51 +236,59 @@ class TrainConfig:
         " the GPU three times a step",
     )
     compile_blocks: bool = knob(
-        False, "compile each block (torch.compile): faster steps after some minutes"
+        False, "compile each block (torch.compile): steps are faster after the first minutes"
     )
     optimizer: str = knob(
         "adamw",
-        "adamw8bit has an 8-bit state (bitsandbytes); adafactor has almost no state; muon"
-        " orthogonalises the updates of the blocks' matrices (torch 2.9); prodigy finds the"
-        " learning rate and multiplies it by learning_rate (prodigyopt)",
+        "the optimizer. adamw8bit keeps its state in 8 bits (bitsandbytes); adafactor keeps"
+        " almost no state; muon orthogonalises the updates of the blocks' matrices (torch 2.9);"
+        " prodigy finds the learning rate and multiplies it by learning_rate (prodigyopt)",
         choices=("adamw", "adamw8bit", "adafactor", "muon", "prodigy"),
     )
     offload_state: bool = knob(False, "keep and update the optimizer's state on the CPU")
     stochastic_rounding: bool = knob(
         False,
-        "keep trained weights in bfloat16 too, with stochastic rounding of each update",
+        "keep trained weights in bfloat16, and round each update stochastically",
     )
     step_in_backward: bool = knob(
         False,
-        "update each tensor as soon as its gradient is computed, then free the gradient; for one"
-        " process, accumulate 1 and no max_grad_norm",
+        "update each tensor as soon as its gradient is computed, then free the gradient; works"
+        " only with one process, accumulate 1 and no max_grad_norm",
     )
     shard: str = knob(
         "",
-        "shard over the processes: state, the gradients and the optimizer's state (ZeRO-2); all,"
-        " the weights too (ZeRO-3); '': each process holds everything",
+        "what is sharded over the processes. state: the gradients and the optimizer's state"
+        " (ZeRO-2); all: the weights too (ZeRO-3); '': nothing, each process holds everything",
         choices=("", "state", "all"),
     )
     device: str = knob(
         "",
-        "default: the GPU, if there is one (CUDA_VISIBLE_DEVICES selects it); cpu: train on the CPU"
+        "device to train on (default: the GPU, if there is one; CUDA_VISIBLE_DEVICES selects it)."
+        " cpu: train on the CPU"
         "",
         choices=("", "cpu"),
     )
 
-    save_every: int = knob(500, "steps between two step-N.safetensors")
-    keep: int = knob(3, "newest step files to keep; 0 for all")
-    sample_every: int = knob(500, "steps between two rows of samples; 0 for none")
+    save_every: int = knob(500, "number of steps between two files step-N.safetensors")
+    keep: int = knob(3, "number of step files to keep, the newest ones; 0 keeps all")
+    sample_every: int = knob(
+        500, ("number of steps between two rows of samples; 0 generates no samples")
+    )
     sample_prompts: tuple[str, ...] = knob(
         (),
-        "prompts of the samples, with the same noise each time (default: the first four captions)",
+        "prompts of the samples, which have the same noise each time (default: the first four"
+        " captions)",
     )
     sample_file: str = knob(
         "",
         "a prompt file of samples, as for l2p generate --prompts; its columns, such as height,"
         " width, seed and cfg_scale, apply to their row",
     )
-    sample_steps: int = knob(0, "steps of the samples (default: the checkpoint's)", high=1000)
+    sample_steps: int = knob(
+        0,
+        ("number of steps with which samples are generated (default: that of the checkpoint)"),
+        high=1000,
+    )
     wandb_project: str = knob(
         "", "also log losses, samples and settings to this project of Weights & Biases"
     )

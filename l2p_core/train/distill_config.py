@@ -44,19 +44,19 @@ class DistillConfig(TrainConfig):
     )
     student_steps: int = knob(
         8,
-        "steps in which the student generates, without guidance. 0: it learns the guidance alone,"
-        " and generates in as many steps as the teacher",
+        "number of steps in which the student generates, without guidance. 0: the student learns"
+        " guidance alone, and generates in as many steps as the teacher",
         high=1000,
     )
     teacher_substeps: int = knob(
-        4, "guided steps of the teacher for each one of the student's", high=1000
+        4, "guided steps of the teacher for each step of the student", high=1000
     )
     teacher_guidance: float = knob(
         0.0, "the teacher's guidance scale; 0 for the checkpoint's default", high=100
     )
     cache: str = knob("", "folder for encoded prompts (default: encodings/ in the run's folder)")
-    height: int = knob(0, "pixels; 0 for the trained resolution", high=MAX_SIDE)
-    width: int = knob(0, "pixels; 0 for the trained resolution", high=MAX_SIDE)
+    height: int = knob(0, "height in pixels; 0 for the trained resolution", high=MAX_SIDE)
+    width: int = knob(0, "width in pixels; 0 for the trained resolution", high=MAX_SIDE)
     batch: int = knob(1, "prompts per process and pass", high=MAX_BATCH)
     accumulate: int = knob(
         8, "batches per step, each at another sigma: their gradients are averaged"
@@ -64,19 +64,20 @@ class DistillConfig(TrainConfig):
     steps: int = knob(2000, "total number of optimizer steps")
     seed: int = knob(0, "seed of the order of prompts, the sigmas and the noise", high=2**64 - 1)
     shift: float = knob(
-        3.0, "shift of the sigma schedule; generate the student's images with the same"
+        3.0, "shift of the sigma schedule; generate with the student at the same shift"
     )
     schedule: str = knob(
         "linear",
-        "learning-rate schedule: linear and cosine decay to 0; constant; published, a third of the"
-        " rate for the first five steps",
+        "learning-rate schedule. linear and cosine: decay to 0; constant; published: a third of the"
+        " rate for the first five steps, then the full rate",
         choices=("linear", "cosine", "constant", "published"),
     )
     weight_decay: float = knob(0.0, "weight decay of every parameter")
     max_grad_norm: float = knob(1.0, "clip gradients to this norm; 0: no clipping")
     sample_prompts: tuple[str, ...] = knob(
         (),
-        "prompts of the samples, with the same noise each time (default: the first four prompts)",
+        "prompts of the samples, which have the same noise each time (default: the first four"
+        " prompts)",
     )
     held_out: int = knob(
         0,

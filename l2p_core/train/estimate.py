@@ -32,7 +32,7 @@ HOST = "meta"  # stands for the memory beside the device's
 
 def estimate(config: TrainConfig) -> dict[str, int]:
     """Bytes that one process holds at the peak of a step, by what they are for, and their sum as
-    "in all"; then what it keeps in the CPU's memory, where a GPU's is meant by the rest.
+    "total"; then what it keeps in the CPU's memory, where a GPU's is meant by the rest.
 
     Reads the checkpoint's header alone, and neither the data nor the text encoder: images are of
     `height` x `width`, or of the trained resolution, resized to `max_pixels`; captions of 512
@@ -114,11 +114,11 @@ def estimate(config: TrainConfig) -> dict[str, int]:
         ),
         "gradients": gradients,
         "optimizer state": 0 if config.offload_state else state,
-        "activations and what passes": passing,
+        "activations and buffers": passing,
     }
     there = swapped + (state if config.offload_state else 0)
     beside = {"in the CPU's memory": there} if there else {}
-    return {**parts, "in all": sum(parts.values()), **beside}
+    return {**parts, "total": sum(parts.values()), **beside}
 
 
 def to_host(model: nn.Module) -> int:
