@@ -20,7 +20,7 @@ class L2PExtension(ComfyExtension):
             )
             return []
         try:
-            from . import check, comfy_model, files, load, prompt, sample, stages, train
+            from . import check, comfy_model, files, latents, load, prompt, sample, stages, train
         except (ImportError, AttributeError) as error:  # something private is gone
             versions.log_unsupported(error)
             return []
@@ -29,6 +29,7 @@ class L2PExtension(ComfyExtension):
             *load.NODES,
             *prompt.NODES,
             *sample.NODES,
+            *latents.NODES,
             *stages.NODES,
             *files.NODES,
             *train.NODES,

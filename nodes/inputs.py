@@ -6,6 +6,11 @@ from comfy_api.latest import io
 
 from ..l2p_core.settings import FIELDS, expected, kind
 
+MAX_SIZE = 10240
+BATCH = io.Int.Input(
+    "batch_size", default=1, min=1, max=4096, tooltip="Number of images generated at a time."
+)
+
 
 def setting(name: str, input_name: str | None = None, **options):
     """A node input of one of `settings.Settings`: its type, default, range, choices and help.
@@ -24,6 +29,11 @@ def setting(name: str, input_name: str | None = None, **options):
     if "above" in about:
         ranges["min"] = 0.01
     return io.Float.Input(input_name or name, **{**ranges, "step": 0.01, **given})
+
+
+def side(name: str, default: int = 1024, **options):
+    """The input of a height or width."""
+    return setting(name, default=default, max=MAX_SIZE, step=16, **options)
 
 
 def check_numbers(**numbers: float) -> None:

@@ -1,29 +1,26 @@
-"""Noise to pixels: MODEL and CONDITIONING to IMAGE, and the pieces for graphs of ComfyUI's own
-samplers.
-
-A pixel LATENT is (B, 3, H, W) in [-1, 1], an IMAGE (B, H, W, 3) in [0, 1].
-"""
+"""Noise to pixels: MODEL and CONDITIONING to IMAGE, and the published schedule for ComfyUI's own
+samplers."""
 
 import math
 
 import comfy.model_management
 import comfy.model_sampling
-import comfy.sample
 import comfy.samplers
 import comfy.utils
 import torch
 from comfy_api.latest import io
-from PIL import Image
 from torch import Tensor
 
-from ..l2p_core.flow import ab2, schedule
-from ..l2p_core.images import check_size, size_for, to_images
+from ..l2p_core.flow import schedule
+from ..l2p_core.images import check_size, size_for
 from ..l2p_core.model import L2PTransformer
 from ..l2p_core.settings import Settings
 from ..l2p_core.stages import LARGEST, Stage, misfit, plan_stages, run_stages
 from . import comfyui
-from .inputs import check_numbers, setting
+from .inputs import BATCH, check_numbers, setting, side
+from .latents import fit, fit_mask, to_image, to_latent
 from .prompt import note
+from .sampling import EXACT, sample, sigmas_for, solver
 from .stages import (
     HIDDEN,
     ONE_STAGE,
@@ -36,7 +33,6 @@ from .stages import (
     stages_of,
 )
 
-EXACT = "l2p"
 # ComfyUI's samplers that do not suit L2P models at the usual guidance: docs/comfyui.md, Samplers.
 UNUSABLE_SAMPLERS = (
     "dpmpp_2s_ancestral_cfg_pp",
@@ -46,33 +42,13 @@ UNUSABLE_SAMPLERS = (
     "gradient_estimation_cfg_pp",
 )
 GRAINY_SAMPLERS = ("dpm_fast", "dpm_adaptive", "ddpm", "res_multistep_ancestral")
-MAX_SIZE = 10240
 MULTIPLES = "a multiple of 16; of 64, 128 or 320 for the 4K, 8K and 10K models"
-PREVIEW_SIZE = 512
-RATIOS = {"square": (1024, 1024), "16:9": (1344, 768), "9:16": (768, 1344), "3:2": (1248, 832)}
-PRESETS = {
-    f"{scale}K {name} ({width * scale} x {height * scale})": (width * scale, height * scale)
-    for scale in (1, 2, 4)
-    for name, (width, height) in RATIOS.items()
-}
-CUSTOM = "custom"
-
 OWN_SIZE = (
     "0: the image's, of no more than twice the pixels of the trained resolution; without an image"
     " the trained resolution"
 )
-
-
-def side(name: str, default: int = 1024, **options):
-    """The input of a height or width."""
-    return setting(name, default=default, max=MAX_SIZE, step=16, **options)
-
-
 STEPS = setting("num_inference_steps", "steps", default=30)
 SHIFT = setting("shift", step=0.1, min=0.1, advanced=True)
-BATCH = io.Int.Input(
-    "batch_size", default=1, min=1, max=4096, tooltip="Number of images generated at a time."
-)
 
 
 class L2PKSampler(io.ComfyNode):
@@ -388,193 +364,6 @@ class L2PScheduler(io.ComfyNode):
         return io.NodeOutput(schedule(steps, denoise, shift))
 
 
-class EmptyL2PLatentImage(io.ComfyNode):
-    """A size → an empty pixel LATENT."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="EmptyL2PLatentImage",
-            display_name="Empty L2P Latent Image",
-            category="L2P",
-            description="Makes an empty pixel latent for ComfyUI's own samplers.",
-            search_aliases=["empty latent", "size", "resolution", "aspect ratio"],
-            inputs=[
-                io.Combo.Input(
-                    "size",
-                    options=[CUSTOM, *PRESETS],
-                    default=CUSTOM,
-                    tooltip="A usual size. With custom, width and height are used.",
-                ),
-                side("width", min=16),
-                side("height", min=16),
-                BATCH,
-            ],
-            outputs=[io.Latent.Output()],
-        )
-
-    @classmethod
-    def execute(cls, size: str, width: int, height: int, batch_size: int) -> io.NodeOutput:
-        width, height = PRESETS.get(size, (width, height))
-        return io.NodeOutput(
-            {
-                "samples": torch.zeros(
-                    batch_size,
-                    3,
-                    height,
-                    width,
-                    device=comfy.model_management.intermediate_device(),
-                )
-            }
-        )
-
-
-class L2PImageToLatent(io.ComfyNode):
-    """IMAGE → pixel LATENT."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="L2PImageToLatent",
-            display_name="L2P Image to Pixel Latent",
-            category="L2P",
-            description=(
-                "Replaces VAE Encode: outputs the image's own pixels as a LATENT, in float32."
-            ),
-            search_aliases=["vae encode", "pixel latent"],
-            inputs=[
-                io.Image.Input(
-                    "image",
-                    tooltip=(
-                        "One image or a batch. Its sides should be multiples of 16 pixels, and of"
-                        " 64, 128 or 320 for the 4K, 8K and 10K models. Other sizes are padded"
-                        " while sampling."
-                    ),
-                )
-            ],
-            outputs=[io.Latent.Output()],
-        )
-
-    @classmethod
-    def execute(cls, image: Tensor) -> io.NodeOutput:
-        return io.NodeOutput({"samples": to_latent(image, len(image))})
-
-
-class L2PLatentToImage(io.ComfyNode):
-    """Pixel LATENT → IMAGE."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="L2PLatentToImage",
-            display_name="L2P Pixel Latent to Image",
-            category="L2P",
-            description=(
-                "Replaces VAE Decode: outputs the generated pixels as an IMAGE, in float32."
-            ),
-            search_aliases=["vae decode", "pixel latent"],
-            inputs=[
-                io.Latent.Input(
-                    "latent",
-                    tooltip=(
-                        "The output of a sampler with an L2P model. Decode a latent of another"
-                        " model with the VAE of that model."
-                    ),
-                )
-            ],
-            outputs=[io.Image.Output()],
-        )
-
-    @classmethod
-    def execute(cls, latent: dict) -> io.NodeOutput:
-        samples = latent["samples"]
-        if samples.dim() != 4 or samples.shape[1] != 3:
-            raise ValueError(
-                f"the latent is {tuple(samples.shape)}; expected pixels, (batch, 3, height, width)."
-                " A latent of another model needs that model's VAE Decode"
-            )
-        return io.NodeOutput(to_image(samples))
-
-
-def sample(
-    model,
-    positive,
-    negative,
-    latent: Tensor,
-    seed: int,
-    cfg: float,
-    sampler,
-    sigmas: Tensor,
-    noise_mask: Tensor | None,
-    progress: comfy.utils.ProgressBar,
-) -> Tensor:
-    """Return ComfyUI's samples, (B, 3, H, W), float32, with a preview of the x0 prediction
-    at each step."""
-    done = progress.current
-
-    wanted = comfyui.wants_preview()
-
-    def callback(step: int, x0: Tensor, x: Tensor, steps: int) -> None:
-        shown = ("JPEG", preview(x0), PREVIEW_SIZE) if wanted else None
-        progress.update_absolute(done + step + 1, preview=shown)
-
-    return comfy.sample.sample_custom(
-        model,
-        comfy.sample.prepare_noise(latent, seed),
-        cfg,
-        sampler,
-        sigmas,
-        positive,
-        negative,
-        latent,
-        noise_mask=noise_mask,
-        callback=callback,
-        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-        seed=seed,
-    ).float()
-
-
-def solver(name: str) -> comfy.samplers.Sampler:
-    """ComfyUI's sampler of that name, or "ab2", which it does not have."""
-    if name != "ab2":
-        return comfy.samplers.sampler_object(name)
-
-    def sample_ab2(
-        model, x: Tensor, sigmas: Tensor, extra_args: dict, callback, disable: bool
-    ) -> Tensor:
-        def velocity(x: Tensor, sigma: float) -> Tensor:
-            return (x - model(x, x.new_full((len(x),), sigma), **extra_args)) / sigma
-
-        return ab2(
-            velocity, x, sigmas, lambda step, _, x0: callback({"i": step, "denoised": x0, "x": x})
-        )
-
-    return comfy.samplers.KSAMPLER(sample_ab2)
-
-
-def sigmas_for(
-    model, sampler: str, scheduler: str, steps: int, denoise: float, shift: float
-) -> Tensor:
-    """Return the sigmas down to 0 of the published schedule or one of ComfyUI's, steps + 1 of them.
-
-    As in ComfyUI's KSampler, denoise below 1 takes the end of a longer schedule, and some samplers
-    run without the last sigma above 0, at which they fail. A few schedulers give some sigmas
-    more or less than asked for, there too."""
-    skips_last = sampler in comfy.samplers.KSampler.DISCARD_PENULTIMATE_SIGMA_SAMPLERS
-    if scheduler == EXACT:
-        if skips_last:
-            longer = schedule(steps + 1, denoise, shift)
-            return torch.cat([longer[:-2], longer[-1:]])
-        return schedule(steps, denoise, shift)
-    sampling = comfy.model_sampling.ModelSamplingDiscreteFlow(model.model.model_config)
-    sampling.set_parameters(shift=shift, multiplier=1.0)
-    count = steps if denoise > 0.9999 else int(steps / denoise)
-    sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, count + skips_last)
-    if skips_last:
-        sigmas = torch.cat([sigmas[:-2], sigmas[-1:]])
-    return sigmas if denoise > 0.9999 else sigmas[-(steps + 1) :]
-
-
 def sizes_of(model) -> tuple[int, int, tuple[int, int]]:
     """What height and width must be multiples of, the width of captions, and the height and width
     that the model was trained at. Raises ValueError for another model."""
@@ -613,44 +402,4 @@ def check_conditioning(conditioning: list, cap_feat_dim: int) -> None:
             )
 
 
-def fit(image: Tensor, width: int, height: int) -> Tensor:
-    """An IMAGE of that size."""
-    if image.shape[1:3] == (height, width):
-        return image
-    return comfy.utils.common_upscale(
-        image.movedim(-1, 1), width, height, "lanczos", "disabled"
-    ).movedim(1, -1)
-
-
-def fit_mask(mask: Tensor, width: int, height: int, batch_size: int) -> Tensor:
-    """A MASK (B, H, W) of that size for so many images."""
-    return comfy.utils.repeat_to_batch_size(
-        comfy.utils.common_upscale(mask[:, None], width, height, "bilinear", "disabled")[
-            :, 0
-        ].float(),
-        batch_size,
-    )
-
-
-def to_latent(image: Tensor, batch_size: int) -> Tensor:
-    """IMAGE → pixel latent of so many images."""
-    return comfy.utils.repeat_to_batch_size(
-        image[..., :3].movedim(-1, 1).float() * 2 - 1, batch_size
-    )
-
-
-def to_image(samples: Tensor) -> Tensor:
-    """Pixel latent → IMAGE, a millionth lighter: what was a level of 255 is one again when Save
-    Image cuts fractions off."""
-    return ((samples.float() + 1) / 2 + 2**-20).clamp(0, 1).movedim(1, -1)
-
-
-def preview(x0: Tensor) -> Image.Image:
-    """The first image as it now looks to come out, small."""
-    small = min(1.0, PREVIEW_SIZE / max(x0.shape[-2:]))
-    if small < 1:
-        x0 = torch.nn.functional.interpolate(x0[:1].float(), scale_factor=small, mode="area")
-    return to_images(x0[:1])[0]
-
-
-NODES = [L2PKSampler, L2PScheduler, EmptyL2PLatentImage, L2PImageToLatent, L2PLatentToImage]
+NODES = [L2PKSampler, L2PScheduler]

@@ -26,14 +26,22 @@ class Node(NamedTuple):
     outputs: list[str]
 
 
-def nodes_in(source: str) -> dict[str, Node]:
-    """The nodes that a module defines, by id, read without importing it, which takes a ComfyUI."""
-    module = ast.parse(source)
-    constants = {
+def constants_of(module: ast.Module) -> dict[str, ast.expr]:
+    """What a module assigns to names."""
+    return {
         statement.targets[0].id: statement.value
         for statement in module.body
         if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)
     }
+
+
+MODULES = [ast.parse(path.read_text()) for path in sorted((ROOT / "nodes").glob("*.py"))]
+SHARED = constants_of(ast.parse((ROOT / "nodes" / "inputs.py").read_text()))
+
+
+def nodes_in(module: ast.Module) -> dict[str, Node]:
+    """The nodes that a module defines, by id, read without importing it, which takes a ComfyUI."""
+    constants = SHARED | constants_of(module)
     found = {}
     for call in ast.walk(module):
         if not (
@@ -66,15 +74,11 @@ def input_in(call: ast.Call) -> tuple[str, bool]:
     return name.value, derived or any(keyword.arg == "tooltip" for keyword in call.keywords)
 
 
-NODES = {
-    node_id: node
-    for path in sorted((ROOT / "nodes").glob("*.py"))
-    for node_id, node in nodes_in(path.read_text()).items()
-}
+NODES = {node_id: node for module in MODULES for node_id, node in nodes_in(module).items()}
 FILE_TOOLS = {  # in no workflow: each is one on its own
     node_id
     for name in ("files.py", "check.py")
-    for node_id in nodes_in((ROOT / "nodes" / name).read_text())
+    for node_id in nodes_in(ast.parse((ROOT / "nodes" / name).read_text()))
 }
 
 
