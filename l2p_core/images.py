@@ -214,7 +214,7 @@ def _from_fractions(image: Image.Image) -> Image.Image:
     low, high = float(levels.min()), float(levels.max())
     if not (low >= 0 and high <= 1):  # also where a number is NaN
         raise ValueError(
-            f"its numbers go from {low:g} to {high:g}; expected 0 (black) to 1 (white). Save it"
+            f"its values go from {low:g} to {high:g}; expected 0 (black) to 1 (white). Save it"
             " with 8 or 16 bits a channel"
         )
     return Image.fromarray((levels * 255).round().astype(np.uint8))
@@ -225,8 +225,8 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     bits = tags.get(ExifTags.Base.BitsPerSample, (16,))[0]
     if bits > 16 or tags.get(ExifTags.Base.SampleFormat, (1,))[0] != 1:
         raise ValueError(
-            f"its numbers are {bits}-bit integers, whose black and white are not known. Save it"
-            " with 8 or 16 bits a channel"
+            f"its values are {bits}-bit integers, and nothing says which are black and white. Save"
+            " it with 8 or 16 bits a channel"
         )
     levels = np.asarray(image).clip(0, 2**bits - 1) >> (bits - 8)
     return Image.fromarray(levels.astype(np.uint8))
@@ -283,7 +283,7 @@ def mask_levels(mask: Image.Image, image: Image.Image | None = None) -> Image.Im
     luminance, alpha = mask.convert(mask.mode[:-1]).convert("L"), mask.getchannel("A")
     low, high = alpha.getextrema()
     if high == 0:
-        raise ValueError("the inpaint_mask is wholly transparent; paint what is to be generated")
+        raise ValueError("the inpaint_mask is completely transparent; paint the part to generate")
     if low == high:
         return luminance
 

@@ -84,7 +84,7 @@ def _files_of_row(row: dict, number: int, count: int, output: Path) -> list[Path
     except ValueError as error:
         raise ValueError(f"prompt {number + 1}: {error}") from None
     if name.is_absolute() or ".." in name.parts or PureWindowsPath(name).drive:
-        raise ValueError(f"{where} {name} leads out of {output}")
+        raise ValueError(f"{where} {name} leads out of {output}; give a path within it")
     if not name.name:
         raise ValueError(f"{where} is {str(given)!r}, which names no file")
 

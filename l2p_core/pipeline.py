@@ -137,8 +137,7 @@ class L2PPipeline:
         for fp8 where there are no such weights."""
         if decoder_tile is not None and decoder_tile < 0:
             raise ValueError(
-                f"decoder_tile is {decoder_tile}; expected a side in pixels, or 0 for the whole at"
-                " once"
+                f"decoder_tile is {decoder_tile}; expected a side in pixels, or 0 for no tiles"
             )
         prompt_reader = None if checkpoint else read_prompt
         checkpoint = Path(checkpoint) if checkpoint else BUNDLED_MODEL / "transformer.safetensors"
@@ -563,8 +562,7 @@ def check_mask(mask: object, image: object) -> None:
     """Raise ValueError for a mask, or a file of one, without the image it keeps pixels of."""
     if mask and not image:
         raise ValueError(
-            "an inpaint_mask came without an input_image; give the image whose pixels are to be"
-            " kept"
+            "inpaint_mask is given without input_image; give the image that the mask belongs to"
         )
 
 
@@ -596,8 +594,8 @@ def draw_noise(
     if isinstance(seed, Sequence):
         if len(seed) != shape[0]:
             raise ValueError(
-                f"{len(seed)} seeds came for {shape[0]} images; expected one for each, or a"
-                " single one"
+                f"{len(seed)} seeds are given for {shape[0]} images; expected one seed for"
+                " each image, or one for all"
             )
         return torch.cat([draw_noise((1, *shape[1:]), each, device) for each in seed])
     generator = torch.Generator(usable_device(device))

@@ -191,7 +191,7 @@ def test_a_renamed_file_is_the_same_file(tmp_path, capsys):
     "row, said",
     [
         ({"input_image": "absent.png"}, "prompt 2: there is no absent.png"),
-        ({"inpaint_mask": "absent.png"}, "prompt 2: an inpaint_mask came without"),
+        ({"inpaint_mask": "absent.png"}, "prompt 2: inpaint_mask is given without"),
         (
             {"input_image": "start.png", "inpaint_mask": "absent.png"},
             "prompt 2: there is no absent.png",

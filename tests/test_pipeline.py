@@ -215,12 +215,12 @@ def test_misfitting_images_are_resized_and_it_is_said(pipe, photo):
         ({"sampler": "dpm"}, "sampler is 'dpm'; expected one of euler, ab2"),
         ({"denoising_strength": 0}, "denoising_strength is 0; expected a number above 0 to 1"),
         ({"num_images": 0}, "nothing to generate"),
-        ({"seed": [1, 2]}, "2 seeds came for 1 images"),
+        ({"seed": [1, 2]}, "2 seeds are given for 1 images"),
         ({"prompt_embeds": torch.ones(2, 96)}, "either prompt or prompt_embeds"),
         ({"cfg_scale": float("nan")}, "cfg_scale is nan"),
         ({"shift": float("nan")}, "shift is nan; expected a number above 0 to 100"),
         ({"rand_device": "abacus"}, "device abacus can't be used"),
-        ({"inpaint_mask": Image.new("L", (8, 8))}, "inpaint_mask came without an input_image"),
+        ({"inpaint_mask": Image.new("L", (8, 8))}, "inpaint_mask is given without input_image"),
     ],
 )
 def test_options_that_do_not_fit_are_rejected(pipe, arguments, said):

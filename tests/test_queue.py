@@ -262,7 +262,7 @@ def test_a_value_finds_its_input(graph, name, value, expected):
             3,
             r"no input for shift. It has: 1.checkpoint \(L2PCheckpointLoader\), 2.text_encoder",
         ),
-        (GRAPH, "6.images", 3, "Inputs that are wired are not filled"),
+        (GRAPH, "6.images", 3, "Inputs that are linked to another node are not filled"),
         (
             {**STOCK, "8": {"class_type": "KSampler", "inputs": {"seed": 2}}},
             "seed",

@@ -134,7 +134,7 @@ def test_a_gateway_that_reaches_no_server_is_given_up_soon(serve, job, tmp_path,
     address, _ = serve({}, (status, PAGE, {}))
     assert run(tmp_path, address) == 1
     said = capsys.readouterr().err
-    assert f"answers {status} " in said and "a proxy before it can't reach it" in said
+    assert f"answers {status} " in said and "the proxy in front of it can't reach it" in said
     assert "waiting up to 0.1 s" in said
 
 
@@ -146,7 +146,7 @@ def test_a_gateway_that_reaches_no_server_is_given_up_soon(serve, job, tmp_path,
         ((500, b"", {}), "/queue answers 500"),
         ((401, b"", {}), "answers 401 Unauthorized: it asks for a login"),
         ((403, PAGE, {}), "answers 403 Forbidden: it asks for a login"),
-        ((302, b"", {"Location": "http://x/login"}), "sends on to http://x/login"),
+        ((302, b"", {"Location": "http://x/login"}), "redirects to http://x/login"),
         ((200, b"", {}), "answers b''; is it a ComfyUI server?"),
         ((200, b"null", {}), "is it a ComfyUI server?"),
         ((200, b'{"queue_running": 3}', {}), "/queue answers '3'; is it a ComfyUI server?"),
@@ -252,7 +252,7 @@ def test_a_time_that_is_none_is_rejected(job, tmp_path, capsys, seconds):
 def test_a_workflow_of_other_types_is_rejected(tmp_path, capsys, graph):
     (tmp_path / "g.json").write_text(json.dumps(graph))
     assert main(["queue", str(tmp_path / "g.json"), "-o", str(tmp_path / "o")]) == 1
-    assert "is no workflow in API format" in capsys.readouterr().err
+    assert "is not a workflow in API format" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("link", [[], [[]], [{}, 0], [None], ["9", 0]])

@@ -180,7 +180,7 @@ def check_ray(args: argparse.Namespace, processes: int = 1) -> None:
     require("ray", ("ray",))
     if processes > 1:
         raise ValueError(
-            f"--ray is for one process, and here are {processes}; start l2p without a launcher"
+            f"--ray is for one process, but there are {processes}; start l2p without a launcher"
         )
 
 

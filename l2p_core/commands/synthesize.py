@@ -114,18 +114,20 @@ def add_synthesize(commands: argparse._SubParsersAction) -> None:
         rank, processes, device = share(args.device)
         check_ray(args, processes)
         if args.prompts is None and not args.write_prompts:
-            raise ValueError("give PROMPTS, or let prompts be written: --write-prompts N")
+            raise ValueError(
+                "no prompts are given; give PROMPTS, or write prompts with --write-prompts N"
+            )
         file = args.prompts or args.output / "prompts.txt"
         if args.write_prompts:
             if processes > 1:
                 raise ValueError(
-                    "--write-prompts is for one process, and here are"
-                    f" {processes}; write the prompts first, then generate without that flag"
+                    f"--write-prompts is for one process, but there are {processes}; write the"
+                    " prompts first, then generate without that flag"
                 )
             write_prompts(args, file, device)
         if not args.model:
             if not args.write_prompts:
-                raise ValueError("--model is not given: the latent model, such as Z-Image-Turbo")
+                raise ValueError("--model is not given; give the folder of the latent model")
             print(file)
             return
         prompts = []
@@ -170,7 +172,7 @@ def write_prompts(args: argparse.Namespace, file: Path, device: str) -> None:
     if not args.templates and not encoder:
         raise ValueError(
             "--write-prompts needs a language model: give --model or --text-encoder, or"
-            " --templates to do without"
+            " --templates to write prompts without one"
         )
     replaced = prompts.write_prompts(
         file,

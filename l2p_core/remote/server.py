@@ -244,7 +244,7 @@ class Server:
         images = [image for image in images if image.get("type") == "output"] or images
         if not images:
             raise ValueError(
-                f"{self.url}: the workflow ran and made no image; give it a Save Image node"
+                f"{self.url}: the workflow ran but saved no image; add a Save Image node to it"
             )
         return [self.fetch_image(image) for image in images]
 
@@ -257,19 +257,19 @@ class Server:
             content = self.ask("/view", query=wanted, most=MAX_IMAGE_BYTES)
         except Status:
             raise ValueError(
-                f"{self.url} made {name} and no longer has it. It would not make the same again:"
-                " restart it, or give another --seed"
+                f"{self.url} generated {name} but no longer has it, and will not generate the same"
+                " image again: restart ComfyUI, or give another --seed"
             ) from None
         if not content.startswith(PNG_HEADER):
             found = identify(content[:HEAD_BYTES])
             what = f"{found.name}, not PNG" if found else "not PNG"
             raise ValueError(
-                f"{self.url} made {name}, which is {what}; save with a Save Image node"
+                f"{self.url} made {name}, which is {what}; expected a PNG file of a Save Image node"
             )
         with open_image(BytesIO(content), ("PNG",), name) as opened:
             if not is_whole_png(opened):
                 raise ValueError(
-                    f"{self.url} sent only a part of {name}. The same command fetches it again"
+                    f"{self.url} sent only a part of {name}. Run the same command again to fetch it"
                 )
         return content
 
@@ -312,11 +312,11 @@ class Server:
         except requests.exceptions.SSLError as error:
             raise Rejected(
                 f"{self.url}: its certificate can't be verified ({innermost(error)}). Give its"
-                " address with http, or a certificate that is known here"
+                " address with http, or install its certificate on this machine"
             ) from None
         except requests.exceptions.ProxyError as error:
             raise Away(
-                f"{self.url} is asked through the proxy of http_proxy or https_proxy, which does"
+                f"{self.url} is reached through the proxy of http_proxy or https_proxy, which does"
                 f" not answer ({innermost(error)}). Add the server to no_proxy",
                 GATEWAY_PATIENCE,
             ) from None
@@ -324,7 +324,7 @@ class Server:
             raise Away(f"{self.url} does not answer ({innermost(error)})") from None
         except requests.exceptions.RequestException as error:  # cut off, or no HTTP
             raise Away(
-                f"{self.url} gives answers that can't be read ({innermost(error)})",
+                f"{self.url} sends responses that can't be read ({innermost(error)})",
                 GATEWAY_PATIENCE,
             ) from None
         if 200 <= reply.status_code < 300:
@@ -335,14 +335,15 @@ class Server:
         """What to raise for an answer that is an error by its HTTP status."""
         if status.code in (502, 503, 504):
             return Away(
-                f"{self.url} answers {status}: a proxy before it can't reach it", GATEWAY_PATIENCE
+                f"{self.url} answers {status}: the proxy in front of it can't reach it",
+                GATEWAY_PATIENCE,
             )
         if 300 <= status.code < 400:
             there = reply.headers.get("Location", "another address")
-            return Rejected(f"{self.url} sends on to {there}; give the server's own address")
+            return Rejected(f"{self.url} redirects to {there}; give the server's own address")
         if status.code in (401, 403, 407):
             return Rejected(
-                f"{self.url} answers {status}: it asks for a login, which l2p has none of"
+                f"{self.url} answers {status}: it asks for a login, which l2p does not support"
             )
         if path.startswith(("/prompt", "/view")):
             return status

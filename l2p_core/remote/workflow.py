@@ -25,7 +25,7 @@ def read_workflow(file: Path) -> dict:
         raise ValueError(f"{file.name} is not JSON: {error}") from None
     if isinstance(graph, dict) and isinstance(graph.get("nodes"), list):
         raise ValueError(
-            f"{file.name} is a workflow for ComfyUI's canvas, which the server does not take. Use"
+            f"{file.name} is a workflow for ComfyUI's canvas; expected one in API format. Use"
             " the file of that name in workflows/api/, or in ComfyUI: Workflow > Export (API)"
         )
     if (
@@ -40,8 +40,8 @@ def read_workflow(file: Path) -> dict:
         )
     ):
         raise ValueError(
-            f"{file.name} is no workflow in API format, {{id: {{class_type, inputs}}}}; in ComfyUI:"
-            " Workflow > Export (API)"
+            f"{file.name} is not a workflow in API format, {{id: {{class_type, inputs}}}}. In"
+            " ComfyUI, export it by Workflow > Export (API)"
         )
     return graph
 
@@ -63,8 +63,8 @@ def fill(filled: dict, graph: dict, name: str, value: object) -> None:
             f"{name} could go to several inputs: {listed}. Say which: --set NODE.INPUT=VALUE"
             if found
             else (
-                f"the workflow has no input for {name}. It has: {listed}. Inputs that are wired are"
-                " not filled"
+                f"the workflow has no input for {name}. It has: {listed}. Inputs that are linked to"
+                " another node are not filled"
             )
         )
     for node, key in found:
