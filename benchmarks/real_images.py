@@ -119,9 +119,9 @@ def main() -> None:
         )
     )
     lora = max((args.folder / "run").glob("*.safetensors"), key=lambda file: file.stat().st_mtime)
-    print("| | judged as the digit of its caption |\n|---|---|")
+    print("| model | judged as the digit of the caption |\n|---|---|")
     rows = [enlargements[::OF_EACH], enlargements[1::OF_EACH]]
-    for name, file in (("before", None), ("after", lora)):
+    for name, file in (("before training", None), ("after training", lora)):
         found = generate(file, args.sample_steps)
         right = sum(
             judged(image, others, their_digits) == digit

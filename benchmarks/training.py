@@ -140,7 +140,9 @@ def main() -> None:
         make(drawn, args.scale)
         export(drawn, checkpoint, "published", dtype="fp32")
     data = make_data(args.folder / f"images-{args.size}", args.size)
-    print("| | estimated | measured | estimated / measured |\n|---|---|---|---|", flush=True)
+    print(
+        "| settings | estimated | measured | estimated / measured |\n|---|---|---|---|", flush=True
+    )
     for name in args.only:
         output = args.folder / f"run-{time.time_ns()}"
         config = TrainConfig(

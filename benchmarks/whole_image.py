@@ -53,7 +53,10 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=4096, help="side in pixels (default 4096)")
     parser.add_argument("--stages", type=int, default=3, help="of the 1K model (default 3)")
     args = parser.parse_args()
-    print(f"| {args.size} pixels | TFLOP | s, {' | s, '.join(SHOWN)} |\n|---|---|---|---|")
+    print(
+        f"| image of {args.size} x {args.size} pixels | TFLOP | s, {' | s, '.join(SHOWN)} |\n"
+        "|---|---|---|---|"
+    )
 
     def plan(trained: int, steps: int, **settings) -> list[Stage]:
         complete = CompleteSettings(
