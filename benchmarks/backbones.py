@@ -1,14 +1,15 @@
 """Proofs of the backbones in docs/backbones.md.
 
 python benchmarks/backbones.py overfit --folder /tmp/overfit
-    (a tiny FLUX.2 with random weights learns four images by `l2p train`, and `l2p generate`
-    makes them from noise: PSNR of each. Minutes on a CPU)
+    (a tiny model of --backbone with random weights over-fits four images by `l2p train`, and
+    `l2p generate` generates them from noise: PSNR of each. Minutes on a CPU)
 python benchmarks/backbones.py convert --folder /tmp/full
     (`l2p convert` of a full-size FLUX.2-klein of random weights: memory and time. 16 GB of disk)
 python benchmarks/backbones.py cards
     (what a full-size model takes on cards of 16 and 24 GB, counted on headers)"""
 
 import argparse
+import random
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from comfyui_l2p.l2p_core import cli
+from comfyui_l2p.l2p_core.backbones import BACKBONES, FLUX2_KLEIN, Backbone
 from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS
 from comfyui_l2p.l2p_core.files.load import expected_shapes
 from comfyui_l2p.l2p_core.shapes.scenes import render, scenes
@@ -53,14 +56,20 @@ def l2p(*arguments: object) -> None:
         raise SystemExit(1)
 
 
-def overfit(folder: Path, steps: int) -> None:
+def overfit(folder: Path, steps: int, row: Backbone) -> None:
     """Train on a handful of images, generate them, and print how near they come."""
     data = folder / "data"
     data.mkdir(parents=True, exist_ok=True)
-    backbones.save_text_encoder(folder)
-    model = backbones.save_pixel_model(folder / "pixel.safetensors", 64, (2, 2))
-    every = scenes()
-    chosen = every[:: len(every) // IMAGES][:IMAGES]
+    model = folder / "pixel.safetensors"
+    torch.manual_seed(0)
+    if row is FLUX2_KLEIN:
+        backbones.save_text_encoder(folder)
+        transformer = backbones.flux2(768, 32, (1, 2))
+    else:
+        backbones.save_qwen_image(folder)
+        transformer = backbones.qwen_image(768)
+    backbones.save_with_decoder(model, row, transformer, 16)
+    chosen = random.Random(0).sample(scenes(), IMAGES)
     for number, scene in enumerate(chosen):
         image = render(scene).resize((SIDE, SIDE))
         image.save(data / f"{number}.png")
@@ -70,8 +79,9 @@ def overfit(folder: Path, steps: int) -> None:
         *("train", "--checkpoint", model, *common, "--data", data, "--output", folder / "run"),
         *("--steps", steps, "--batch", IMAGES, "--freeze", "", "--learning-rate", 2e-3),
         *("--schedule", "cosine", "--warmup", 20, "--mixed-precision", "no", "--device", "cpu"),
-        *("--timestep-sampling", "uniform", "--max-grad-norm", 1, "--sample-every", 0),
-        *("--height", SIDE, "--width", SIDE, "--save-every", steps, "--no-checkpointing"),
+        *("--timestep-sampling", "shifted", "--shift", row.shift, "--max-grad-norm", 1),
+        *("--height", SIDE, "--width", SIDE, "--save-every", 200, "--sample-every", 0),
+        *("--no-checkpointing", "--seed", 0),
     )
     whole = folder / "model.safetensors"
     part = folder / "run" / f"step-{steps}.safetensors"
@@ -123,7 +133,6 @@ def convert(folder: Path) -> None:
 def cards() -> None:
     """Print what generating at 1024 takes, for cards of two sizes."""
     from cards import row, text_encoder_tensors, write_sparse
-    from comfyui_l2p.l2p_core.backbones import FLUX2_KLEIN
 
     config = FLUX2_KLEIN.config(klein_shapes(), 16).with_patch(16)
     assert config.decoder == PUBLISHED_DECODERS[16]
@@ -141,10 +150,11 @@ def main() -> None:
     )
     parser.add_argument("what", choices=("overfit", "convert", "cards"))
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir(), "l2p-backbones"))
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--backbone", choices=BACKBONES, default=FLUX2_KLEIN.name)
     args = parser.parse_args()
     if args.what == "overfit":
-        overfit(args.folder, args.steps)
+        overfit(args.folder, args.steps, BACKBONES[args.backbone])
     elif args.what == "convert":
         convert(args.folder)
     else:

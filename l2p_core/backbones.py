@@ -277,4 +277,70 @@ FLUX2_KLEIN = Backbone(
     },
 )
 
-BACKBONES = {row.name: row for row in (FLUX2_KLEIN,)}
+
+def qwen_image_arguments(shapes: Shapes) -> dict[str, Any]:
+    """Sizes of a QwenImageTransformer2DModel."""
+    dim = shapes["img_in.weight"][0]
+    (head,) = shapes["transformer_blocks.0.attn.norm_q.weight"]
+    return {
+        "attention_head_dim": head,
+        "num_attention_heads": dim // head,
+        "joint_attention_dim": shapes["txt_in.weight"][1],
+        "axes_dims_rope": (head // 8, head * 7 // 16, head * 7 // 16),
+    }
+
+
+def qwen_image_inputs(
+    x: "Tensor", sigma: "Tensor", prompt: "Tensor", rows: int, columns: int, hooks: "Hooks"
+) -> dict[str, Any]:
+    """What QwenImageTransformer2DModel takes. It counts positions from the grid's middle."""
+    if hooks.rope_scale != (1.0, 1.0):
+        raise ValueError(
+            "redraw is interpolated, and Qwen-Image can't scale positions. Set it to tiled or"
+            " extrapolated"
+        )
+    return {
+        "hidden_states": x,
+        "encoder_hidden_states": prompt,
+        "timestep": sigma,
+        "img_shapes": [[(1, rows, columns)]] * len(x),
+    }
+
+
+QWEN_IMAGE = Backbone(
+    name="qwen-image",
+    title="Qwen-Image",
+    repository="Qwen/Qwen-Image",
+    diffusers_class="QwenImageTransformer2DModel",
+    arguments=qwen_image_arguments,
+    settings={"zero_cond_t": False, "use_additional_t_cond": False, "use_layer3d_rope": False},
+    signature=r"transformer_blocks\.\d+\.img_mod\.1\.weight",
+    stacks={"transformer_blocks": "num_layers"},
+    input="img_in",
+    prompt_input="txt_in",
+    output="proj_out",
+    parts=("time_text_embed", "txt_norm", "norm_out"),
+    shared=("time_text_embed",),
+    inputs=qwen_image_inputs,
+    sign=-1,
+    # The template of diffusers' QwenImagePipeline, which leaves out its system prompt's embeddings.
+    prompts=PromptFormat(
+        "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture,"
+        " quantity, text, spatial relationships of the objects and background:<|im_end|>\n"
+        "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n",
+        (-1,),
+        drop=34,
+        model_type="qwen2_5_vl",
+    ),
+    shift=math.exp(0.6935),  # the mu of that pipeline at 4,096 tokens
+    steps=50,
+    guidance=4.0,
+    lora={
+        "attention": (
+            r"transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+        ),
+        "feed_forward": r"transformer_blocks\.\d+\.(img|txt)_mlp\.net\.(0\.proj|2)",
+    },
+)
+
+BACKBONES = {row.name: row for row in (FLUX2_KLEIN, QWEN_IMAGE)}

@@ -49,6 +49,8 @@ class PromptFormat(NamedTuple):
     # embedding, negative ones count from the end. Several are joined along the width.
     hidden_states: tuple[int, ...]
     pad_to: int = 0  # tokens that a prompt is padded to, and padding is attended to; 0: none
+    drop: int = 0  # leading tokens of the template whose embeddings are left out
+    model_type: str = "qwen3"  # of the text encoder's config.json; transformers runs others
 
 
 # What Qwen3's own chat template gives for one user turn with thinking enabled. The prompt goes in

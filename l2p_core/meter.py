@@ -107,7 +107,8 @@ def shapes_only(*models: nn.Module):
     for table in tables:
         table.cache_clear()
     try:
-        with FakeTensorMode():
+        # Classes of diffusers keep tables with numbers outside of their buffers.
+        with FakeTensorMode(allow_non_fake_inputs=True):
             for module in (module for model in models for module in model.modules()):
                 for name, weight in list(module.named_parameters(recurse=False)):
                     setattr(

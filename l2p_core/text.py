@@ -19,11 +19,12 @@ from .files.layout import FLOATS, UNSCALED
 from .files.quantization import BESIDE_WEIGHTS, dequantize_all
 from .qwen3 import Qwen3, Qwen3Config
 from .tokenizer import find_tokenizer, load_tokenizer, read_json
+from .transformers_encoder import TransformersEncoder, load_encoder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-TEMPLATE, (LAYER,), _ = Z_IMAGE_PROMPTS
+TEMPLATE, (LAYER,), *_ = Z_IMAGE_PROMPTS
 PADDING = "<|endoftext|>"  # Qwen3's token of it
 # of the whole templated prompt; the published pipeline cuts the rest off, and so do we
 MAX_TOKENS = 512
@@ -42,7 +43,12 @@ MAX_SIZES = {  # far above Qwen3-4B's; a hostile file may say anything
 class TextEncoder:
     """Turns prompts into the features that an L2P model was trained on."""
 
-    def __init__(self, model: Qwen3, tokenizer: Tokenizer, prompts: PromptFormat = Z_IMAGE_PROMPTS):
+    def __init__(
+        self,
+        model: Qwen3 | TransformersEncoder,
+        tokenizer: Tokenizer,
+        prompts: PromptFormat = Z_IMAGE_PROMPTS,
+    ):
         """prompts: template, hidden states and padding of the model that takes the features.
 
         Raises CheckpointError where the text encoder lacks one of the hidden states."""
@@ -70,7 +76,12 @@ class TextEncoder:
         for file in encoder_files(encoder):
             reject_zeros(file)
         words = load_tokenizer(find_tokenizer(encoder, tokenizer))
-        return cls(load_qwen3(encoder, dtype).to(device).eval(), words, prompts)
+        model: Qwen3 | TransformersEncoder
+        if prompts.model_type == Z_IMAGE_PROMPTS.model_type:
+            model = load_qwen3(encoder, dtype)
+        else:
+            model = load_encoder(encoder, prompts.model_type, dtype)
+        return cls(model.to(device).eval(), words, prompts)
 
     def token_ids(self, prompt: str) -> list[int]:
         """Return the ids of a prompt in its template, all of them."""
@@ -79,7 +90,8 @@ class TextEncoder:
 
     def encode(self, prompt: str) -> Tensor:
         """(L, width) features of one prompt, L its number of tokens with the template's, at most
-        512, or padded to that where the model takes padding. Warns if cut."""
+        512, or padded to that where the model takes padding; without the tokens that its format
+        drops. Warns if cut."""
         ids = self.token_ids(prompt)
         if len(ids) > MAX_TOKENS:
             warnings.warn(
@@ -104,7 +116,7 @@ class TextEncoder:
                 f"the text encoder gives NaN in {features.dtype}: its file is damaged, or its"
                 " numbers overflow; bfloat16 has the range of float32"
             )
-        return features
+        return features[self.prompts.drop :]
 
     def _padding(self) -> int:
         """The id of the token that prompts are padded with. Raises CheckpointError."""

@@ -5,14 +5,13 @@ from pathlib import Path
 
 import torch
 import transformers
-from comfyui_l2p.l2p_core.backbones import FLUX2_KLEIN
+from comfyui_l2p.l2p_core.backbones import FLUX2_KLEIN, Backbone
 from comfyui_l2p.l2p_core.config import Level
 from comfyui_l2p.l2p_core.decoder import LocalDecoder
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
 from safetensors.torch import save_file
 
 WIDTH = 8  # of the text encoder
-LEVELS = tuple(Level(name, 8, 8, 8) for name in "1234")  # a decoder that trains in seconds
 # As Qwen3's own template renders one user turn with thinking disabled.
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content"
@@ -40,6 +39,48 @@ def flux2(in_channels: int, dim: int = 32, layers: tuple[int, int] = (2, 3)):
         if parameter.dim() > 1:
             parameter.data *= 3
     return model.eval().requires_grad_(False)
+
+
+def qwen_image(in_channels: int):
+    """A QwenImageTransformer2DModel."""
+    import diffusers
+
+    model = diffusers.QwenImageTransformer2DModel(
+        in_channels=in_channels,
+        num_layers=2,
+        attention_head_dim=32,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 14, 14),
+    )
+    return model.eval().requires_grad_(False)
+
+
+def save_qwen_image(folder: Path) -> Path:
+    """A Qwen-Image of a few thousand numbers: transformer/, text_encoder/ and tokenizer/."""
+    torch.manual_seed(0)
+    qwen_image(64).save_pretrained(folder / "transformer")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(BUNDLED_MODEL / "tokenizer")
+    tokenizer.pad_token = tokenizer.eos_token = "<|im_end|>"
+    tokenizer.padding_side = "right"
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": len(tokenizer),
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+        "initializer_range": 0.3,  # so that prompts differ
+    }
+    vision = {"hidden_size": 16, "out_hidden_size": 32, "depth": 1, "num_heads": 1}
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=sizes, vision_config={**vision, "intermediate_size": 16}
+    )
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    model.save_pretrained(folder / "text_encoder")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return folder
 
 
 def save_text_encoder(folder: Path) -> tuple[transformers.Qwen3ForCausalLM, object]:
@@ -75,15 +116,26 @@ def save_klein(folder: Path) -> Path:
     return folder
 
 
-def save_pixel_model(file: Path, dim: int = 32, layers: tuple[int, int] = (2, 3)) -> Path:
-    """A pixel model on FLUX.2-klein with a small decoder, its names written out by hand."""
+def save_pixel_model(
+    file: Path,
+    dim: int = 32,
+    layers: tuple[int, int] = (2, 3),
+    decoder: int = 8,
+) -> Path:
+    """A pixel model on FLUX.2-klein with a small decoder, of so many channels."""
     torch.manual_seed(1)
-    weights = flux2(768, dim, layers).state_dict()
-    del weights["proj_out.weight"]
+    return save_with_decoder(file, FLUX2_KLEIN, flux2(768, dim, layers), decoder)
+
+
+def save_with_decoder(file: Path, row: Backbone, transformer, channels: int) -> Path:
+    """A transformer of diffusers and a small decoder in one file, its names written out by hand."""
+    weights = transformer.state_dict()
+    for name in [name for name in weights if name.startswith("proj_out.")]:
+        del weights[name]
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    latent = FLUX2_KLEIN.config(shapes, 16)
-    config = replace(latent, decoder=LEVELS, bottleneck_dim=32)
-    decoder = LocalDecoder(config).state_dict()
-    decoder = {f"local_decoder.{name}": tensor for name, tensor in decoder.items()}
-    save_file({**weights, **decoder}, file)
+    levels = tuple(Level(name, *[channels] * 3) for name in "1234")
+    config = replace(row.config(shapes, 16), decoder=levels, bottleneck_dim=4 * channels)
+    for name, tensor in LocalDecoder(config).state_dict().items():
+        weights[f"local_decoder.{name}"] = tensor
+    save_file(weights, file)
     return file

@@ -4,6 +4,7 @@ import inspect
 import json
 import math
 import re
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,11 +12,12 @@ import backbones
 import pytest
 import torch
 import transformers
-from comfyui_l2p.l2p_core.backbones import FLUX2_KLEIN
+from comfyui_l2p.l2p_core.backbones import BACKBONES, FLUX2_KLEIN, QWEN_IMAGE
 from comfyui_l2p.l2p_core.cli import main
 from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS
 from comfyui_l2p.l2p_core.decoder import LocalDecoder
 from comfyui_l2p.l2p_core.estimate import needs, passing
+from comfyui_l2p.l2p_core.files.header import CheckpointError
 from comfyui_l2p.l2p_core.files.layout import read_layout
 from comfyui_l2p.l2p_core.files.load import load_model
 from comfyui_l2p.l2p_core.flow import SOLVERS, guided_velocity, schedule
@@ -23,6 +25,7 @@ from comfyui_l2p.l2p_core.meter import peak_bytes
 from comfyui_l2p.l2p_core.model import PUBLISHED
 from comfyui_l2p.l2p_core.pipeline import L2PPipeline
 from comfyui_l2p.l2p_core.text import TextEncoder
+from comfyui_l2p.l2p_core.transformers_encoder import load_encoder
 from helpers import apart, rms
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -43,32 +46,51 @@ def klein(tmp_path_factory) -> Path:
     return folder
 
 
-def reference(weights, image, sigma, prompt):
+@pytest.fixture(scope="module")
+def qwen_image(tmp_path_factory) -> Path:
+    """The folder of a tiny Qwen-Image, with its pixel initialisation in pixel.safetensors, and one
+    with a small decoder in small.safetensors."""
+    folder = backbones.save_qwen_image(tmp_path_factory.mktemp("qwen-image"))
+    small = folder / "small.safetensors"
+    backbones.save_with_decoder(small, QWEN_IMAGE, backbones.qwen_image(768), 8)
+    assert (
+        main(["convert", str(folder / "transformer"), "-o", str(folder / "pixel.safetensors")]) == 0
+    )
+    return folder
+
+
+def reference(weights, image, sigma, prompt, row=FLUX2_KLEIN):
     """Features, by diffusers' own forward up to the input of its output projection, and noise -
     image."""
-    transformer = backbones.flux2(768)
+    transformer = backbones.flux2(768) if row is FLUX2_KLEIN else backbones.qwen_image(768)
     own = {name: tensor for name, tensor in weights.items() if "local_decoder" not in name}
     lacking, unknown = transformer.load_state_dict(own, strict=False)
-    assert (lacking, unknown) == (["proj_out.weight"], [])
+    assert {name.partition(".")[0] for name in lacking} == {"proj_out"} and not unknown
     pipeline, height, width = diffusers.Flux2KleinPipeline, *image.shape[2:]
     grid = torch.zeros(1, 768, height // 16, width // 16)
-    for row in range(height // 16):
-        for column in range(width // 16):
-            patch = image[0, :, row * 16 : row * 16 + 16, column * 16 : column * 16 + 16]
-            grid[0, :, row, column] = patch.flatten()
+    for y in range(height // 16):
+        for x in range(width // 16):
+            patch = image[0, :, y * 16 : y * 16 + 16, x * 16 : x * 16 + 16]
+            grid[0, :, y, x] = patch.flatten()
+    if row is FLUX2_KLEIN:
+        positions = {
+            "img_ids": pipeline._prepare_latent_ids(grid),
+            "txt_ids": pipeline._prepare_text_ids(prompt[None]),
+        }
+    else:
+        positions = {"img_shapes": [[(1, *grid.shape[2:])]]}
     taken = []
     transformer.proj_out.register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0]))
     transformer(
         hidden_states=pipeline._pack_latents(grid),
         encoder_hidden_states=prompt[None],
         timestep=torch.tensor([sigma]),
-        img_ids=pipeline._prepare_latent_ids(grid),
-        txt_ids=pipeline._prepare_text_ids(prompt[None]),
         guidance=None,
+        **positions,
     )
     features = taken[0].transpose(1, 2).unflatten(2, grid.shape[2:])
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    decoder = LocalDecoder(FLUX2_KLEIN.config(shapes))
+    decoder = LocalDecoder(row.config(shapes))
     decoder.load_state_dict(
         {
             name.removeprefix("local_decoder."): tensor
@@ -79,18 +101,20 @@ def reference(weights, image, sigma, prompt):
     return features, decoder(image, features)
 
 
+@pytest.mark.parametrize("row", BACKBONES.values(), ids=BACKBONES)
 @torch.no_grad()
-def test_a_pass_is_diffusers_own_and_the_decoder(klein):
-    model = load_model(klein / "pixel.safetensors", dtype=torch.float32)
-    weights = load_file(klein / "pixel.safetensors")
+def test_a_pass_is_diffusers_own_and_the_decoder(klein, qwen_image, row):
+    file = {"flux2-klein": klein, "qwen-image": qwen_image}[row.name] / "pixel.safetensors"
+    model, weights = load_model(file, dtype=torch.float32), load_file(file)
+    width = model.config.cap_feat_dim
     torch.manual_seed(1)
     images, sigmas = torch.randn(2, 3, 48, 80), (0.75, 0.25)
-    prompts = [torch.randn(5, 24), torch.randn(9, 24)]  # of two lengths in one batch
+    prompts = [torch.randn(5, width), torch.randn(9, width)]  # of two lengths in one batch
     t = 1 - torch.tensor(sigmas)
     found, features = model(images, t, prompts), model.features(images, t, prompts)
     for number, sigma in enumerate(sigmas):
         its = slice(number, number + 1)
-        expected, velocity = reference(weights, images[its], sigma, prompts[number])
+        expected, velocity = reference(weights, images[its], sigma, prompts[number], row)
         assert rms(features[its] - expected, expected) < 1e-5
         assert rms(found[its] + velocity, velocity) < 1e-5
     for others in ((images, 1 - t, prompts), (images, t, prompts[::-1]), (-images, t, prompts)):
@@ -155,17 +179,45 @@ def test_prompts_are_encoded_as_diffusers_pipeline_encodes_them(klein):
     assert rms(found - expected, expected) < 1e-5
 
 
-def test_diffusers_is_what_the_table_was_written_for():
+@torch.no_grad()
+def test_prompts_of_qwen_image_are_encoded_as_its_pipeline_encodes_them(qwen_image, tmp_path):
+    own = TextEncoder.load(qwen_image, dtype=torch.float32, prompts=QWEN_IMAGE.prompts)
+    pipeline = diffusers.QwenImagePipeline(
+        scheduler=None,
+        vae=None,
+        transformer=None,
+        text_encoder=transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            qwen_image / "text_encoder"
+        ).eval(),
+        tokenizer=transformers.AutoTokenizer.from_pretrained(qwen_image / "tokenizer"),
+    )
+    (expected,), _ = pipeline._get_qwen_prompt_embeds("a red circle", "cpu")
+    assert rms(own.encode("a red circle") - expected, expected) < 1e-5
+    assert rms(own.encode("a blue circle")[: len(expected)] - expected, expected) > 1e-2
+
+    shutil.copytree(qwen_image / "text_encoder", tmp_path / "lacking")
+    weights = load_file(file := tmp_path / "lacking" / "model.safetensors")
+    lacks = next(name for name in weights if name.endswith("layers.1.mlp.up_proj.weight"))
+    del weights[lacks]
+    save_file(weights, file, {"format": "pt"})
+    for folder, message in ((tmp_path / "lacking", "lacks 1 tensors"), (tmp_path, "of type no")):
+        with pytest.raises(CheckpointError, match=message):
+            load_encoder(folder, QWEN_IMAGE.prompts.model_type, torch.float32)
+
+
+@pytest.mark.parametrize("row", BACKBONES.values(), ids=BACKBONES)
+def test_diffusers_is_what_the_table_was_written_for(row):
     """Fails where a release moves what a row relies on, or lies outside of the extra's bounds."""
-    found = inspect.signature(diffusers.Flux2Transformer2DModel.forward).parameters
-    taken = FLUX2_KLEIN.inputs(
+    model = getattr(diffusers, row.diffusers_class)
+    found = inspect.signature(model.forward).parameters
+    taken = row.inputs(
         torch.zeros(1, 2, 768), torch.ones(1), torch.zeros(1, 3, 24), 1, 2, PUBLISHED
     )
     assert {*taken, "return_dict"} <= set(found)
     required = [name for name, each in found.items() if each.default is each.empty]
     assert set(required) <= {"self", *taken}
-    settings = inspect.signature(diffusers.Flux2Transformer2DModel.__init__).parameters
-    for name, value in FLUX2_KLEIN.settings.items():
+    settings = inspect.signature(model.__init__).parameters
+    for name, value in row.settings.items():
         assert settings[name].default == value
     bounds = re.search(
         r'^backbones = \["diffusers>=([\d.]+),<([\d.]+)"', PYPROJECT.read_text(), re.M
@@ -298,15 +350,16 @@ def test_int8_blocks_generate_as_the_whole_model(klein, tmp_path):
     assert {name for name in linears if name.startswith("transformer_blocks.0.")} == kept & linears
 
 
+@pytest.mark.parametrize("row", BACKBONES)
 @torch.no_grad()
-def test_the_estimate_of_a_pass_is_what_it_holds(klein):
-    pipe = L2PPipeline.from_pretrained(
-        klein / "small.safetensors", klein, device="cpu", torch_dtype=torch.float32
-    )
+def test_the_estimate_of_a_pass_is_what_it_holds(klein, qwen_image, row):
+    file = {"flux2-klein": klein, "qwen-image": qwen_image}[row] / "small.safetensors"
+    pipe = L2PPipeline.from_pretrained(file, file.parent, device="cpu", torch_dtype=torch.float32)
     settings = pipe.complete(
         {"height": 256, "width": 256, "cfg_scale": 1, "num_inference_steps": 2}
     )
-    model, prompt = pipe.transformer, torch.randn(512, 24)
+    model = pipe.transformer
+    prompt = torch.randn(512, model.config.cap_feat_dim)
 
     def generate():
         noise = torch.randn(1, 3, 256, 256)

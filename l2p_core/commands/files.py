@@ -34,9 +34,9 @@ def add_convert(commands: argparse._SubParsersAction) -> None:
         "convert",
         help="make a pixel initialisation to train from",
         description=(
-            "Make a pixel initialisation from a latent Z-Image, Z-Image-Turbo or FLUX.2-klein, or"
-            " from a trained L2P model of a smaller patch. Tensors that fit are copied; the others"
-            " are initialised from the seed."
+            "Make a pixel initialisation from a latent Z-Image, Z-Image-Turbo, FLUX.2-klein or"
+            " Qwen-Image, or from a trained L2P model of a smaller patch. Tensors that fit are"
+            " copied; the others are initialised from the seed."
         ),
     )
     parser.add_argument(

@@ -78,6 +78,8 @@ class Encodings:
         }
         if prompts.pad_to:
             self.maker["pad_to"] = str(prompts.pad_to)
+        if prompts.drop:
+            self.maker["drop"] = str(prompts.drop)
 
     def add(self, captions: list[str], progress: bool = False) -> None:
         """Encode and store those that are not there, then take the encoder out of memory."""
