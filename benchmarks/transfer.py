@@ -237,6 +237,12 @@ def main() -> None:
         "--steps", type=int, default=1500, help="of each pixel model (default 1500)"
     )
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
+    parser.add_argument(
+        "--mixed-precision",
+        default="bf16",
+        choices=("bf16", "no"),
+        help="of the pixel models; no is faster on a CPU without bfloat16 (default bf16)",
+    )
     args = parser.parse_args()
     folder, data = args.folder, args.folder / "images"
     if not (data / "metadata.jsonl").exists():
@@ -274,6 +280,7 @@ def main() -> None:
                     "output": str(folder / name),
                     "text_encoder": str(folder / "encoder"),
                     "steps": args.steps,
+                    "mixed_precision": args.mixed_precision,
                     "batch": BATCH,
                     "freeze": freeze,
                     "ema": 0.99,
