@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from comfyui_l2p.l2p_core import load_model
 from comfyui_l2p.l2p_core.flow import flow_matching_loss
+from comfyui_l2p.l2p_core.train import launch, pause, transfer
 from comfyui_l2p.l2p_core.train import run as training
-from comfyui_l2p.l2p_core.train import transfer
 from comfyui_l2p.l2p_core.train.estimate import fused_norm
 from comfyui_l2p.l2p_core.train.low_memory import FrozenLinear
 from comfyui_l2p.l2p_core.train.prepare import make_optimizer, prepare
@@ -230,8 +230,8 @@ def test_the_bar_tells_the_memory_of_steps_alone(data, monkeypatch):
     forgotten = []
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", forgotten.append)
-    training.reset_peak(torch.device("cpu"))
-    training.reset_peak(torch.device("cuda:1"))
+    launch.reset_peak(torch.device("cpu"))
+    launch.reset_peak(torch.device("cuda:1"))
     assert forgotten == [torch.device("cuda:1")]
 
 
@@ -239,7 +239,7 @@ def test_a_card_without_bfloat16_is_rejected_by_name(data, monkeypatch):
     capability = {"cuda:0": (7, 5), "cuda:1": (8, 6)}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda card: capability[str(card)])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda card: "RTX 2080")
-    check = training.check_dtype
+    check = launch.check_dtype
     with pytest.raises(ValueError, match="RTX 2080 .*7.5.* mixed_precision 'no'"):
         check(config(data, mixed_precision="bf16"), torch.device("cuda:0"))
     check(config(data, mixed_precision="bf16"), torch.device("cuda:1"))
@@ -251,7 +251,7 @@ def test_processes_share_the_samples_and_each_others_troubles(data, monkeypatch)
     run = training.Run.__new__(training.Run)
     run.config, run.samples, run.main, run.output, run.step = config(data), "abcde", True, data, 1
     run.log = SimpleNamespace(boards=None)
-    run.accelerator = SimpleNamespace(num_processes=2, process_index=1)
+    run.processes, run.rank = 2, 1
     asked, shown, others = [], [], ({0: "A", 2: "C", 4: "E"}, False, "")
 
     def generate(seeds):
@@ -267,7 +267,7 @@ def test_processes_share_the_samples_and_each_others_troubles(data, monkeypatch)
     with pytest.raises(RuntimeError, match="out of memory"):
         run.sample()
     others = ({}, True, "")
-    with pytest.raises(training.Stopped):
+    with pytest.raises(pause.Stopped):
         run.sample()
 
 

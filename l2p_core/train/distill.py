@@ -22,7 +22,8 @@ from ..tables import read_rows
 from .data import Batch, Batches
 from .dataset import Data, Example
 from .distill_config import DistillConfig
-from .run import Run, run_in_folder, swapped_weights
+from .pause import swapped_weights
+from .run import Run, run_in_folder
 
 PATH = 8  # steps from noise to a noisy image, where the student's own number does not say it
 

@@ -10,14 +10,12 @@ resume.pt              the state from which a run resumes, bit for bit on a CPU
 """
 
 import math
-import os
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -31,7 +29,6 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..devices import memory_counter
 from ..files.atomic import WAIT, WriteError, atomic_write, locked, process_rank
 from ..files.header import hash_files
 from ..files.layout import Layout
@@ -48,6 +45,8 @@ from .buckets import planned_as_before, report, target_size
 from .config import OWN_RECIPES, TrainConfig, to_toml
 from .data import Batch, Batches, Encodings, Example, hold_out
 from .dataset import Data, cache_folder, read_data
+from .launch import exact_float32, memory, reset_peak, start_processes
+from .pause import Stopped, stoppable, swapped_weights
 from .prepare import (
     compute_dtype,
     make_optimizer,
@@ -62,12 +61,8 @@ from .record import Log, Row, draw_curves, samples_file, show_samples
 from .report import describe_data, write_report
 from .resume import check_run, first_line, load_state, save_step, step_file
 from .samples import Sample, read_samples
-from .shard import gather, is_split, reshard, shard
+from .shard import gather, reshard, shard
 from .transfer import saved_on_host
-
-# Of processes with the one that writes files. All share sampling and encoding, so a longer silence
-# means that one is gone.
-PATIENCE = timedelta(minutes=30)
 
 
 def train(config: TrainConfig, progress: bool = True) -> Path:
@@ -92,66 +87,6 @@ def run_in_folder(recipe: type["Run"], config: TrainConfig, progress: bool) -> P
         exact_float32() if config.mixed_precision == "no" else nullcontext(),
     ):  # the first process locks for all
         return recipe(config, progress).train()
-
-
-@contextmanager
-def exact_float32() -> Iterator[None]:
-    """Within it a GPU computes float32 in float32. By default its convolutions use TF32, which has
-    10 bits of mantissa."""
-    kinds = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [kind.allow_tf32 for kind in kinds]
-    try:
-        for kind in kinds:
-            kind.allow_tf32 = False
-        yield
-    finally:
-        for kind, value in zip(kinds, before):
-            kind.allow_tf32 = value
-
-
-def check_launcher() -> None:
-    """Reject or name what a launcher is set up for and training does by its own settings.
-
-    Before accelerate reads it: without DeepSpeed, for one, it only asks to install it. Raises
-    ValueError."""
-    for variable, name in (
-        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
-        ("ACCELERATE_USE_FSDP", "FSDP"),
-        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
-    ):
-        if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
-            raise ValueError(
-                f"accelerate is set up for {name}, which this program does not use. Set it up for"
-                " several GPUs alone (accelerate config), and split the model by --shard state, as"
-                " ZeRO-2 does, or --shard all, as ZeRO-3 does"
-            )
-    given = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if given not in ("", "1"):
-        warnings.warn(
-            f"accelerate is set to accumulate gradients over {given} batches, which is ignored;"
-            f" give accumulate {given} for that",
-            stacklevel=3,
-        )
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if precision not in ("", "no", "bf16"):
-        warnings.warn(
-            f"accelerate is set to {precision}, which is ignored; mixed_precision says what"
-            " training computes in",
-            stacklevel=3,
-        )
-
-
-def check_dtype(config: TrainConfig, device: torch.device) -> None:
-    """Raise ValueError where a GPU computes bfloat16 only by emulation, at a fraction of its
-    speed."""
-    if config.mixed_precision == "bf16" and device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        if torch.version.hip is None and major < 8:
-            raise ValueError(
-                f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor}) has no"
-                " bfloat16, and float16 overflows in this model's training. Take a card of the RTX"
-                " 30 series or newer, or mixed_precision 'no', which computes in float32"
-            )
 
 
 def find_recipe(name: str) -> type["Run"]:
@@ -194,11 +129,6 @@ class Diverged(ValueError):
     """The loss is not one to go on with."""
 
 
-class Stopped(Exception):
-    """An interrupt or SIGTERM while samples are generated: nothing of the state changes then, so it
-    needs no end of a step."""
-
-
 class Run:
     """A run set up: model, data, optimizer and folder, at the step where it resumes.
 
@@ -211,137 +141,43 @@ class Run:
     nouns = "image", "caption"  # what an example and its text are called
 
     def __init__(self, config: TrainConfig, progress: bool):
-        try:
-            from accelerate import (
-                Accelerator,
-                DistributedDataParallelKwargs,
-                InitProcessGroupKwargs,
-            )
-            from accelerate.utils import GradientAccumulationPlugin
-        except ImportError:
-            raise ImportError(
-                "training needs accelerate: pip install 'comfyui-l2p[train]'"
-            ) from None
-        check_launcher()
         self.config, self.output, self.dtype = config, Path(config.output), compute_dtype(config)
-        self.accelerator = Accelerator(
-            mixed_precision="no",
-            cpu=config.device == "cpu",  # `autocast` sees to the former
-            # `learn` divides by itself; the argument of that name would give way to the environment
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=PATIENCE),
-            ],
-        )
+        self.accelerator = start_processes(config)
+        self.processes, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
-        check_dtype(config, self.device)
-        if config.step_in_backward and self.accelerator.num_processes > 1:
-            raise ValueError(
-                "step_in_backward is for one process, and here are"
-                f" {self.accelerator.num_processes}; leave it off"
-            )
-        if config.shard and self.accelerator.num_processes == 1:
-            raise ValueError(
-                f"shard is {config.shard}, and there is one process; start several by accelerate"
-                " launch, or leave it off"
-            )
-        if self.accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
-            raise ValueError(
-                f"accelerate is set up for {self.accelerator.distributed_type.value}; set it up for"
-                " several processes alone, and split the model by shard"
-            )
         self.progress = progress and self.main
-        self.interrupted, self.consistent = (
-            Noted(),
-            True,
-        )  # consistent: no optimizer step is half done
+        self.interrupted = Noted()
+        self.consistent = True  # no optimizer step is half done
         check_run(self.output, config)
         check_packages(config)
-        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        self.pipe = L2PPipeline.from_pretrained(
-            config.checkpoint,
-            config.text_encoder or None,
-            config.tokenizer or None,
-            self.device,
-            self.dtype,
-            progress=self.progress,
-            offload=False,
-        )
+
+        self.pipe = self._open_checkpoint()
         layout = self.pipe.layout
-        reject_quantized(layout)
         first_lora, lora_changes = (
             read_first_lora(config, layout) if config.resume_lora else (None, {})
         )
-        if config.height:
-            self.pipe.check_size(config.height, config.width)
-            # what it generates best from now on
-            layout.metadata["modelspec.resolution"] = f"{config.width}x{config.height}"
-        if config.size_step % (multiple := layout.config.size_multiple):
-            raise ValueError(
-                f"size_step is {config.size_step}; this checkpoint needs multiples of {multiple}"
-                " pixels, so give one"
-            )
-        encoder_files(
-            self.pipe.text_encoder_path
-        )  # a missing file is reported before images are read
-        find_tokenizer(self.pipe.text_encoder_path, self.pipe.tokenizer_path)
         samples = read_samples(config, self.pipe)
         max_pixels = config.max_area(math.prod(layout.trained_size))
-        data = self.read_data(max_pixels, multiple, processes * config.batch)
+        multiple = layout.config.size_multiple
+        data = self.read_data(max_pixels, multiple, self.processes * config.batch)
         examples = data.examples
         trained_on, held_out = hold_out(data.main, config.held_out, config.seed)
         learned = data.epoch(trained_on)
+
         self.sample_size = Counter(example.size for example in examples).most_common(1)[0][0]
         first_captions = dict.fromkeys(example.captions[0] for example in examples)
         self.samples = samples or [Sample(caption) for caption in first_captions][:4]
         self.encodings = Encodings(cache_folder(config), self.pipe)
-        captions = list(
-            dict.fromkeys(
-                [
-                    "",
-                    *(each.prompt for each in self.samples),
-                    *(each.negative_prompt for each in self.samples),
-                    *(caption for example in examples for caption in example.captions),
-                ]
-            )
-        )
-        # What is in the cache is left out before the rest is shared out: all take equally long.
-        missing = [each for each in captions if not self.encodings.file(each).exists()]
-        self.accelerator.wait_for_everyone()
-        self.encodings.add(missing[rank::processes], self.progress)
-        self.accelerator.wait_for_everyone()
-        if not all(self.encodings.file(caption).exists() for caption in captions):
-            raise ValueError(
-                f"{self.encodings.folder} lacks captions that other processes encoded; give a cache"
-                " that all machines share"
-            )
+        self._encode(examples)
         self.batches = self.batches_of(
-            learned, self.encodings, config, layout.config.patch_size, processes, rank
+            learned, self.encodings, config, layout.config.patch_size, self.processes, self.rank
         )
+        self.held_out = self._batches_held_out(held_out)
         self.about_data = describe_data(data, learned, held_out, self.batches.size, self.nouns)
         if self.progress:
             print(report(learned, self.batches.size, self.nouns[0]), file=sys.stderr)
-        self.held_out: Batches | None = None
-        if held_out:
-            one_by_one = replace(config, caption_dropout=0.0, batch=1)
-            self.held_out = self.batches_of(
-                held_out, self.encodings, one_by_one, layout.config.patch_size
-            )
 
-        if (
-            config.shard or config.quantize_frozen or config.swap_blocks
-        ):  # the device gets its part of each block, or linears one at a time
-            self.pipe.transformer = load_model(layout, "cpu", self.dtype)
-        self.trained = prepare(self.pipe.transformer, config, None if config.shard else self.device)
-        if config.shard:
-            shard(
-                self.pipe.transformer,
-                self.device,
-                weights=config.shard == "all",
-                dtype=self.dtype if self.dtype == torch.bfloat16 else None,
-            )
-            self.trained = trained_of(self.pipe.transformer)
+        self.trained = self._prepare_model()
         start_from_lora(self.trained, lora_changes, config)
         self.ema = (
             {name: parameter.detach().float().clone() for name, parameter in self.trained.items()}
@@ -352,34 +188,12 @@ class Run:
             f"ema.{name}": tensor for name, tensor in self.ema.items()
         }
         optimizer = self.make_optimizer()
-        resume = self.output / "resume.pt"
         self.inputs = self.identity(examples, first_lora) if self.main else {}
-        self.step = self.saved = (
-            load_state(
-                resume,
-                self.saved_tensors,
-                optimizer,
-                self.batches.size,
-                self.inputs,
-                self.batching(data, max_pixels, config.size_step or multiple),
-            )
-            if resume.exists()
-            else 0
-        )
-        if (
-            len(
-                set(self.accelerator.gather(torch.tensor([self.step], device=self.device)).tolist())
-            )
-            > 1
-        ):
-            raise ValueError(
-                f"not all processes find the run in {self.output}, or not the same; give a folder"
-                " that all machines share"
-            )
-        self.model, self.optimizer = (
-            self.pipe.transformer,
-            self.accelerator.prepare(optimizer, device_placement=[False]),
-        )
+        batching = self.batching(data, max_pixels, config.size_step or multiple)
+        self.step = self.saved = self._resume(optimizer, batching)
+
+        self.optimizer = self.accelerator.prepare(optimizer, device_placement=[False])
+        self.model = self.pipe.transformer
         if not config.shard:
             self.model = self.accelerator.prepare(self.model)
         boards = Boards(config, self.step) if self.main else None
@@ -387,6 +201,95 @@ class Run:
         if self.main:
             with atomic_write(self.output / "config.toml") as stream:
                 stream.write(to_toml(config).encode())
+
+    def _open_checkpoint(self) -> L2PPipeline:
+        """Read the checkpoint's header and check all settings that it has a say in; its weights are
+        loaded later. Missing files are reported here, before images are read."""
+        config = self.config
+        pipe = L2PPipeline.from_pretrained(
+            config.checkpoint,
+            config.text_encoder or None,
+            config.tokenizer or None,
+            self.device,
+            self.dtype,
+            progress=self.progress,
+            offload=False,
+        )
+        layout = pipe.layout
+        reject_quantized(layout)
+        if config.height:
+            pipe.check_size(config.height, config.width)
+            # what it generates best from now on
+            layout.metadata["modelspec.resolution"] = f"{config.width}x{config.height}"
+        if config.size_step % (multiple := layout.config.size_multiple):
+            raise ValueError(
+                f"size_step is {config.size_step}; this checkpoint needs multiples of {multiple}"
+                " pixels, so give one"
+            )
+        encoder_files(pipe.text_encoder_path)
+        find_tokenizer(pipe.text_encoder_path, pipe.tokenizer_path)
+        return pipe
+
+    def _encode(self, examples: list[Example]) -> None:
+        """Encode every text of the run. Each process encodes its share, into the cache."""
+        texts = dict.fromkeys(
+            [
+                "",
+                *(each.prompt for each in self.samples),
+                *(each.negative_prompt for each in self.samples),
+                *(caption for example in examples for caption in example.captions),
+            ]
+        )
+        # What is in the cache is left out before the rest is shared out: all take equally long.
+        missing = [text for text in texts if not self.encodings.file(text).exists()]
+        self.accelerator.wait_for_everyone()
+        self.encodings.add(missing[self.rank :: self.processes], self.progress)
+        self.accelerator.wait_for_everyone()
+        if not all(self.encodings.file(text).exists() for text in texts):
+            raise ValueError(
+                f"{self.encodings.folder} lacks captions that other processes encoded; give a cache"
+                " that all machines share"
+            )
+
+    def _batches_held_out(self, examples: list[Example]) -> Batches | None:
+        """Return the validation set one image at a time, with all of its captions."""
+        if not examples:
+            return None
+        one_by_one = replace(self.config, caption_dropout=0.0, batch=1)
+        patch_size = self.pipe.layout.config.patch_size
+        return self.batches_of(examples, self.encodings, one_by_one, patch_size)
+
+    def _prepare_model(self) -> dict[str, nn.Parameter]:
+        """Load the model and make it ready to train. Return what is trained, by name."""
+        config, pipe = self.config, self.pipe
+        if config.shard or config.quantize_frozen or config.swap_blocks:
+            # the device gets its part of each block, or linears one at a time
+            pipe.transformer = load_model(pipe.layout, "cpu", self.dtype)
+        trained = prepare(pipe.transformer, config, None if config.shard else self.device)
+        if not config.shard:
+            return trained
+        shard(
+            pipe.transformer,
+            self.device,
+            weights=config.shard == "all",
+            dtype=self.dtype if self.dtype == torch.bfloat16 else None,
+        )
+        return trained_of(pipe.transformer)
+
+    def _resume(self, optimizer: torch.optim.Optimizer, batching: tuple[str, bool]) -> int:
+        """Load the state of the run in the folder, if there is one. Return the step it is at."""
+        file, step = self.output / "resume.pt", 0
+        if file.exists():
+            step = load_state(
+                file, self.saved_tensors, optimizer, self.batches.size, self.inputs, batching
+            )
+        steps = self.accelerator.gather(torch.tensor([step], device=self.device))
+        if len(set(steps.tolist())) > 1:
+            raise ValueError(
+                f"not all processes find the run in {self.output}, or not the same; give a folder"
+                " that all machines share"
+            )
+        return step
 
     def read_data(self, max_pixels: int, multiple: int, step_images: int) -> Data:
         """Return what is trained on; the arguments are those of `dataset.read_data`."""
@@ -412,9 +315,7 @@ class Run:
             for each in data.examples
             if each.pixels
         )
-        same_rows = planned_as_before(
-            self.batches.examples, self.config.batch, self.accelerator.num_processes
-        )
+        same_rows = planned_as_before(self.batches.examples, self.config.batch, self.processes)
         return self.batches.fingerprint(), own_sizes and same_rows and not self.config.held_out
 
     def make_optimizer(self) -> torch.optim.Optimizer:
@@ -521,7 +422,7 @@ class Run:
 
         An error is a warning, as the state is saved; but not where other processes would wait for
         this one."""
-        alone = self.accelerator.num_processes == 1
+        alone = self.processes == 1
         shared = type(self).sample is Run.sample  # a recipe's own is for one process
         generates = self.main or self.config.shard or shared
         tasks = [(self.validate, "the validation loss", alone)] if self.held_out else []
@@ -552,12 +453,12 @@ class Run:
     def validate(self) -> None:
         """Log the loss of the validation set."""
         assert self.held_out is not None  # else nothing asks for it
-        images, processes = self.held_out.per_epoch, self.accelerator.num_processes
+        images, processes = self.held_out.per_epoch, self.processes
         total = torch.zeros((), device=self.device)
         with torch.no_grad(), self.sampling():
             for first in range(0, images, processes):  # all processes run the model as often
                 self.stop_together(processes > 1)
-                number = first + self.accelerator.process_index
+                number = first + self.rank
                 loss = self.loss(on_device(self.held_out[number % images], self.device))
                 total += loss if number < images else 0
         self.log.add_held_out(self.step, self.accelerator.reduce(total, "sum").item() / images)
@@ -589,7 +490,7 @@ class Run:
         loss = torch.zeros((), device=self.device)
         self.consistent = not config.step_in_backward
         for part in range(config.accumulate):
-            if part and self.interrupted.is_set() and self.accelerator.num_processes == 1:
+            if part and self.interrupted.is_set() and self.processes == 1:
                 self.optimizer.zero_grad()
                 return True
             passes = next(batches)
@@ -727,12 +628,12 @@ class Run:
         given.
 
         Processes that hold the whole model each take their share of the prompts."""
-        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         prompts = range(len(self.samples))
-        if processes == 1 or self.config.shard:
+        if self.processes == 1 or self.config.shard:
             images = self.generate(prompts)
         else:
-            images = self.gathered(partial(self.generate, prompts[rank::processes]))
+            own = prompts[self.rank :: self.processes]
+            images = self.gathered(partial(self.generate, own))
         if self.main:
             row = show_samples(
                 [images[number] for number in sorted(images)], self.output, self.step
@@ -779,61 +680,3 @@ class Run:
         if failures := [failed for _, _, failed in of_all if failed]:
             raise RuntimeError(failures[0])
         return {key: value for done, _, _ in of_all for key, value in done.items()}
-
-
-@contextmanager
-def stoppable(model: nn.Module, interrupted: Noted) -> Iterator[None]:
-    """Within it the model's next block raises Stopped after an interrupt: a whole pass may take
-    seconds."""
-
-    def check(*_: object) -> None:
-        if interrupted.is_set():
-            raise Stopped
-
-    blocks = (*model.blocks, model.local_decoder)
-    hooks = [block.register_forward_pre_hook(check) for block in blocks]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
-def swapped_weights(
-    parameters: dict[str, nn.Parameter], values: dict[str, Tensor]
-) -> Iterator[None]:
-    """Within it the parameters have these values, as far as there are some."""
-
-    def put(parameter: nn.Parameter, value: Tensor) -> None:
-        if is_split(parameter):  # the place is known elsewhere
-            parameter.data.copy_(value)
-        else:
-            parameter.data = value.to(parameter.dtype)
-
-    before = {
-        name: parameters[name].data.clone() if is_split(parameters[name]) else parameters[name].data
-        for name in values
-    }
-    try:
-        for name, value in values.items():
-            put(parameters[name], value)
-        yield
-    finally:
-        for name, value in before.items():
-            put(parameters[name], value)
-
-
-def reset_peak(device: torch.device) -> None:
-    """Forget what a GPU held so far, in loading or sampling."""
-    counter = memory_counter(device)
-    if counter is not None:
-        counter.reset_peak_memory_stats(device)
-
-
-def memory(device: torch.device) -> dict[str, str]:
-    """The most that a GPU held in the steps since `reset_peak`, for the progress bar."""
-    counter = memory_counter(device)
-    if counter is None:
-        return {}
-    return {"memory": f"{counter.max_memory_allocated(device) / 1e9:.1f} GB"}
