@@ -51,7 +51,8 @@ def is_one_image(output: Path) -> bool:
         return True
     if suffix in Image.registered_extensions():
         raise ValueError(
-            f"--output is {output}; images are written as .png, which keeps their settings"
+            f"--output is {output}; images are written as .png, which stores their"
+            " settings. Give a name that ends in .png, or a folder"
         )
     return False
 

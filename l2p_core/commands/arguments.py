@@ -257,6 +257,7 @@ def print_bundled() -> None:
     from ..pipeline import BUNDLED_MODEL
 
     print(
-        "No --checkpoint given: using the bundled small model, which knows plain shapes"
-        f" ({BUNDLED_MODEL.parent / 'README.md'}). What a prompt leaves open is filled in at random"
+        "No --checkpoint given: using the bundled small model, which generates only plain shapes"
+        f" (see {BUNDLED_MODEL.parent / 'README.md'}). What a prompt leaves open is chosen at"
+        " random."
     )

@@ -310,7 +310,7 @@ class TrainConfig:
         for name in self.REQUIRED:
             if not getattr(self, name):
                 raise ValueError(
-                    f"{name} is not given: {self.__dataclass_fields__[name].metadata['help']}"
+                    f"{name} is not given; give {self.__dataclass_fields__[name].metadata['help']}"
                 )
         for each in fields(self):
             value, choices = getattr(self, each.name), each.metadata.get("choices")
