@@ -60,9 +60,8 @@ class Row(NamedTuple):
 class Card:
     """The device, and the sizes that are run on it."""
 
-    def __init__(self, smoke: bool):
-        self.smoke = smoke
-        self.device = torch.device("cpu") if smoke else default_device()
+    def __init__(self, smoke: bool, device: torch.device):
+        self.smoke, self.device = smoke, device
         self.dtype = torch.float32 if smoke else torch.bfloat16  # slow on many CPUs
         self.size, self.steps, self.repeats = (64, 2, 1) if smoke else (1024, 30, 5)
         self.windowed = 2 * self.size
@@ -375,6 +374,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on the CPU")
+    parser.add_argument("--device", help="default: the accelerator; cpu takes --only products")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table here too")
     parser.add_argument(
         "--only",
@@ -384,9 +384,10 @@ def main() -> None:
         help="default: all",
     )
     args = parser.parse_args()
-    card = Card(args.smoke)
-    if card.device.type == "cpu" and not args.smoke:
+    device = torch.device(args.device) if args.device else default_device()
+    if device.type == "cpu" and not (args.smoke or args.device):
         parser.error("torch finds no accelerator here; --smoke runs everything small on the CPU")
+    card = Card(args.smoke, torch.device("cpu") if args.smoke else device)
     name = torch.cuda.get_device_name() if card.device.type == "cuda" else str(card.device)
     print(f"{name}, torch {torch.__version__}\n| | | | |\n|---|---|---|---|", flush=True)
     started, rows = time.monotonic(), []

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .attention import AUTO, attend_by_parts, attention, attention_by
 from .config import L2PConfig, PixelConfig
 from .decoder import LocalDecoder
+from .files.quantization import apply_linears
 from .kernels import fused_rotation
 
 TOKEN_MULTIPLE = 32  # image and prompt tokens are each padded to a multiple of this
@@ -89,7 +90,7 @@ class Hooks:
 
     def project(self, x: Tensor, layers: tuple[nn.Module, ...]) -> list[Tensor]:
         """Apply several linear layers to the same input."""
-        return [layer(x) for layer in layers]
+        return apply_linears(x, layers)
 
     def normalize(self, norm: nn.RMSNorm, x: Tensor, factor: Tensor | None) -> Tensor:
         """Normalize x, (B, S, D), and multiply it by a factor, (B, 1, D), or None for 1."""
@@ -372,7 +373,7 @@ class Block(nn.Module):
         def after(x: Tensor, attended: Tensor) -> Tensor:
             attended = self.attention.to_out[0](attended)
             x = x + normalize(self.attention_norm2, attended, gate_a)
-            forwarded = self.feed_forward(normalize(self.ffn_norm1, x, scale_f))
+            forwarded = self.feed_forward(normalize(self.ffn_norm1, x, scale_f), hooks)
             return x + normalize(self.ffn_norm2, forwarded, gate_f)
 
         q, k, v = by_tokens(before, x, rope)  # each (B, S, heads, head)
@@ -413,9 +414,13 @@ class FeedForward(nn.Module):
         self.w2 = operations.Linear(hidden_dim, dim, bias=False, **factory)
         self.w3 = operations.Linear(dim, hidden_dim, bias=False, **factory)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, hooks: Hooks = PUBLISHED) -> Tensor:
         """(B, S, D) → (B, S, D)."""
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        gate, value = hooks.project(x, (self.w1, self.w3))
+        gate = F.silu(gate)
+        hidden = gate * value
+        del gate, value  # not held during the last product
+        return self.w2(hidden)
 
 
 class TimeEmbedder(nn.Module):

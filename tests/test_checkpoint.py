@@ -5,6 +5,7 @@ import json
 import random
 import re
 import struct
+from copy import deepcopy
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from comfyui_l2p.l2p_core.files import quantization
 from comfyui_l2p.l2p_core.files.describe import describe, report
 from comfyui_l2p.l2p_core.files.header import read_header
 from comfyui_l2p.l2p_core.files.quantization import Int8Linear, int8_linear, kernel_runs
+from comfyui_l2p.l2p_core.model import Hooks, rope_of_prompt
 from golden import recipe
 from helpers import GOLDEN, comfyui_naming, int8, rms, scaled_fp8
 
@@ -413,6 +415,32 @@ def test_int8_is_multiplied_otherwise_where_the_kernel_does_not_run(monkeypatch)
         out = int8_linear(x, weight, scale, torch.ones(32), 16)
     kernel_runs.cache_clear()
     assert (out.shape, out.dtype, out.device.type) == ((2, 3, 32), torch.float16, "meta")
+
+
+@pytest.mark.parametrize("groupsize", [0, 16])
+def test_int8_layers_with_the_same_input_quantize_it_once(tiny_model, monkeypatch, groupsize):
+    """On a CPU: once for q, k and v, once for w1 and w3. The same numbers as one by one."""
+    block = deepcopy(tiny_model.layers[0])
+    for name, layer in list(block.named_modules()):
+        if isinstance(layer, torch.nn.Linear) and "adaLN" not in name:
+            numbers = (100 * layer.weight / layer.weight.abs().max()).to(torch.int8)
+            block.set_submodule(name, Int8Linear(numbers, torch.ones(1) / 500, None, groupsize))
+    rope = rope_of_prompt(32, tiny_model.config.axes_dims, torch.device("cpu"))[None]
+    x, calls = torch.randn(1, 32, tiny_model.config.dim), []
+    quantize = quantization.quantize_rows
+    monkeypatch.setattr(
+        quantization, "quantize_rows", lambda *given: calls.append(given) or quantize(*given)
+    )
+
+    class OneByOne(Hooks):
+        def project(self, x, layers):
+            return [layer(x) for layer in layers]
+
+    with torch.no_grad():
+        found, count = block(x, rope, None, None), len(calls)
+        alone = block(x, rope, None, None, OneByOne())
+    assert (count, len(calls) - count) == (4, 7)
+    assert torch.equal(found, alone)
 
 
 def test_threads_that_read_keep_the_order_and_are_given_back(tiny_weights, write):

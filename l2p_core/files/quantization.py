@@ -4,7 +4,7 @@ linear layer.
 INT8 weights stay 8 bits in memory and are multiplied as such by comfy-kitchen; the other formats
 are dequantized."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple, TypeVar
 
@@ -165,20 +165,57 @@ def int8_linear_on_cpu(
 ) -> Tensor:
     """Return what comfy-kitchen's `int8_linear` does, which copies the transposed weight at each
     call, by products that every device has."""
+    return multiply_rows(quantize_rows(x, convrot_groupsize), x, weight, scale, bias)
+
+
+class Rows(NamedTuple):
+    """Rows rounded to whole numbers, (n, K), int8 or float32, and the scale of each, (n, 1)."""
+
+    numbers: Tensor
+    scale: Tensor
+
+
+def quantize_rows(x: Tensor, convrot_groupsize: int) -> Rows:
+    """Round (..., K) to INT8, with a scale for each row, as int8 where torch multiplies that."""
     if convrot_groupsize:
         hadamard_matrix = hadamard(convrot_groupsize).to(x)
         x = (x.unflatten(-1, (-1, convrot_groupsize)) @ hadamard_matrix).flatten(-2)
     rows = x.flatten(0, -2)
-    row_scale = (rows.abs().amax(dim=1, keepdim=True).float() / 127).clamp(min=1e-30)
-    numbers = (rows / row_scale.to(x.dtype)).round_().clamp_(-128, 127)
+    scale = (rows.abs().amax(dim=1, keepdim=True).float() / 127).clamp(min=1e-30)
+    numbers = (rows / scale.to(x.dtype)).round_().clamp_(-128, 127)
     if x.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512":
-        product = torch._int_mm(numbers.to(torch.int8), weight.t()).float()
-    else:  # torch has no 8-bit kernel: its loop takes 10 times as long as a float32 product
-        product = numbers.float() @ weight.t().float()
-    out = product.mul_(row_scale * scale.reshape(1, -1)).to(x.dtype)
+        return Rows(numbers.to(torch.int8), scale)
+    # torch has no 8-bit kernel: its loop takes 10 times as long as a float32 product
+    return Rows(numbers.float(), scale)
+
+
+def multiply_rows(
+    rows: Rows, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Return x W^T + b of the rows of x."""
+    if rows.numbers.dtype == torch.int8:
+        product = torch._int_mm(rows.numbers, weight.t()).float()
+    else:
+        product = rows.numbers @ weight.t().float()
+    out = product.mul_(rows.scale * scale.reshape(1, -1)).to(x.dtype)
     if bias is not None:
         out += bias.to(out)
     return out.unflatten(0, x.shape[:-1])
+
+
+def apply_linears(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
+    """Apply several layers to the same input. INT8 ones on a CPU quantize it once for all."""
+    first = layers[0]
+    shared = isinstance(first, Int8Linear) and all(
+        isinstance(layer, Int8Linear) and layer.convrot_groupsize == first.convrot_groupsize
+        for layer in layers
+    )
+    if not shared or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return [layer(x) for layer in layers]
+    rows = quantize_rows(x, first.convrot_groupsize)
+    return [
+        multiply_rows(rows, x, layer.weight, layer.weight_scale, layer.bias) for layer in layers
+    ]
 
 
 @torch.library.custom_op(
@@ -230,7 +267,7 @@ def rotate(rows: Tensor, groupsize: int) -> Tensor:
 def hadamard(size: int) -> Tensor:
     """Kronecker powers of the 4 x 4 regular Hadamard matrix, scaled to be orthogonal (ConvRot,
     arXiv 2512.03673). size: a power of 4."""
-    four = 1 - 2 * torch.eye(4).flip(1)
+    four = 1 - 2 * torch.eye(4, device="cpu").flip(1)  # kept, so never on shapes alone
     return four / 2 if size == 4 else torch.kron(hadamard(size // 4), four) / 2
 
 
