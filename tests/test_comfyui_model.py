@@ -1,5 +1,6 @@
 """The network inside ComfyUI against l2p_core, through ComfyUI's own loaders and ours."""
 
+import backbones
 import pytest
 import torch
 from comfyui_l2p.l2p_core import load_model
@@ -216,7 +217,7 @@ def test_save_checkpoint_and_load_again(
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_what_cannot_be_drawn_with_is_named(comfyui, write, tiny_weights, loader):
+def test_what_cannot_be_drawn_with_is_named(comfyui, write, tiny_weights, loader, tmp_path):
     def refusal(tensors):
         with pytest.raises(Rejected) as rejected:
             comfyui.call("forward", path=write(tensors), loader=loader, inputs="", output="")
@@ -230,6 +231,8 @@ def test_what_cannot_be_drawn_with_is_named(comfyui, write, tiny_weights, loader
         {name: tensor for name, tensor in tiny_weights.items() if name != "x_pad_token"}
     )
     assert "layers.0.new" in refusal({**tiny_weights, "layers.0.new": torch.zeros(1)})
+    klein = load_file(backbones.save_pixel_model(tmp_path / "klein.safetensors"))
+    assert "L2P model on FLUX.2-klein" in refusal(klein)
 
 
 def test_installed_once_and_nodes_are_there(comfyui):
