@@ -6,7 +6,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from comfyui_l2p.l2p_core import L2PPipeline, model
+from comfyui_l2p.l2p_core import L2PPipeline
+from comfyui_l2p.l2p_core import attention as kernels
 from comfyui_l2p.l2p_core.batch import is_generated
 from comfyui_l2p.l2p_core.images import save_image
 from comfyui_l2p.l2p_core.model import rope_of_image
@@ -157,13 +158,13 @@ def test_positions_can_be_squeezed():
     [(INTERPOLATED, 1.0, "local"), (TILED, 0.0, "local"), (EXTRAPOLATED, 0.0, "whole")],
 )
 def test_a_stage_redraws_the_one_before_it_enlarged(pipe, monkeypatch, redraw, guidance, attention):
-    real, sides = model.attend_in_neighbourhoods, set()
+    real, sides = kernels.attend_in_neighbourhoods, set()
 
     def recorded(attend, *given):
         sides.add(given[-1].side)
         return real(attend, *given)
 
-    monkeypatch.setattr(model, "attend_in_neighbourhoods", recorded)
+    monkeypatch.setattr(kernels, "attend_in_neighbourhoods", recorded)
     calls = []
     drawn = pipe(
         PROMPT,
