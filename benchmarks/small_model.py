@@ -171,7 +171,7 @@ def main() -> None:
         help="fill in what prompts leave open before the model reads them",
     )
     parser.add_argument("--steps", type=int, help="default: the checkpoint's")
-    parser.add_argument("--shift", type=float, default=3.0, help="of the schedule (default 3)")
+    parser.add_argument("--shift", type=float, help="default: the checkpoint's")
     parser.add_argument("--sampler", default="euler")
     parser.add_argument("--guidance", type=float, help="default: the checkpoint's")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
