@@ -12,6 +12,7 @@ The nodes are processes on this machine, of one CPU each; the model is the bundl
 It exits with 1 where an image was lost or differs. For Linux."""
 
 import argparse
+import subprocess
 import sys
 import tempfile
 import time
@@ -57,21 +58,24 @@ def main() -> None:
     sys.exit(int(lost > 0))
 
 
+def command_of(folder: Path, args: argparse.Namespace, *flags: str) -> list[str]:
+    count = ["--seed", "0", "--count", str(args.images), "--steps", str(args.steps)]
+    return ["generate", PROMPT, *count, "--device", "cpu", "-o", str(folder), *flags]
+
+
 def generate(folder: Path, args: argparse.Namespace, *flags: str) -> float:
     """Generate the images; returns how many a second, from the second one on."""
-    count = ["--seed", "0", "--count", str(args.images), "--steps", str(args.steps)]
-    if l2p(["generate", PROMPT, *count, "--device", "cpu", "-o", str(folder), *flags]):
+    if l2p(command_of(folder, args, *flags)):
         sys.exit("l2p generate failed")
     times = sorted(file.stat().st_mtime for file in folder.glob("*.png"))
     return (len(times) - 1) / (times[-1] - times[0])
 
 
 def measure_list(cluster: Cluster, folder: Path, args: argparse.Namespace) -> int:
-    with ThreadPoolExecutor(1) as thread:
-        running = thread.submit(generate, folder, args, "--ray", cluster.address)
+    command = command_of(folder, args, "--ray", cluster.address)
+    with subprocess.Popen([sys.executable, "-m", "comfyui_l2p", *command]) as process:
         wait_for(lambda: len(list(folder.glob("*.png"))) >= args.images // 5)
         cluster.kill()
-        running.result()
     wanted, found = pixels(folder.parent / "alone"), pixels(folder)
     equal = sum(found.get(name) == image for name, image in wanted.items())
     print(f"list: {len(found)} images, {equal} of {args.images} equal, a node killed")
