@@ -73,7 +73,7 @@ def generate(folder: Path, args: argparse.Namespace, *flags: str) -> float:
 
 def measure_list(cluster: Cluster, folder: Path, args: argparse.Namespace) -> int:
     command = command_of(folder, args, "--ray", cluster.address)
-    with subprocess.Popen([sys.executable, "-m", "comfyui_l2p", *command]) as process:
+    with subprocess.Popen([sys.executable, "-m", "comfyui_l2p", *command]):
         wait_for(lambda: len(list(folder.glob("*.png"))) >= args.images // 5)
         cluster.kill()
     wanted, found = pixels(folder.parent / "alone"), pixels(folder)
