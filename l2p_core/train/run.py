@@ -189,7 +189,7 @@ class Run:
         }
         optimizer = self.make_optimizer()
         self.inputs = self.identity(examples, first_lora) if self.main else {}
-        batching = self.batching(data, max_pixels, config.size_step or multiple)
+        batching = partial(self.batching, data, max_pixels, config.size_step or multiple)
         self.step = self.saved = self._resume(optimizer, batching)
 
         self.optimizer = self.accelerator.prepare(optimizer, device_placement=[False])
@@ -276,12 +276,16 @@ class Run:
         )
         return trained_of(pipe.transformer)
 
-    def _resume(self, optimizer: torch.optim.Optimizer, batching: tuple[str, bool]) -> int:
-        """Load the state of the run in the folder, if there is one. Return the step it is at."""
+    def _resume(
+        self, optimizer: torch.optim.Optimizer, batching: Callable[[], tuple[str, bool]]
+    ) -> int:
+        """Load the state of the run in the folder, if there is one. Return the step it is at.
+
+        batching: calls `self.batching`. That plans a whole epoch, so only a resumed run does it."""
         file, step = self.output / "resume.pt", 0
         if file.exists():
             step = load_state(
-                file, self.saved_tensors, optimizer, self.batches.size, self.inputs, batching
+                file, self.saved_tensors, optimizer, self.batches.size, self.inputs, batching()
             )
         steps = self.accelerator.gather(torch.tensor([step], device=self.device))
         if len(set(steps.tolist())) > 1:
