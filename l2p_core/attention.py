@@ -11,15 +11,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .neighbourhoods import Attend, Neighbourhoods, attend_in_neighbourhoods
+from .settings import AUTO, BACKENDS, CUDNN, EFFICIENT, FLASH, MATH, SAGE
 
-AUTO, SAGE = "auto", "sage"
 KERNELS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
+    FLASH: SDPBackend.FLASH_ATTENTION,
+    CUDNN: SDPBackend.CUDNN_ATTENTION,
+    EFFICIENT: SDPBackend.EFFICIENT_ATTENTION,
+    MATH: SDPBackend.MATH,
 }
-BACKENDS = (AUTO, *KERNELS, SAGE)  # auto: torch chooses
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

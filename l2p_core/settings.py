@@ -17,6 +17,15 @@ HALF_A_CHARACTER = ", which holds an unpaired surrogate, half of a character suc
 REFINEMENTS = INTERPOLATED, TILED, EXTRAPOLATED = "interpolated", "tiled", "extrapolated"
 # What image tokens attend to there; the first is the default.
 ATTENTIONS = WHOLE, LOCAL = "whole", "local"
+# Attention kernels; the first is the default, torch's choice.
+BACKENDS = AUTO, FLASH, CUDNN, EFFICIENT, MATH, SAGE = (
+    "auto",
+    "flash",
+    "cudnn",
+    "efficient",
+    "math",
+    "sage",
+)
 
 
 def setting(default: object, help: str, **about: object) -> Any:

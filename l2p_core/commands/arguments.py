@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..settings import FIELDS, describe, kind
+from ..settings import AUTO, BACKENDS, FIELDS, describe, kind
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -140,8 +140,8 @@ def add_pipeline(machine: argparse._ArgumentGroup) -> None:
     )
     machine.add_argument(
         "--attention",
-        choices=("auto", "flash", "cudnn", "efficient", "math", "sage"),
-        default="auto",
+        choices=BACKENDS,
+        default=AUTO,
         help=(
             "attention kernel: torch's choice (default), one of torch's, or SageAttention, which"
             " computes in 8 bits and must be installed"
