@@ -79,19 +79,23 @@ def main() -> None:
         metavar="NAME",
         help="these options, by name",
     )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="default float32"
+    )
     args = parser.parse_args()
     scenes = test_scenes(args.count)
     captions = [scene.caption() for scene in scenes]
-    plain, wanted = L2PPipeline.from_pretrained(), None
+    dtype = getattr(torch, args.dtype)
+    plain, wanted = L2PPipeline.from_pretrained(torch_dtype=dtype), None
     print(
-        f"{torch.get_num_threads()} threads, {args.count} images\n| option | time | PSNR | right"
+        f"{torch.get_num_threads()} threads, {args.dtype}, {args.count} images\n| option | time | PSNR | right"
         " | passes cut short |\n|---|---|---|---|---|",
         flush=True,
     )
     with tempfile.TemporaryDirectory() as folder:
         for name in dict.fromkeys(["plain", *args.only]):
             opened, drawn = OPTIONS[name]
-            pipe = open_pipe(Path(folder), **opened)
+            pipe = open_pipe(Path(folder), torch_dtype=dtype, **opened)
             caches = []
             with patch.object(
                 flow,
