@@ -22,21 +22,26 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from comfyui_l2p.l2p_core import L2PConfig, L2PTransformer, load_model
 from comfyui_l2p.l2p_core.attention import BACKENDS, attention_by, check_backend
 from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS
-from comfyui_l2p.l2p_core.devices import default_device, empty_cache
+from comfyui_l2p.l2p_core.devices import default_device, empty_cache, memory_counter
 from comfyui_l2p.l2p_core.files.fp8 import Fp8Linear
 from comfyui_l2p.l2p_core.files.quantization import Int8Linear
 from comfyui_l2p.l2p_core.flow import SOLVERS, flow_matching_loss, guided_velocity, schedule
 from comfyui_l2p.l2p_core.meter import peak_bytes, peak_on, shapes_only
 from comfyui_l2p.l2p_core.pipeline import stream_blocks
 from comfyui_l2p.l2p_core.stages import in_windows
-from comfyui_l2p.l2p_core.train.config import read_config
+from comfyui_l2p.l2p_core.train.config import TrainConfig, read_config
+from comfyui_l2p.l2p_core.train.launch import exact_float32, reset_peak
+from comfyui_l2p.l2p_core.train.low_memory import FrozenLinear
 from comfyui_l2p.l2p_core.train.prepare import make_optimizer, prepare
 from comfyui_l2p.l2p_core.train.presets import PRESETS
+from comfyui_l2p.l2p_core.train.shard import shard
+from comfyui_l2p.l2p_core.train.transfer import to_host
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor, multiprocessing, nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -76,10 +81,14 @@ class Card:
         decoder = tuple(level._replace(enc=4, up=4, dec=4) for level in full.decoder)
         return replace(full, **sizes, cap_feat_dim=64, bottleneck_dim=32, decoder=decoder)
 
-    def model(self, patch: int = 16, device: torch.device | None = None) -> L2PTransformer:
-        """Random weights that keep numbers at their size."""
+    def model(
+        self, patch: int = 16, device: torch.device | None = None, layers: int = 30
+    ) -> L2PTransformer:
+        """Random weights that keep numbers at their size. layers: at most."""
+        config = self.config(patch)
+        config = replace(config, n_layers=min(layers, config.n_layers))
         with torch.device("meta"):
-            model = L2PTransformer(self.config(patch)).to(self.dtype).requires_grad_(False)
+            model = L2PTransformer(config).to(self.dtype).requires_grad_(False)
         model.to_empty(device=device or self.device)
         for name, weight in model.named_parameters():
             inputs = weight[0].numel() if weight.dim() > 1 else 1
@@ -306,6 +315,174 @@ def loading(card: Card) -> Iterator[Row]:
         yield Row("loading", took, "s", f"{file.stat().st_size / took / 1e9:.2f} GB/s")
 
 
+def faults(card: Card) -> Iterator[Row]:
+    """What training once did wrong on a card or on two: a line for each fault.
+
+    Faults of settings and launchers need no card; they are tests (tests/test_train_devices.py)."""
+    for fault in (
+        waits_of_8_bit_adamw,
+        offloaded_state,
+        copies_to_the_cpu,
+        exact_convolution,
+        gain_of_int8_rows,
+        peak_since_reset,
+        split_step,
+    ):
+        yield from attempt(partial(fault, card), fault.__name__.replace("_", " "))
+        empty_cache(card.device)
+
+
+def matrices(card: Card) -> dict[str, nn.Parameter]:
+    """Eight matrices to train, as attention has them."""
+    side = 64 if card.smoke else 3840
+    weights = torch.randn(8, side, side, device=card.device)
+    return {str(number): nn.Parameter(weight) for number, weight in enumerate(weights)}
+
+
+def stepped(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """A step with each weight as its own gradient."""
+
+    def step() -> None:
+        for group in optimizer.param_groups:
+            for weight in group["params"]:
+                weight.grad = weight.detach().clone()
+        optimizer.step()
+
+    return step
+
+
+def waits(run: Callable[[], object]) -> int:
+    """How often the CPU waits for the card in the second of two runs, by torch's profiler, which
+    waits itself at its end."""
+
+    def count(run: Callable[[], object]) -> int:
+        with torch.profiler.profile() as profiler:
+            run()
+        events = profiler.key_averages()
+        return sum(event.count for event in events if event.key.endswith("Synchronize"))
+
+    run()
+    return count(run) - count(lambda: None)
+
+
+def waits_of_8_bit_adamw(card: Card) -> list[Row]:
+    """bitsandbytes' own step waits after each tensor."""
+    trained = matrices(card)
+    found = waits(stepped(make_optimizer(trained, config_of(optimizer="adamw8bit"))))
+    what = "waits for the card in a step of 8-bit AdamW"
+    return [Row(what, found, "", f"{len(trained)} tensors")]
+
+
+def offloaded_state(card: Card) -> list[Row]:
+    """One kernel a tensor, and copies while it runs; AdamW unfused goes through memory a dozen
+    times."""
+    trained = matrices(card)
+    there = [nn.Parameter(weight.detach().cpu().clone()) for weight in trained.values()]
+    took = card.seconds(stepped(make_optimizer(trained, config_of(offload_state=True))))
+    unfused = card.seconds(stepped(torch.optim.AdamW(there, foreach=False)))
+    note = f"{took / unfused:.2f} of AdamW unfused on the CPU, without copies"
+    return [Row("optimizer step, state on the CPU", took, "s", note)]
+
+
+def copies_to_the_cpu(card: Card) -> list[Row]:
+    """They are queued, which takes pinned memory."""
+    tensor = torch.randn(1 << (10 if card.smoke else 27), device=card.device)
+    queued = tensor.nbytes / card.seconds(lambda: to_host(tensor)) / 1e9
+    plain = tensor.nbytes / card.seconds(lambda: tensor.to("cpu", copy=True)) / 1e9
+    note = f"{waits(lambda: to_host(tensor))} waits; {plain:.3g} GB/s to pageable memory"
+    return [Row("copy to the CPU", queued, "GB/s", note)]
+
+
+def exact_convolution(card: Card) -> list[Row]:
+    """By default a card's convolutions compute float32 in TF32, with 10 bits of mantissa."""
+    side = 16 if card.smoke else 256
+    x = torch.randn(1, 64, side, side, device=card.device)
+    weight = torch.randn(64, 64, 3, 3, device=card.device)
+    exact = nn.functional.conv2d(x.double(), weight.double())
+
+    def error() -> float:
+        return float((nn.functional.conv2d(x, weight) - exact).norm() / exact.norm())
+
+    with exact_float32():
+        found = error()
+    return [
+        Row("error of a convolution without TF32", found, "relative", f"{error():.2g} by default")
+    ]
+
+
+def gain_of_int8_rows(card: Card) -> list[Row]:
+    """A row's scale in bfloat16 would be wrong by up to 4e-3, and the whole row with it."""
+    linear = nn.Linear(256 if card.smoke else 3840, 256, bias=False, device=card.device)
+    found, weight = FrozenLinear(linear, "int8").unpacked(torch.bfloat16).float(), linear.weight
+    gain = (found * weight).sum(1) / weight.square().sum(1)
+    note = "4e-3 with scales in bfloat16"
+    return [Row("error of a row's length, frozen INT8", float((gain - 1).abs().max()), "", note)]
+
+
+def peak_since_reset(card: Card) -> list[Row]:
+    """Steps are told without the loading or the sampling before them."""
+    counter = memory_counter(card.device)
+    if counter is None:
+        raise RuntimeError(f"torch counts no memory of {card.device}")
+    before = counter.memory_allocated(card.device)
+    torch.empty(1 << 30, device=card.device)
+    note = f"{(counter.max_memory_allocated(card.device) - before) / 1e9:.2f} before the reset"
+    reset_peak(card.device)
+    found = (counter.max_memory_allocated(card.device) - before) / 1e9
+    return [Row("peak of nothing after a tensor that is gone", found, "GB", note)]
+
+
+# What processes that split the model gather weights in, and whether autocast keeps its copies.
+SPLITS = {
+    "as it is": (torch.bfloat16, False),
+    "with copies in bfloat16 kept": (torch.bfloat16, True),
+    "gathering float32": (None, False),
+}
+
+
+def split_step(card: Card) -> list[Row]:
+    """A pass and its gradients under `--shard all`, on two cards."""
+    if card.device.type == "cuda" and torch.cuda.device_count() < 2:
+        raise RuntimeError("it takes two cards, and here is one")
+    with tempfile.TemporaryDirectory() as folder:
+        ended = multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException
+        try:
+            multiprocessing.spawn(split_process, (card.smoke, Path(folder)), nprocs=2)
+        except ended as error:
+            raise RuntimeError(str(error).strip().splitlines()[-1]) from None
+        found = json.loads(Path(folder, "found.json").read_text())
+    seconds, peaks = ({name: pair[place] for name, pair in found.items()} for place in (0, 1))
+    told = [
+        ", ".join(f"{value:.3g} {name}" for name, value in each.items() if name != "as it is")
+        for each in (seconds, peaks)
+    ]
+    return [
+        Row("training step split over two cards", seconds["as it is"], "s", told[0]),
+        Row("its peak on a card, beside its part of the model", peaks["as it is"], "GB", told[1]),
+    ]
+
+
+def split_process(rank: int, smoke: bool, folder: Path) -> None:
+    """One of the two processes; the first writes what each of SPLITS takes."""
+    card = Card(smoke, torch.device("cpu") if smoke else torch.device("cuda", rank))
+    if not smoke:
+        torch.cuda.set_device(rank)
+    store = (folder / "store").as_uri()
+    dist.init_process_group("gloo" if smoke else "nccl", store, rank=rank, world_size=2)
+    found = {}
+    for name, (dtype, cache) in SPLITS.items():
+        model = card.model(layers=4).requires_grad_(True)
+        prepare(model, config_of(freeze=""))
+        shard(model, card.device, weights=True, dtype=dtype)
+        step = training_pass(card, model, cache)
+        found[name] = card.seconds(step), peak_on(card.device, step) / 1e9
+        del model, step
+        empty_cache(card.device)
+    dist.destroy_process_group()
+    if rank == 0:
+        (folder / "found.json").write_text(json.dumps(found))
+
+
 def training(card: Card) -> Iterator[Row]:
     """A training step of each preset of `l2p train --memory`, one image."""
     for kind, cards in PRESETS.items():
@@ -317,8 +494,7 @@ def training(card: Card) -> Iterator[Row]:
 
 def training_step(card: Card, what: str, kind: str, memory: str) -> list[Row]:
     """Its seconds, and the memory that all of it took."""
-    given = {"checkpoint": "none", "data": "none", "output": "none", "memory": memory}
-    config = read_config(None, {**given, **KINDS[kind]})
+    config = config_of(memory=memory, **KINDS[kind])
     took = 0.0
 
     def run() -> None:
@@ -326,22 +502,38 @@ def training_step(card: Card, what: str, kind: str, memory: str) -> list[Row]:
         model = card.model()
         trained = prepare(model.requires_grad_(True), config, card.device)
         optimizer = make_optimizer(trained, config, str(card.device))
-        prompt, sigma = card.prompts(model, 100), torch.tensor([0.5], device=card.device)
-        image, noise = card.noise(card.size), card.noise(card.size)
+        learn = training_pass(card, model)
 
-        @torch.enable_grad()
-        def step() -> Tensor:
-            with torch.autocast(card.device.type, torch.bfloat16, enabled=not card.smoke):
-                loss = flow_matching_loss(model, image, prompt, noise, sigma)
-            loss.backward()
+        def step() -> None:
+            learn()
             optimizer.step()
             optimizer.zero_grad()
-            return loss.detach()
 
         took = card.seconds(step, 1 if card.smoke else 3)
 
     peak = peak_on(card.device, run)
     return [Row(what, took, "s", f"{peak / 1e9:.1f} GB at the peak")]
+
+
+def training_pass(card: Card, model: L2PTransformer, cache: bool = False) -> Callable[[], Tensor]:
+    """The loss of one image and its gradients, which are gone at the next. cache: of autocast."""
+    prompt, sigma = card.prompts(model, 100), torch.tensor([0.5], device=card.device)
+    image, noise = card.noise(card.size), card.noise(card.size)
+
+    @torch.enable_grad()
+    def run() -> Tensor:
+        model.zero_grad()
+        with torch.autocast(card.device.type, torch.bfloat16, cache_enabled=cache):
+            loss = flow_matching_loss(model, image, prompt, noise, sigma)
+        loss.backward()
+        return loss.detach()
+
+    return run
+
+
+def config_of(**settings: object) -> TrainConfig:
+    """The settings of a run without files."""
+    return read_config(None, {"checkpoint": "none", "data": "none", "output": "none", **settings})
 
 
 SECTIONS = (
@@ -353,6 +545,7 @@ SECTIONS = (
     at_4096,
     offload,
     loading,
+    faults,
     training,
 )
 
