@@ -172,7 +172,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, help="default: the checkpoint's")
     parser.add_argument("--shift", type=float, help="default: the checkpoint's")
-    parser.add_argument("--sampler", default="euler")
+    parser.add_argument("--sampler", help="default: the checkpoint's")
     parser.add_argument("--guidance", type=float, help="default: the checkpoint's")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     args = parser.parse_args()

@@ -2,6 +2,7 @@
 its recipe runs."""
 
 import random
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 from comfyui_l2p.l2p_core.cli import main
+from comfyui_l2p.l2p_core.files.layout import defaults_metadata
+from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
+from comfyui_l2p.l2p_core.shapes import score as scoring
 from comfyui_l2p.l2p_core.shapes import train as recipe
 from comfyui_l2p.l2p_core.shapes.scenes import (
     COLOURS,
@@ -26,7 +30,7 @@ from comfyui_l2p.l2p_core.shapes.scenes import (
 )
 from comfyui_l2p.l2p_core.shapes.score import contact_sheet, score
 from PIL import Image, ImageFilter
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_leaves
 
 SCENES = held_out_scenes(60)
@@ -239,3 +243,25 @@ def test_the_recipe_overwrites_nothing_of_others(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "mine.safetensors").read_bytes() == b"precious" and len(
         list(tmp_path.iterdir())
     ) == 1
+
+
+def test_the_score_is_of_the_checkpoints_own_settings(tmp_path, monkeypatch):
+    own = {"num_inference_steps": 3, "cfg_scale": 1.0, "shift": 1.5, "sampler": "ab2"}
+    checkpoint, seen = tmp_path / "own.safetensors", []
+    tensors = load_file(BUNDLED_MODEL / "transformer.safetensors")
+    save_file(tensors, checkpoint, defaults_metadata(own))
+
+    def generate(pipe, captions, **settings):
+        seen.append(pipe.complete(settings))
+        return images(SCENES[:2])
+
+    monkeypatch.setattr(scoring, "generate", generate)
+    encoder = ["--text-encoder", str(BUNDLED_MODEL / "text_encoder")]
+    for given in ([], ["--shift", "2", "--sampler", "euler"]):
+        command = ["score", str(checkpoint), *encoder, "--count", "2", *given]
+        monkeypatch.setattr(sys, "argv", command)
+        scoring.main()
+    assert [(each.shift, each.sampler, each.num_inference_steps) for each in seen] == [
+        (1.5, "ab2", 3),
+        (2.0, "euler", 3),
+    ]

@@ -76,10 +76,8 @@ def main() -> None:
     parser.add_argument("--text-encoder", help="default: beside the checkpoint")
     parser.add_argument("--count", type=int, default=300, help="prompts (default 300)")
     parser.add_argument("--steps", type=int, help="default: the checkpoint's")
-    parser.add_argument("--sampler", default="euler")
-    parser.add_argument(
-        "--shift", type=float, default=3.0, help="of the noise schedule (default 3)"
-    )
+    parser.add_argument("--sampler", help="default: the checkpoint's")
+    parser.add_argument("--shift", type=float, help="default: the checkpoint's")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument(
         "--write-prompts",
