@@ -1,29 +1,20 @@
 """FP8 weights that stay FP8 and are multiplied as such, where the device can."""
 
-from collections.abc import Callable
 from functools import cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from .quantization import QuantizedLinear
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max
 MULTIPLE = 16  # of inputs and outputs, which FP8 products need
 
 
-class Fp8Linear(nn.Module):
+class Fp8Linear(QuantizedLinear):
     """y = x W^T + b, the inputs rounded to FP8 as they come, with a scale for each row. weight:
-    (N, K) float8_e4m3fn. weight_scale: (1,) or (N, 1) float32."""
-
-    weight: Tensor
-    weight_scale: Tensor
-    bias: Tensor | None
-
-    def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None):
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.register_buffer("weight_scale", weight_scale)
-        self.register_buffer("bias", bias)
+    float8_e4m3fn."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) → (..., N), in the input's dtype."""
@@ -38,13 +29,6 @@ class Fp8Linear(nn.Module):
         if self.bias is not None:
             out = out + self.bias.to(out)
         return out.unflatten(0, x.shape[:-1])
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Fp8Linear":
-        weight, scale = self.weight, self.weight_scale
-        super()._apply(fn, recurse)
-        device = self.weight.device  # .to(dtype) would cast both
-        self.weight, self.weight_scale = weight.to(device), scale.to(device)
-        return self
 
 
 @cache

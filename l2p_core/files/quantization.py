@@ -86,22 +86,39 @@ def dequantize_all(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[st
     return out
 
 
-class Int8Linear(nn.Module):
-    """y = x W^T + b, the inputs rounded per row as they come and, with convrot, turned as the
-    weights were by a matrix that spreads outliers. weight: (N, K) int8. weight_scale: (1,) or (N,
-    1) float32. convrot_groupsize: 0 for none."""
+class QuantizedLinear(nn.Module):
+    """A linear whose weight and scale keep their dtypes: `to(dtype)` casts the bias alone.
+
+    weight: (N, K). weight_scale: (1,) or (N, 1) float32."""
 
     weight: Tensor
     weight_scale: Tensor
     bias: Tensor | None
 
-    def __init__(
-        self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, convrot_groupsize: int = 0
-    ):
+    def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None):
         super().__init__()
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("bias", bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
+        stored = {"weight": self.weight, "weight_scale": self.weight_scale}
+        super()._apply(fn, recurse)
+        for name, tensor in stored.items():
+            moved = getattr(self, name)
+            if moved.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(moved.device))
+        return self
+
+
+class Int8Linear(QuantizedLinear):
+    """y = x W^T + b, the inputs rounded per row as they come and, with convrot, turned as the
+    weights were by a matrix that spreads outliers. weight: int8. convrot_groupsize: 0 for none."""
+
+    def __init__(
+        self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, convrot_groupsize: int = 0
+    ):
+        super().__init__(weight, weight_scale, bias)
         self.convrot_groupsize = convrot_groupsize
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,12 +137,6 @@ class Int8Linear(nn.Module):
             self.convrot_groupsize,
             torch.float32,
         )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Int8Linear":
-        scale = self.weight_scale
-        super()._apply(fn, recurse)
-        self.weight_scale = scale.to(self.weight.device)  # .to(dtype) would round it
-        return self
 
 
 def int8_linear(
