@@ -25,7 +25,7 @@ from ..text import MAX_TOKENS
 from .buckets import target_size
 from .config import TrainConfig
 from .low_memory import FrozenLinear
-from .run import compute_dtype, make_optimizer, prepare, reject_quantized, trained_of
+from .prepare import compute_dtype, make_optimizer, prepare, reject_quantized, trained_of
 
 HOST = "meta"  # stands for the memory beside the device's
 
