@@ -88,8 +88,8 @@ def main() -> None:
     dtype = getattr(torch, args.dtype)
     plain, wanted = L2PPipeline.from_pretrained(torch_dtype=dtype), None
     print(
-        f"{torch.get_num_threads()} threads, {args.dtype}, {args.count} images\n| option | time | PSNR | right"
-        " | passes cut short |\n|---|---|---|---|---|",
+        f"{torch.get_num_threads()} threads, {args.dtype}, {args.count} images\n"
+        "| option | time | PSNR | right | passes cut short |\n|---|---|---|---|---|",
         flush=True,
     )
     with tempfile.TemporaryDirectory() as folder:
