@@ -10,6 +10,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
+import torch
 from comfyui_l2p.l2p_core import L2PPipeline
 from comfyui_l2p.l2p_core.evaluate.metrics import psnr_of, squared_error
 from comfyui_l2p.l2p_core.files.quantization import FORMATS
@@ -35,7 +36,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=60, help="images (default 60)")
     scenes = test_scenes(parser.parse_args().count)
     captions = [scene.caption() for scene in scenes]
-    wanted = generate(L2PPipeline.from_pretrained(), captions)
+    wanted = generate(L2PPipeline.from_pretrained(torch_dtype=torch.bfloat16), captions)
     print(
         "| format | granularity | PSNR | right |\n|---|---|---|---|\n| bfloat16 | | |"
         f" {score(wanted, scenes)['right']} |",
@@ -47,9 +48,10 @@ def main() -> None:
             quantize(
                 CHECKPOINT, file, Options(format=kind, granularity=granularity, preset="small")
             )
-            images = generate(
-                L2PPipeline.from_pretrained(file, BUNDLED_MODEL / "text_encoder"), captions
+            pipe = L2PPipeline.from_pretrained(
+                file, BUNDLED_MODEL / "text_encoder", torch_dtype=torch.bfloat16
             )
+            images = generate(pipe, captions)
             print(
                 f"| {kind} | {granularity} | {psnr(images, wanted):.1f} dB |"
                 f" {score(images, scenes)['right']} |",

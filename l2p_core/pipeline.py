@@ -104,7 +104,7 @@ class L2PPipeline:
         text_encoder: str | Path | None = None,
         tokenizer: str | Path | None = None,
         device: str | torch.device | None = None,
-        torch_dtype: torch.dtype | None = torch.bfloat16,
+        torch_dtype: torch.dtype | None = None,
         convrot_groupsize: int | None = None,
         progress: bool = False,
         decoder_tile: int | None = None,
@@ -121,7 +121,7 @@ class L2PPipeline:
         checkpoint: None for the bundled small model, for which prompts are completed: see
         `read_prompt`. text_encoder, tokenizer: as for
         `TextEncoder.load`; by default `text_encoder/` and `tokenizer/` beside the checkpoint.
-        device: by default the accelerator where there is one. torch_dtype: None for the one that
+        device: by default the accelerator where there is one. torch_dtype: by default the one that
         suits the device and the model, see `default_dtype`. progress: show a bar while loading.
         decoder_tile: side in pixels of the squares that the local decoder computes one after
         another, 0 for the whole at once; by default large images are cut. The image is the
