@@ -33,7 +33,7 @@ from .images import (
     to_pixels,
 )
 from .model import L2PTransformer
-from .settings import FIELDS, WHOLE, CompleteSettings, checked
+from .settings import FIELDS, CompleteSettings, checked, reject_hooks
 from .shapes.parse import read_prompt
 from .stages import Stage, in_windows, misfit, plan_stages, run_stages
 from .text import TextEncoder, find_encoder
@@ -509,12 +509,7 @@ class L2PPipeline:
         }
         settings = CompleteSettings(**{**defaults, **given})
         if not self.layout.config.hooks_run_blocks:
-            for name, needed in (("cache_threshold", 0.0), ("stage_attention", WHOLE)):
-                if (found := getattr(settings, name)) != needed:
-                    raise ValueError(
-                        f"{name} is {found}, which {self.layout.model} does not support. Set it to"
-                        f" {needed}"
-                    )
+            reject_hooks(settings, self.layout.model)
         self.check_size(settings.height, settings.width)
         usable_device(settings.rand_device)
         return settings

@@ -198,6 +198,16 @@ FIELDS: MappingProxyType[str, Field] = MappingProxyType(
 )
 
 
+def reject_hooks(settings: Settings, model: str) -> None:
+    """Raise ValueError for settings that change how blocks run, which a model of that name does not
+    support."""
+    for name, needed in (("cache_threshold", 0.0), ("stage_attention", WHOLE)):
+        if (found := getattr(settings, name)) != needed:
+            raise ValueError(
+                f"{name} is {found}, which {model} does not support. Set it to {needed}"
+            )
+
+
 def kind(name: str) -> type:
     """The type of a setting's value: str, int or float."""
     annotation = FIELDS[name].type

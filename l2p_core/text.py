@@ -53,12 +53,7 @@ class TextEncoder:
 
         Raises CheckpointError where the text encoder lacks one of the hidden states."""
         self.model, self.tokenizer, self.prompts = model, tokenizer, prompts
-        layers = model.config.num_hidden_layers
-        if max(prompts.hidden_states) >= layers:
-            raise CheckpointError(
-                f"the text encoder has {layers} layers; this checkpoint takes the hidden state"
-                f" {max(prompts.hidden_states)}. Give the text encoder it was trained with"
-            )
+        check_layers(model.config.num_hidden_layers, prompts)
 
     @classmethod
     def load(
@@ -107,7 +102,8 @@ class TextEncoder:
         ids = ids[:MAX_TOKENS]
         length = len(ids)
         if self.prompts.pad_to:
-            ids += [self._padding()] * (self.prompts.pad_to - length)
+            padding = padding_id(self.tokenizer, self.model.config.vocab_size)
+            ids += [padding] * (self.prompts.pad_to - length)
         with torch.no_grad():
             tokens = torch.tensor([ids], device=self.model.device)
             features = self.model(tokens, self.prompts.hidden_states, length)[0]
@@ -118,15 +114,26 @@ class TextEncoder:
             )
         return features[self.prompts.drop :]
 
-    def _padding(self) -> int:
-        """The id of the token that prompts are padded with. Raises CheckpointError."""
-        found = self.tokenizer.token_to_id(PADDING)
-        if found is None or found >= self.model.config.vocab_size:
-            raise CheckpointError(
-                f"the tokenizer has no {PADDING}, with which this checkpoint's prompts are padded."
-                " Give the tokenizer of its text encoder"
-            )
-        return found
+
+def check_layers(layers: int, prompts: PromptFormat) -> None:
+    """Raise CheckpointError where a text encoder of so many layers lacks one of the hidden
+    states."""
+    if max(prompts.hidden_states) >= layers:
+        raise CheckpointError(
+            f"the text encoder has {layers} layers; this checkpoint takes the hidden state"
+            f" {max(prompts.hidden_states)}. Give the text encoder it was trained with"
+        )
+
+
+def padding_id(tokenizer: Tokenizer, vocab_size: int) -> int:
+    """The id of the token that prompts are padded with. Raises CheckpointError."""
+    found = tokenizer.token_to_id(PADDING)
+    if found is None or found >= vocab_size:
+        raise CheckpointError(
+            f"the tokenizer has no {PADDING}, with which this checkpoint's prompts are padded."
+            " Give the tokenizer of its text encoder"
+        )
+    return found
 
 
 def find_encoder(path: str | Path) -> Path:

@@ -20,11 +20,11 @@ class L2PExtension(ComfyExtension):
             )
             return []
         try:
-            from . import check, comfy_model, files, latents, load, prompt, sample, stages, train
+            from . import check, detection, files, latents, load, prompt, sample, stages, train
         except (ImportError, AttributeError) as error:  # something private is gone
             versions.log_unsupported(error)
             return []
-        comfy_model.install()
+        detection.install()
         return [
             *load.NODES,
             *prompt.NODES,

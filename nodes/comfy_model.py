@@ -1,9 +1,10 @@
-"""How ComfyUI recognises L2P files, and how it runs the network of `l2p_core`.
+"""How ComfyUI runs the network of `l2p_core`, and which names its files have there.
 
 ComfyUI's convention: sigma goes from 1 to 0, the model predicts noise - image, and the image being
 sampled is a LATENT (B, 3, H, W) in [-1, 1]."""
 
 import math
+from collections.abc import Iterable
 from functools import cache, partial
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from comfy.supported_models_base import ClipTarget
 from torch import Tensor
 
 from ..l2p_core.attention import attend_by_parts
-from ..l2p_core.config import L2PConfig, Level
+from ..l2p_core.config import L2PConfig, Level, PixelConfig
 from ..l2p_core.decoder import decoder_bytes
 from ..l2p_core.files.header import CheckpointError, Entry
 from ..l2p_core.files.layout import (
@@ -27,10 +28,9 @@ from ..l2p_core.files.layout import (
     Layout,
     Source,
     describe,
-    find_prefix,
     read_marker,
 )
-from ..l2p_core.files.load import check, expected_shapes
+from ..l2p_core.files.load import expected_shapes
 from ..l2p_core.files.naming import PACKED, layer_name, lora_targets, name_in
 from ..l2p_core.files.quantization import FORMATS, dequantize, split_block_scales
 from ..l2p_core.model import (
@@ -48,7 +48,6 @@ from . import comfyui, versions
 
 QWEN3_4B_WIDTH = 2560  # the one Qwen3 that ComfyUI builds for Z-Image
 QWEN3_TOKENS = 151643  # words of Qwen3's own vocabulary at the least
-LANDMARK = "local_decoder.enc1.0.weight"  # in every L2P model, in no other
 ROTATED = 10  # times a run of tokens that rotating them in float32 holds beside, counted
 MARGIN = 1.1  # for what is small beside: RoPE tables, modulation, float32 inside norms
 # float32 images that ComfyUI's samplers hold for each one in a pass, counted: 14 with euler
@@ -144,16 +143,8 @@ class ComfyHooks(Hooks):
         return attend_by_parts(attend, q, k, v, lengths, self.windows)
 
 
-class L2PNetwork(L2PTransformer):
-    """The transformer of `l2p_core`, built from ComfyUI's operations and called as ComfyUI calls
-    its networks."""
-
-    # of the weights, as ComfyUI chose it; the pass itself computes in the image's dtype
-    dtype = None
-
-    def __init__(self, l2p_config: L2PConfig, device=None, dtype=None, operations=None, **_):
-        super().__init__(l2p_config, operations, device=device, dtype=dtype)
-        self.dtype = dtype
+class PixelNetwork:
+    """A network with a local decoder, called as ComfyUI calls its networks."""
 
     def forward(
         self,
@@ -201,18 +192,65 @@ class L2PNetwork(L2PTransformer):
         if attention_mask is not None:
             real = attention_mask.bool().expand(len(image), -1)
             prompts = [prompt[mask] for prompt, mask in zip(prompts, real)]
-        transformer_options["total_blocks"] = len(self.layers)
         count = prompts_of_an_image(image, timesteps, transformer_options)
+        predicted = self.noise_minus_image(image, timesteps, prompts, count, transformer_options)
+        return predicted[..., :height, :width]
+
+    def noise_minus_image(
+        self,
+        image: Tensor,
+        timesteps: Tensor,
+        prompts: list[Tensor],
+        count: int,
+        options: dict,
+    ) -> Tensor:
+        """Predict noise - image, (B, 3, H, W), of a padded batch.
+
+        prompts: one for each image. count: how often the batch repeats the same images, as
+        `prompts_of_an_image` counts."""
+        raise NotImplementedError
+
+
+class L2PNetwork(PixelNetwork, L2PTransformer):
+    """The transformer of `l2p_core`, built from ComfyUI's operations."""
+
+    # of the weights, as ComfyUI chose it; the pass itself computes in the image's dtype
+    dtype = None
+
+    def __init__(self, l2p_config: L2PConfig, device=None, dtype=None, operations=None, **_):
+        super().__init__(l2p_config, operations, device=device, dtype=dtype)
+        self.dtype = dtype
+
+    @staticmethod
+    def numbers_in_blocks(config: L2PConfig, tokens: int) -> int:
+        """How many numbers an image's largest block holds at once: in its attention or its
+        feed-forward."""
+        attention = 5 * tokens * config.dim  # x, q, k, v and the result
+        if comfyui.fused_rotation() is None:  # then queries and keys are rotated in float32
+            attention += ROTATED * min(tokens, TOKENS_AT_ONCE) * config.dim
+        feed_forward = 3 * tokens * config.dim + 4 * min(tokens, TOKENS_AT_ONCE) * config.ffn_dim
+        return max(attention, feed_forward)
+
+    def noise_minus_image(
+        self,
+        image: Tensor,
+        timesteps: Tensor,
+        prompts: list[Tensor],
+        count: int,
+        options: dict,
+    ) -> Tensor:
+        """See `PixelNetwork`."""
+        options["total_blocks"] = len(self.layers)
         image, timesteps = image[: len(image) // count], timesteps[: len(image) // count]
         predicted = self.predict_each(
             image,
             1 - timesteps,
             [
-                (prompts[start : start + len(image)], ComfyHooks(image, transformer_options))
+                (prompts[start : start + len(image)], ComfyHooks(image, options))
                 for start in range(0, len(prompts), len(image))
             ],
         )
-        return -torch.cat(predicted)[..., :height, :width]
+        return -torch.cat(predicted)
 
 
 def prompts_of_an_image(image: Tensor, timesteps: Tensor, options: dict) -> int:
@@ -254,10 +292,13 @@ class L2PModel(comfy.model_base.BaseModel):
     window = 0
 
     def __init__(self, model_config, model_type=comfy.model_base.ModelType.FLOW, device=None):
-        super().__init__(model_config, model_type, device=device, unet_model=L2PNetwork)
+        network = model_config.network
+        super().__init__(model_config, model_type, device=device, unet_model=network)
 
     def extra_conds(self, **kwargs) -> dict:
-        """Prompt embeddings and their mask, which says what was padded."""
+        """Prompt embeddings and their mask, which says what was padded to the length of others.
+
+        A text encoder's own padding counts as prompt where the model was trained with it."""
         if kwargs.get("reference_latents") or kwargs.get("unclip_conditioning"):
             raise ValueError(
                 "the conditioning carries reference images, which L2P models were not trained with."
@@ -267,7 +308,8 @@ class L2PModel(comfy.model_base.BaseModel):
         if (prompts := kwargs.get("cross_attn")) is not None:
             out["c_crossattn"] = PromptCond(prompts)
             mask = kwargs.get("attention_mask")
-            mask = prompts.new_ones(prompts.shape[:2]) if mask is None else mask
+            if mask is None or self.diffusion_model.config.prompts.pad_to:
+                mask = prompts.new_ones(prompts.shape[:2])
             out["attention_mask"] = PromptCond(mask.int())
         return out
 
@@ -279,17 +321,13 @@ class L2PModel(comfy.model_base.BaseModel):
         batch, channels, *size = input_shape
         height, width = (min(side, self.window or side) for side in size)
         image_tokens = -(-height // config.patch_size) * -(-width // config.patch_size)
-        tokens = image_tokens + MAX_TOKENS
-        attention = 5 * tokens * config.dim  # x, q, k, v and the result
-        if comfyui.fused_rotation() is None:  # then queries and keys are rotated in float32
-            attention += ROTATED * min(tokens, TOKENS_AT_ONCE) * config.dim
-        feed_forward = 3 * tokens * config.dim + 4 * min(tokens, TOKENS_AT_ONCE) * config.ffn_dim
+        in_blocks = self.diffusion_model.numbers_in_blocks(config, image_tokens + MAX_TOKENS)
         decoder = (
             decoder_bytes(config, height, width, dtype, batch) / dtype.itemsize
             + batch * image_tokens * config.dim
         )
         output = 2 * batch * channels * height * width  # the decoder's, and its negative
-        in_pass = max(batch * max(attention, feed_forward), decoder + output)
+        in_pass = max(batch * in_blocks, decoder + output)
         in_flight = IMAGES_IN_FLIGHT * math.prod(input_shape) * torch.float32.itemsize
         return MARGIN * in_pass * dtype.itemsize + in_flight
 
@@ -299,12 +337,31 @@ class L2P(comfy.supported_models.ZImage):
     Z-Image."""
 
     unet_config = {"image_model": "l2p"}
+    network: type[PixelNetwork] = L2PNetwork
     latent_format = comfy.latent_formats.ZImagePixelSpace
 
     def __init__(self, unet_config: dict):
         super().__init__(unet_config)
         if unet_config.get("quantized"):
             self.quant_config = {"mixed_ops": True}
+
+    @staticmethod
+    def self_test() -> str | None:
+        """See `self_test`."""
+        return self_test()
+
+    @staticmethod
+    def expected_shapes(config: PixelConfig) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor of a file."""
+        return expected_shapes(config)
+
+    @classmethod
+    def lora_keys(cls, config: PixelConfig) -> comfyui.LoraKeys:
+        """Layers as LoRA files name them → ComfyUI's key of their weight."""
+        targets = lora_targets(cls.expected_shapes(config))
+        return comfyui.LoraKeys(
+            {name: f"diffusion_model.{weight}" for name, weight in targets.items()}
+        )
 
     def get_model(self, state_dict: dict, prefix: str = "", device=None) -> L2PModel:
         """Build the model, its weights not loaded yet."""
@@ -345,65 +402,6 @@ class L2P(comfy.supported_models.ZImage):
     def process_vae_state_dict(self, state_dict: dict) -> dict:
         """Give Load Checkpoint a VAE that passes pixels on."""
         return state_dict or {"pixel_space_vae": torch.tensor(1.0)}  # core's name for it
-
-
-def install() -> None:
-    """Make ComfyUI's loaders and LoRA nodes recognise L2P models, once."""
-
-    def prefix_of(state_dict: dict) -> str | None:
-        return (
-            find_prefix(state_dict) if any(key.endswith(LANDMARK) for key in state_dict) else None
-        )
-
-    def detect(state_dict: dict, prefix: str, metadata: dict[str, str] | None) -> dict | None:
-        return (
-            unet_config(state_dict, prefix, metadata) if prefix + LANDMARK in state_dict else None
-        )
-
-    def lora_keys(model) -> dict | None:
-        return l2p_lora_keys(model.diffusion_model.config) if isinstance(model, L2PModel) else None
-
-    def area_unit(model) -> int:
-        return comfyui.AREA_UNIT if isinstance(model, L2PModel) else 1
-
-    comfyui.install(L2P, prefix_of, detect, lora_keys, area_unit)
-
-
-def reject_backbone(layout: Layout) -> None:
-    """Raise CheckpointError for a model on another backbone than Z-Image."""
-    if layout.backbone and layout.kind == "model":
-        raise CheckpointError(
-            f"{layout.path.name} is an L2P model on {layout.model}; this pack runs those on"
-            " Z-Image. Generate with it in a terminal: l2p generate"
-        )
-
-
-def unet_config(state_dict: dict, prefix: str, metadata: dict[str, str] | None) -> dict:
-    """What ComfyUI keeps of a model before it is built. Raises CheckpointError, with the reason,
-    for a file that can't be used, and in a ComfyUI that can't run the network."""
-    if failure := self_test():
-        raise CheckpointError(failure)
-    layout = layout_of(state_dict, prefix, metadata)
-    reject_backbone(layout)
-    check(layout)
-    config = layout.config
-    assert isinstance(config, L2PConfig)
-    formats = {source.format for source in layout.tensors.values() if source.format}
-    quantized = bool(formats)
-    if quantized and not comfyui.has_kernels(formats):
-        dequantize_in_place(state_dict, layout)
-        quantized = False
-    return {
-        "image_model": "l2p",
-        "in_channels": 3,
-        "patch_size": config.patch_size,
-        "dim": config.dim,
-        "n_layers": config.n_layers,
-        "n_refiner_layers": config.n_refiner_layers,
-        "l2p_config": config,
-        "trained_size": layout.trained_size,
-        "quantized": quantized,
-    }
 
 
 @cache
@@ -487,12 +485,10 @@ def marker_bytes(key: str, tensor: Tensor) -> bytes:
     return tensor.cpu().numpy().tobytes()
 
 
-def dequantize_in_place(state_dict: dict[str, Tensor], layout: Layout) -> None:
-    """Turn quantized tensors into bfloat16, for a ComfyUI that lacks their kernels. Scales and
-    markers are removed."""
-    for source in {
-        source.entry.key: source for source in layout.tensors.values() if source.format
-    }.values():
+def dequantize_in_place(state_dict: dict[str, Tensor], sources: Iterable[Source]) -> None:
+    """Turn those that are quantized into bfloat16, for a ComfyUI that can't compute with them.
+    Scales and markers are removed."""
+    for source in {source.entry.key: source for source in sources if source.format}.values():
         key = source.entry.key
         scale, scale_2 = (
             entry and state_dict.pop(entry.key) for entry in (source.scale, source.scale_2)
@@ -573,9 +569,3 @@ def pack(suffix: str, tensors: list[Tensor], weights: list[Tensor]) -> Tensor | 
             [scale.reshape(-1, 1).expand(len(weight), 1) for scale, weight in zip(tensors, weights)]
         )
     return None
-
-
-def l2p_lora_keys(config: L2PConfig) -> comfyui.LoraKeys:
-    """Layers of the model as LoRA files name them → ComfyUI's key of their weight."""
-    targets = lora_targets(expected_shapes(config))
-    return comfyui.LoraKeys({name: f"diffusion_model.{weight}" for name, weight in targets.items()})

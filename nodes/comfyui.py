@@ -5,11 +5,12 @@ needs it. What is documented for node packs (`comfy_api`, `folder_paths`, `comfy
 `ModelPatcher`) is used where it is needed."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import comfy.cli_args
 import comfy.ldm.common_dit
+import comfy.ldm.flux.model
 import comfy.lora
 import comfy.model_detection
 import comfy.ops
@@ -38,6 +39,10 @@ QWEN_TOKENIZER = Path(comfy.text_encoders.llama.__file__).parent / "qwen25_token
 
 pad_to_patch_size = comfy.ldm.common_dit.pad_to_patch_size  # as for its other transformers
 
+# The transformer of FLUX.2, which `flux2` runs with the local decoder. Its layers' names and its
+# methods `process_img` and `forward_orig` are relied on.
+Flux = comfy.ldm.flux.model.Flux
+
 # The text encoder of the bundled model: ComfyUI builds Qwen3 in the sizes it knows, from these two.
 Llama, Qwen3, Qwen3Config = (
     comfy.text_encoders.llama.Llama2_,
@@ -52,7 +57,7 @@ class LoraKeys(dict):
 
 
 def install(
-    model_class: type,
+    model_classes: Iterable[type],
     find_prefix: Callable,
     detect: Callable,
     lora_keys: Callable,
@@ -63,7 +68,7 @@ def install(
     There is no public way to add a model class. Core looks these five functions up on their modules
     at each call, so they are wrapped there; for every other model they do what they did.
 
-    model_class: core's description of the model. find_prefix: state dict → key prefix, or None
+    model_classes: core's descriptions of the models. find_prefix: state dict → key prefix, or None
     where it is no L2P model. detect: state dict, key prefix, metadata → `unet_config`, or None.
     lora_keys: model → `LoraKeys`, or None. area_unit: model → how many elements of its latent the
     unit of Conditioning (Set Area) is, which core takes to be 1."""
@@ -97,7 +102,7 @@ def install(
         lora = split_packed_lora(lora) if isinstance(to_load, LoraKeys) else lora
         return core_load(lora, to_load, *args, **options)
 
-    comfy.supported_models.models.insert(0, model_class)
+    comfy.supported_models.models[:0] = model_classes
     detection.unet_prefix_from_state_dict = unet_prefix_from_state_dict
     detection.detect_unet_config = detect_unet_config
     comfy.lora.model_lora_keys_unet = model_lora_keys_unet

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import comfy.model_management
 import comfy.sd
+import comfy.text_encoders.flux
 import comfy.text_encoders.z_image
 import comfy.utils
 import folder_paths
@@ -17,20 +18,28 @@ from comfy.supported_models_base import ClipTarget
 from comfy_api.latest import io
 from transformers import Qwen2Tokenizer
 
+from ..l2p_core.backbones import FLUX2_KLEIN
+from ..l2p_core.config import Z_IMAGE_PROMPTS, PromptFormat
 from ..l2p_core.files.content import identify_file, left_by_system
 from ..l2p_core.files.header import SHARD_NAME, CheckpointError, find_files, reject_zeros
-from ..l2p_core.files.layout import read_layout
-from ..l2p_core.files.load import check
+from ..l2p_core.files.layout import Layout, read_layout
 from ..l2p_core.files.quantization import BESIDE_WEIGHTS, dequantize_all
 from ..l2p_core.pipeline import BUNDLED_MODEL
 from ..l2p_core.shapes.parse import read_prompt
-from ..l2p_core.text import LAYER, TEMPLATE, qwen3_sizes
-from ..l2p_core.tokenizer import find_tokenizer
+from ..l2p_core.text import check_layers, padding_id, qwen3_sizes
+from ..l2p_core.tokenizer import find_tokenizer, load_tokenizer
 from . import comfyui, versions
-from .comfy_model import QWEN3_4B_WIDTH, published_state_dict, reject_backbone
+from .comfy_model import QWEN3_4B_WIDTH, published_state_dict
+from .detection import check_whole
 from .prompt import note
 
 BUNDLED = "L2P shapes (bundled small model)"
+# What an L2P model is made from → how it takes prompts, and ComfyUI's type of text encoder for it.
+LATENT_MODELS = {
+    "Z-Image": (Z_IMAGE_PROMPTS, comfy.sd.CLIPType.LUMINA2),
+    FLUX2_KLEIN.title: (FLUX2_KLEIN.prompts, comfy.sd.CLIPType.FLUX2),
+}
+Z_IMAGE = next(iter(LATENT_MODELS))
 DTYPES = {
     "automatic": None,
     "bfloat16": torch.bfloat16,
@@ -105,7 +114,7 @@ class L2PCheckpointLoader(io.ComfyNode):
             load_model,
             arguments,
         )  # ComfyUI loads the model again for a second GPU
-        note(cls, note_on_settings(read_layout(arguments[0]).default_settings))
+        note(cls, note_on_settings(settings_of(read_layout(arguments[0]))))
         return io.NodeOutput(model)
 
 
@@ -119,8 +128,8 @@ class L2PTextEncoderLoader(io.ComfyNode):
             display_name="Load Z-Image Text Encoder",
             category="L2P",
             description=(
-                "Loads Qwen3-4B, the text encoder of Z-Image and L2P: qwen_3_4b.safetensors, or"
-                " the text_encoder folder of Z-Image from Hugging Face."
+                "Loads Qwen3-4B, the text encoder of Z-Image, FLUX.2-klein and L2P:"
+                " qwen_3_4b.safetensors, or the text_encoder folder from Hugging Face."
             ),
             search_aliases=["qwen3", "clip", "load clip", "prompt encoder"],
             inputs=[
@@ -141,6 +150,18 @@ class L2PTextEncoderLoader(io.ComfyNode):
                         " seconds."
                     ),
                 ),
+                io.Combo.Input(
+                    "latent_model",
+                    options=list(LATENT_MODELS),
+                    default=Z_IMAGE,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "The latent model that the L2P model was made from. It decides the prompt"
+                        " template and the hidden states. All published L2P models are made from"
+                        " Z-Image."
+                    ),
+                ),
             ],
             outputs=[io.Clip.Output()],
         )
@@ -150,19 +171,37 @@ class L2PTextEncoderLoader(io.ComfyNode):
         return stamps(find_files(text_encoder_path(text_encoder))[0])
 
     @classmethod
-    def execute(cls, text_encoder: str, device: str = "default") -> io.NodeOutput:
+    def execute(
+        cls, text_encoder: str, device: str = "default", latent_model: str = Z_IMAGE
+    ) -> io.NodeOutput:
         cpu = torch.device("cpu")
         options = {"load_device": cpu, "offload_device": cpu} if device == "cpu" else {}
         path = text_encoder_path(text_encoder)
-        clip = load_text_encoder(path, options)
-        clip.patcher.cached_patcher_init = (text_encoder_patcher, (path, options))
+        clip = load_text_encoder(path, options, latent_model)
+        arguments = (path, options, latent_model)
+        clip.patcher.cached_patcher_init = (text_encoder_patcher, arguments)
         if text_encoder == BUNDLED:
             clip.l2p_read_prompt = read_prompt  # for L2P Text Encode
         return io.NodeOutput(clip)
 
 
+def settings_of(layout: Layout) -> dict[str, str | int | float]:
+    """What to generate with where the inputs of the nodes begin with other values: the settings
+    that a checkpoint names, a distilled one, and those of another latent model than Z-Image."""
+    if layout.backbone is None:
+        return layout.default_settings
+    config = layout.config
+    steps, guidance = config.steps_and_guidance
+    of_model = {
+        "num_inference_steps": steps,
+        "cfg_scale": guidance,
+        "shift": round(config.shift, 2),
+    }
+    return {**of_model, **layout.default_settings}
+
+
 def note_on_settings(settings: Mapping[str, str | int | float]) -> str | None:
-    """What to set in the sampler for a checkpoint that names its settings: a distilled one."""
+    """What to set in the sampler."""
     names = {"num_inference_steps": "steps", "cfg_scale": "cfg", "sampler": "sampler_name"}
     told = ", ".join(f"{names.get(name, name)} {value}" for name, value in settings.items())
     return f"This checkpoint is made for {told}. Set them in the sampler" if told else None
@@ -230,8 +269,7 @@ def load_model(
     """A MODEL of these files. Raises CheckpointError, saying what they are, where they hold no
     whole L2P model."""
     layout = read_layout(paths, convrot_groupsize)
-    reject_backbone(layout)
-    check(layout)
+    check_whole(layout)
     state_dict = {}
     for file in layout.files:
         state_dict |= comfy.utils.load_torch_file(str(file))
@@ -289,9 +327,12 @@ def tokenizer_for(encoder: Path) -> Path:
         return comfyui.QWEN_TOKENIZER
 
 
-def load_text_encoder(path: Path, options: dict, disable_dynamic: bool = False) -> comfy.sd.CLIP:
-    """A CLIP of a Qwen3 text encoder. options: ComfyUI's, such as load_device. Raises
-    CheckpointError."""
+def load_text_encoder(
+    path: Path, options: dict, latent_model: str, disable_dynamic: bool = False
+) -> comfy.sd.CLIP:
+    """A CLIP of a Qwen3 text encoder. options: ComfyUI's, such as load_device. latent_model: one
+    of LATENT_MODELS. Raises CheckpointError."""
+    prompts, clip_type = LATENT_MODELS[latent_model]
     files = find_files(path)[0]
     kept, metadata = {}, {}
     for file in files:
@@ -319,9 +360,9 @@ def load_text_encoder(path: Path, options: dict, disable_dynamic: bool = False) 
     state_dict = {name: state_dict[key] for name, key in names.items()}
     if is_4b:
         return comfy.sd.load_text_encoder_state_dicts(
-            [state_dict], embeddings, comfy.sd.CLIPType.LUMINA2, options, disable_dynamic
+            [state_dict], embeddings, clip_type, options, disable_dynamic
         )
-    target = ClipTarget(*small_qwen3(state_dict, find_tokenizer(path, None)))
+    target = ClipTarget(*small_qwen3(state_dict, find_tokenizer(path, None), prompts))
     count = sum(tensor.numel() for tensor in state_dict.values())
     return comfy.sd.CLIP(
         target,
@@ -347,18 +388,32 @@ def without_scales(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, to
         ) from None
 
 
-def text_encoder_patcher(path: Path, options: dict, disable_dynamic: bool = False):
+def text_encoder_patcher(
+    path: Path, options: dict, latent_model: str, disable_dynamic: bool = False
+):
     """What ComfyUI loads again, for a second GPU or without dynamic memory."""
-    return load_text_encoder(path, options, disable_dynamic).patcher
+    return load_text_encoder(path, options, latent_model, disable_dynamic).patcher
 
 
-def small_qwen3(state_dict: dict[str, torch.Tensor], tokenizer_folder: Path) -> tuple[type, type]:
-    """ComfyUI's classes of Z-Image's tokenizer and text encoder, for a Qwen3 of other sizes than
-    4B."""
+def small_qwen3(
+    state_dict: dict[str, torch.Tensor],
+    tokenizer_folder: Path,
+    prompts: PromptFormat = Z_IMAGE_PROMPTS,
+) -> tuple[type, type]:
+    """ComfyUI's classes of tokenizer and text encoder for a Qwen3 of other sizes than 4B. Raises
+    CheckpointError."""
     sizes = qwen3_sizes(
         {key.removeprefix("model."): tuple(tensor.shape) for key, tensor in state_dict.items()}
     )
     head_dim = sizes.pop("head_dim")
+    check_layers(sizes["num_hidden_layers"], prompts)
+    layers: dict = {"layer": "hidden", "layer_idx": prompts.hidden_states[0]}
+    padding, base = -1, sd1_clip.SD1ClipModel
+    if len(prompts.hidden_states) > 1:
+        layers = {"layer": list(prompts.hidden_states), "layer_idx": None}
+        base = comfy.text_encoders.flux.Flux2TEModel  # joins the three along the width
+    if prompts.pad_to:
+        padding = padding_id(load_tokenizer(tokenizer_folder), sizes["vocab_size"])
 
     class Qwen3(comfyui.Qwen3):
         def __init__(self, _, dtype, device, operations):
@@ -372,21 +427,26 @@ def small_qwen3(state_dict: dict[str, torch.Tensor], tokenizer_folder: Path) -> 
         def __init__(self, device="cpu", dtype=None, model_options={}):
             super().__init__(
                 device,
-                layer="hidden",
-                layer_idx=LAYER,
+                **layers,
                 textmodel_json_config={},
                 dtype=dtype,
                 model_class=Qwen3,
-                special_tokens={"pad": -1},
+                special_tokens={"pad": padding},
                 layer_norm_hidden_state=False,
                 enable_attention_masks=True,
                 return_attention_masks=True,
                 model_options=model_options,
             )
 
-    class EncoderModel(sd1_clip.SD1ClipModel):
+    class EncoderModel(base):
         def __init__(self, device="cpu", dtype=None, model_options={}):
-            super().__init__(device, dtype, model_options, name="qwen3_4b", clip_model=Encoder)
+            super().__init__(
+                device=device,
+                dtype=dtype,
+                model_options=model_options,
+                name="qwen3_4b",
+                clip_model=Encoder,
+            )
 
     class Words(sd1_clip.SDTokenizer):
         def __init__(self, embedding_directory=None, tokenizer_data={}):
@@ -401,8 +461,8 @@ def small_qwen3(state_dict: dict[str, torch.Tensor], tokenizer_folder: Path) -> 
                 False,
                 False,
                 False,
-                1,
-                0,
+                max(prompts.pad_to, 1),
+                max(padding, 0),
                 tokenizer_data=tokenizer_data,
             )
 
@@ -411,7 +471,7 @@ def small_qwen3(state_dict: dict[str, torch.Tensor], tokenizer_folder: Path) -> 
             sd1_clip.SD1Tokenizer.__init__(
                 self, embedding_directory, tokenizer_data, name="qwen3_4b", tokenizer=Words
             )
-            self.llama_template = TEMPLATE.replace("{prompt}", "{}")
+            self.llama_template = prompts.template.replace("{prompt}", "{}")
 
     return Tokenizer, EncoderModel
 

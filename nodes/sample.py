@@ -11,12 +11,14 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..l2p_core.backbones import BackboneConfig
+from ..l2p_core.config import PixelConfig
 from ..l2p_core.flow import schedule
 from ..l2p_core.images import check_size, size_for
-from ..l2p_core.model import L2PTransformer
-from ..l2p_core.settings import Settings
+from ..l2p_core.settings import Settings, reject_hooks
 from ..l2p_core.stages import LARGEST, Stage, misfit, plan_stages, run_stages
 from . import comfyui
+from .comfy_model import L2PModel
 from .inputs import BATCH, check_numbers, setting, side
 from .latents import fit, fit_mask, to_image, to_latent
 from .prompt import note
@@ -183,11 +185,12 @@ class L2PKSampler(io.ComfyNode):
         """Generate. Returns the IMAGE and its pixel latent."""
         check_numbers(cfg_scale=cfg, shift=shift, denoising_strength=denoise)
         of_stages = stage_options or stages_of(stages, stage_denoise, redraw)
-        multiple, cap_feat_dim, trained = sizes_of(model)
+        multiple, _, trained = sizes_of(model)
+        config = model.model.diffusion_model.config
         batch_size = max(batch_size, 0 if image is None else len(image))
         height, width = drawn_size(image, height, width, trained, multiple)
         for conditioning in (positive, negative):
-            check_conditioning(conditioning, cap_feat_dim)
+            check_conditioning(conditioning, config)
         positive, negative = (
             areas_as_shares(conditioning, height, width) for conditioning in (positive, negative)
         )
@@ -200,6 +203,8 @@ class L2PKSampler(io.ComfyNode):
             denoising_strength=denoise,
             **of_stages._asdict(),
         )
+        if not config.hooks_run_blocks:
+            reject_hooks(settings, config.row.title)
         plan = plan_stages(settings, trained, multiple)
         have = comfy.model_management.get_total_memory(model.load_device)
         note(
@@ -367,10 +372,10 @@ class L2PScheduler(io.ComfyNode):
 def sizes_of(model) -> tuple[int, int, tuple[int, int]]:
     """What height and width must be multiples of, the width of captions, and the height and width
     that the model was trained at. Raises ValueError for another model."""
-    network = model.model.diffusion_model
-    if isinstance(network, L2PTransformer):
+    if isinstance(model.model, L2PModel):
+        config = model.model.diffusion_model.config
         trained = model.model.model_config.unet_config["trained_size"]
-        return network.config.size_multiple, network.config.cap_feat_dim, trained
+        return config.size_multiple, config.cap_feat_dim, trained
     raise ValueError(
         f"the model is a {type(model.model).__name__}, which is no L2P model. Load one with Load"
         " L2P Checkpoint"
@@ -391,14 +396,17 @@ def drawn_size(
     return height, width
 
 
-def check_conditioning(conditioning: list, cap_feat_dim: int) -> None:
+def check_conditioning(conditioning: list, config: PixelConfig) -> None:
     """Raise ValueError unless a text encoder that fits the model made it."""
+    encoder = "Qwen3-4B, or the bundled one for the bundled model"
+    if isinstance(config, BackboneConfig):
+        encoder = f"in Load Z-Image Text Encoder, set latent_model to {config.row.title}"
     for features, _ in conditioning:
-        if features.shape[-1] != cap_feat_dim:
+        if features.shape[-1] != config.cap_feat_dim:
             raise ValueError(
-                f"the conditioning is {features.shape[-1]} wide, this model reads {cap_feat_dim}."
-                " Encode the prompt with the text encoder it was trained with: Qwen3-4B, or the"
-                " bundled one for the bundled model"
+                f"the conditioning is {features.shape[-1]} wide, this model reads"
+                f" {config.cap_feat_dim}. Encode the prompt with the text encoder it was trained"
+                f" with: {encoder}"
             )
 
 

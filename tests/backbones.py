@@ -31,7 +31,7 @@ def flux2(in_channels: int, dim: int = 32, layers: tuple[int, int] = (2, 3)):
         attention_head_dim=16,
         num_attention_heads=dim // 16,
         joint_attention_dim=3 * WIDTH,
-        timestep_guidance_channels=32,
+        timestep_guidance_channels=256,  # the one width that ComfyUI computes
         axes_dims_rope=(4, 4, 4, 4),
         guidance_embeds=False,
     )
@@ -101,8 +101,11 @@ def save_text_encoder(folder: Path) -> tuple[transformers.Qwen3ForCausalLM, obje
             num_key_value_heads=1,
             head_dim=8,
             initializer_range=0.3,  # so that prompts differ after 28 layers
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},  # Qwen3's own
         )
     ).eval()
+    for parameter in model.parameters():  # exact in float16, in which ComfyUI keeps text encoders
+        parameter.data = parameter.data.half().float()
     model.save_pretrained(folder / "text_encoder")
     tokenizer.save_pretrained(folder / "tokenizer")
     return model, tokenizer

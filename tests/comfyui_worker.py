@@ -124,12 +124,13 @@ def forward(
     return {
         "class": type(model.model).__name__,
         "patches": len(model.patches),
+        "shift": float(model.model.model_sampling.shift),
         "vae": vae is not None,
         "formats": sorted(
             {
                 str(getattr(module.weight, "layout_cls", None) or module.weight.dtype)
                 for module in model.model.diffusion_model.modules()
-                if hasattr(module, "weight")
+                if getattr(module, "weight", None) is not None
             }
         ),
     }
@@ -274,6 +275,26 @@ def broken_self_test(path: str) -> list[str]:
     return [*said, *logged]
 
 
+def broken_flux(path: str) -> list[str]:
+    """What loading says, and what is logged, in a ComfyUI whose FLUX.2 takes other arguments."""
+    import logging
+
+    import comfy.ldm.flux.model as flux
+
+    module, logged = of_pack("nodes.flux2"), []
+    real, log = flux.Flux.forward_orig, logging.error
+    flux.Flux.forward_orig, logging.error = lambda only_one: only_one, logged.append
+    module.self_test.cache_clear()
+    try:
+        load(path, "diffusion")
+    except Exception as error:
+        return [str(error), *logged]
+    finally:
+        flux.Flux.forward_orig, logging.error = real, log
+        module.self_test.cache_clear()
+    return []
+
+
 def self_test_time() -> float:
     """Seconds that the self-test takes, in CPU time."""
     import time
@@ -349,9 +370,10 @@ def detect_as_core(shapes: dict[str, list[int]]) -> str | None:
     return found and found.get("image_model")
 
 
-def encode(prompt: str, output: str, text_encoder: str) -> list[int]:
+def encode(prompt: str, output: str, text_encoder: str, **options) -> None:
+    """Save the embeddings of a prompt and of the empty one. options: of L2PTextEncoderLoader."""
     with listed("text_encoders", text_encoder) as name:
-        clip = nodes.NODE_CLASS_MAPPINGS["L2PTextEncoderLoader"].execute(name)[0]
+        clip = nodes.NODE_CLASS_MAPPINGS["L2PTextEncoderLoader"].execute(name, **options)[0]
     clip.l2p_read_prompt = None  # prompts are encoded as they are, the bundled model's too
     positive, negative = nodes.NODE_CLASS_MAPPINGS["L2PTextEncode"].execute(clip, prompt, "").args
     save_file(
@@ -512,23 +534,34 @@ def core_detection_tests() -> int | None:
     )
 
 
-def memory(config: dict, size: int, dtype: str, batch: int = 1) -> list[int]:
+def memory(
+    config: dict, size: int, dtype: str, batch: int = 1, backbone: str | None = None
+) -> list[int]:
     """(bytes ComfyUI is told a pass takes, bytes that are alive at its peak) for a model of the
-    published widths, counted on tensors without contents."""
+    published widths, counted on tensors without contents.
+
+    config: arguments of L2PConfig, or of BackboneConfig beside its decoder."""
+    import comfy.ldm.flux.math as flux_math
     import comfy.ldm.modules.attention as attention
     import comfy.ops
 
     pack_module = of_pack("nodes.comfy_model")
-    l2p_config = pack_module.L2PConfig(
-        **config, decoder=of_pack("l2p_core.config").PUBLISHED_DECODERS[config["patch_size"]]
-    )
+    decoder = of_pack("l2p_core.config").PUBLISHED_DECODERS[config["patch_size"]]
+    network_class = of_pack("nodes.detection").DESCRIPTIONS[backbone].network
+    if backbone:
+        config["arguments"] = tuple(config["arguments"].items())
+        l2p_config = of_pack("l2p_core.backbones").BackboneConfig(
+            backbone, **config, decoder=decoder, bottleneck_dim=512
+        )
+    else:
+        l2p_config = pack_module.L2PConfig(**config, decoder=decoder)
     dtype = getattr(torch, dtype)
-    whole_scores = attention.optimized_attention_masked
-    attention.optimized_attention_masked = lambda q, *_, **__: (
+    whole_scores = attention.optimized_attention_masked, flux_math.optimized_attention
+    attention.optimized_attention_masked = flux_math.optimized_attention = lambda q, *_, **__: (
         torch.empty_like(q).movedim(1, 2).flatten(2)
     )  # no scores, as on a GPU
     with torch.device("meta"), torch.no_grad():
-        network = pack_module.L2PNetwork(
+        network = network_class(
             l2p_config, dtype=dtype, operations=comfy.ops.disable_weight_init, device="meta"
         )
         image, caption = (
@@ -538,7 +571,7 @@ def memory(config: dict, size: int, dtype: str, batch: int = 1) -> list[int]:
         counted, _ = of_pack("l2p_core.meter").peak_bytes(
             lambda: network(image, torch.ones(batch), caption, 100, transformer_options={})
         )
-    attention.optimized_attention_masked = whole_scores
+    attention.optimized_attention_masked, flux_math.optimized_attention = whole_scores
     model = pack_module.L2PModel.__new__(pack_module.L2PModel)
     torch.nn.Module.__init__(model)
     model.diffusion_model, model.get_dtype_inference = network, lambda: dtype
@@ -746,6 +779,60 @@ def shift_by_another_node(node: str, shift: float) -> list[str]:
     finally:
         logging.warning = log
     return said
+
+
+def draw_backbone(
+    path: str,
+    text_encoder: str,
+    latent_model: str,
+    prompt: str,
+    output: str,
+    node: str = "L2PKSampler",
+    stage_attention: str | None = None,
+) -> dict:
+    """Generate 48 x 32 pixels in 4 steps by our nodes at seed 3, cfg 4 and the model's shift.
+
+    Saves the image (H, W, 3) and the last preview, in levels of 255. node: L2PKSampler or KSampler.
+    stage_attention: of L2P Stages. Returns how many previews were shown, and what was logged."""
+    import logging
+
+    import numpy as np
+
+    node_classes, shown, said = nodes.NODE_CLASS_MAPPINGS, [], []
+    warn, logging.warning = logging.warning, lambda text, *_: said.append(text)
+    comfy.utils.set_progress_bar_global_hook(
+        lambda value, total, preview, node_id: shown.append(preview)
+    )
+    try:
+        model, _, _ = load(path, "node", weight_dtype="float32")
+        with listed("text_encoders", text_encoder) as name:
+            clip = node_classes["L2PTextEncoderLoader"].execute(name, latent_model=latent_model)[0]
+        positive, negative = node_classes["L2PTextEncode"].execute(clip, prompt, "").args
+        if node == "KSampler":
+            latent = {"samples": torch.zeros(1, 3, 32, 48)}
+            given = (model, 3, 4, 4.0, "euler", "simple", positive, negative, latent)
+            samples = nodes.KSampler().sample(*given)[0]["samples"]
+            image = of_pack("nodes.latents").to_image(samples)
+        else:
+            shift = float(model.model.model_sampling.shift)
+            given = (48, 32, 1, 3, 4, 4.0, "euler", "l2p", shift, 1.0)
+            options = {}
+            if stage_attention:
+                stages = node_classes["L2PStages"].execute
+                options["stage_options"] = stages(
+                    2, 0.5, "interpolated", stage_attention=stage_attention
+                )[0]
+            image = node_classes[node].execute(model, positive, negative, *given, **options)[0]
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
+        logging.warning = warn
+    previews = [torch.tensor(np.array(each[1])) for each in shown if each is not None]
+    save_file(
+        {"image": (image[0] * 255).floor().to(torch.uint8).contiguous()}
+        | ({"preview": previews[-1]} if previews else {}),
+        output,
+    )
+    return {"previews": len(previews), "said": said}
 
 
 def notes_of_sampler(sampler_name: str, **numbers) -> list[str]:

@@ -9,10 +9,11 @@ import pytest
 import real_comfyui
 import serving
 import small_runs
+import torch
 from comfyui_l2p.l2p_core.config import L2PConfig
 from comfyui_l2p.l2p_core.model import L2PTransformer
 from golden import recipe
-from helpers import GOLDEN
+from helpers import GOLDEN, rms
 from safetensors.torch import load_file, save_file
 
 signal.signal(
@@ -92,6 +93,38 @@ def real(kind, folder):
 def comfyui(tmp_path_factory):
     """A `real_comfyui.Worker`; tests that ask for it are skipped where there is no ComfyUI."""
     yield from real(real_comfyui.Worker, tmp_path_factory.mktemp("comfyui"))
+
+
+@pytest.fixture
+def compare(comfyui, tmp_path):
+    """compare(path, loader, reference model) → (relative error of ComfyUI's output, what it
+    loaded)."""
+
+    def run(path, loader, reference, height=64, width=96, batch=2, call="forward", **options):
+        config = reference.config
+        generator = torch.Generator().manual_seed(1)
+        image = torch.randn(batch, 3, height, width, generator=generator)
+        sigma = torch.linspace(0.9, 0.3, batch)
+        caption = torch.randn(batch, 21, config.cap_feat_dim, generator=generator)
+        save_file(
+            {"image": image, "sigma": sigma, "caption": caption}, tmp_path / "inputs.safetensors"
+        )
+        arguments = {
+            "path": path,
+            "inputs": tmp_path / "inputs.safetensors",
+            "output": tmp_path / "output.safetensors",
+        }
+        loaded = comfyui.call(
+            call, **arguments, **({"loader": loader} if loader else {}), **options
+        )
+        with torch.no_grad():
+            expected = -reference(image, 1 - sigma, list(caption))
+        return (
+            rms(load_file(tmp_path / "output.safetensors")["output"] - expected, expected),
+            loaded,
+        )
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -185,9 +185,13 @@ def on_all_cores(function: Callable[[In], Out], items: Iterable[In]) -> Iterator
         torch.set_num_threads(threads)  # the threads above have set it for all of MKL
 
 
-def check(layout: Layout) -> None:
+def check(
+    layout: Layout, shapes: Callable[[Any], dict[str, tuple[int, ...]]] | None = None
+) -> None:
     """Raise CheckpointError, saying what the file is and what to do, unless it is a whole L2P
-    model."""
+    model.
+
+    shapes: config → name and shape of every tensor of the model; by default `expected_shapes`."""
     name = layout.path.name
     if len(layout.files) == 1 and (shard := SHARD_NAME.search(name)) and int(shard[1]) > 1:
         raise CheckpointError(
@@ -226,7 +230,7 @@ def check(layout: Layout) -> None:
             + ": it is a trained part. Merge it with the pixel initialisation it was trained from"
             " first: l2p merge"
         )
-    expected = expected_shapes(layout.config)
+    expected = (shapes or expected_shapes)(layout.config)
     found = {key: source.shape for key, source in layout.tensors.items()}
     if missing := [key for key in expected if key not in found]:
         raise CheckpointError(
@@ -277,10 +281,15 @@ def bytes_in_memory(layout: Layout, dtype: torch.dtype, fp8: bool = False) -> di
     }
 
 
-def expected_shapes(config: PixelConfig) -> dict[str, tuple[int, ...]]:
+def expected_shapes(
+    config: PixelConfig, shallow: Mapping[str, Tensor] | None = None
+) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a model. Only one block of each stack is built: a file may
-    claim thousands."""
-    shallow = config.shallow().build().state_dict()
+    claim thousands.
+
+    shallow: the tensors of the model with one block in each stack; by default it is built."""
+    if shallow is None:
+        shallow = config.shallow().build().state_dict()
     expected = {}
     for stack, tensors in groupby(shallow.items(), key=lambda item: item[0].partition(".")[0]):
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors}
