@@ -49,6 +49,7 @@ class Backbone:
     # (patches (B, N, 3 * patch * patch), sigma (B,), prompts (B, L, width), rows, columns, hooks) →
     # the arguments of its forward.
     inputs: "Callable[[Tensor, Tensor, Tensor, int, int, Hooks], dict[str, Any]]"
+    scales_positions: bool  # whether `inputs` follows `Hooks.rope_scale`
     sign: int  # of the decoder's output: -1 where the latent model predicts noise - image
     prompts: PromptFormat
     shift: float
@@ -166,6 +167,14 @@ class BackboneConfig(PixelConfig):
             f" width {self.cap_feat_dim}"
         )
 
+    def check_rope_scale(self, *factors: float) -> None:
+        """Raise ValueError where a factor is not 1 and the model can't scale positions."""
+        if not self.row.scales_positions and any(factor != 1 for factor in factors):
+            raise ValueError(
+                f"redraw is interpolated, and {self.row.title} can't scale positions. Set it to"
+                " tiled or extrapolated"
+            )
+
     def shallow(self) -> "BackboneConfig":
         """The same with one block in each stack."""
         one_each = dict.fromkeys(self.row.stacks.values(), 1)
@@ -258,6 +267,7 @@ FLUX2_KLEIN = Backbone(
         "single_stream_modulation",
     ),
     inputs=flux2_inputs,
+    scales_positions=True,
     sign=-1,
     # Qwen3's template with thinking disabled, as diffusers' Flux2KleinPipeline has it.
     prompts=PromptFormat(
@@ -294,11 +304,6 @@ def qwen_image_inputs(
     x: "Tensor", sigma: "Tensor", prompt: "Tensor", rows: int, columns: int, hooks: "Hooks"
 ) -> dict[str, Any]:
     """What QwenImageTransformer2DModel takes. It counts positions from the grid's middle."""
-    if hooks.rope_scale != (1.0, 1.0):
-        raise ValueError(
-            "redraw is interpolated, and Qwen-Image can't scale positions. Set it to tiled or"
-            " extrapolated"
-        )
     return {
         "hidden_states": x,
         "encoder_hidden_states": prompt,
@@ -322,6 +327,7 @@ QWEN_IMAGE = Backbone(
     parts=("time_text_embed", "txt_norm", "norm_out"),
     shared=("time_text_embed",),
     inputs=qwen_image_inputs,
+    scales_positions=False,
     sign=-1,
     # The template of diffusers' QwenImagePipeline, which leaves out its system prompt's embeddings.
     prompts=PromptFormat(

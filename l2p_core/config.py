@@ -138,6 +138,9 @@ class PixelConfig:
         changes = {"patch_size": patch, "decoder": PUBLISHED_DECODERS[patch]}
         return replace(self, **changes)  # type: ignore[type-var]
 
+    def check_rope_scale(self, *factors: float) -> None:
+        """Raise ValueError where the model can't scale positions by these factors."""
+
     def shallow(self) -> "PixelConfig":
         """The same with one block in each stack."""
         raise NotImplementedError

@@ -93,6 +93,7 @@ class DiffusersL2P(nn.Module):
 
         Neighbours whose prompts are of one length run together, so that no prompt is padded by
         another's length."""
+        self.config.check_rope_scale(*hooks.rope_scale)
         patch = self.config.patch_size
         h, w = image.shape[-2] // patch, image.shape[-1] // patch
         x = F.pixel_unshuffle(image, patch).flatten(2).transpose(1, 2)  # (B, N, 3 * p * p)

@@ -515,8 +515,11 @@ class L2PPipeline:
         return settings
 
     def plan_stages(self, settings: CompleteSettings) -> list[Stage]:
-        """See `stages.plan_stages`."""
-        return plan_stages(settings, self.layout.trained_size, self.layout.config.size_multiple)
+        """See `stages.plan_stages`. Raises ValueError where the model can't run a stage, too."""
+        config = self.layout.config
+        plan = plan_stages(settings, self.layout.trained_size, config.size_multiple)
+        config.check_rope_scale(*(stage.rope_scale for stage in plan))
+        return plan
 
     def _tokens(self, stage: Stage) -> int:
         """Image tokens of one pass."""
