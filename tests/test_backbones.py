@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,15 +21,19 @@ from comfyui_l2p.l2p_core.estimate import needs, passing
 from comfyui_l2p.l2p_core.files.header import CheckpointError
 from comfyui_l2p.l2p_core.files.layout import read_layout
 from comfyui_l2p.l2p_core.files.load import load_model
-from comfyui_l2p.l2p_core.flow import SOLVERS, guided_velocity, schedule
-from comfyui_l2p.l2p_core.meter import peak_bytes
-from comfyui_l2p.l2p_core.model import PUBLISHED
+from comfyui_l2p.l2p_core.flow import SOLVERS, flow_matching_loss, guided_velocity, schedule
+from comfyui_l2p.l2p_core.meter import Meter, bytes_of, peak_bytes
+from comfyui_l2p.l2p_core.model import PUBLISHED, Hooks
 from comfyui_l2p.l2p_core.pipeline import L2PPipeline
 from comfyui_l2p.l2p_core.text import TextEncoder
+from comfyui_l2p.l2p_core.train.config import TrainConfig
+from comfyui_l2p.l2p_core.train.estimate import estimate
+from comfyui_l2p.l2p_core.train.prepare import compute_dtype, make_optimizer, prepare
 from comfyui_l2p.l2p_core.transformers_encoder import load_encoder
 from helpers import apart, rms
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils._pytree import tree_leaves
 
 diffusers = pytest.importorskip("diffusers", minversion="0.42")
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
@@ -369,3 +374,105 @@ def test_the_estimate_of_a_pass_is_what_it_holds(klein, qwen_image, row):
     peak, images = peak_bytes(generate)
     assert passing(pipe, settings, 1, None) == pytest.approx(peak + images.nbytes, rel=0.1)
     assert needs(pipe, settings, 1).model == sum(each.nbytes for each in model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", BACKBONES)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"freeze": "1:-1", "mixed_precision": "no"},
+        {"freeze": "1:-1", "mixed_precision": "bf16"},
+        {"freeze": "", "checkpointing": False, "mixed_precision": "no"},
+        {"lora_rank": 2, "mixed_precision": "bf16"},
+    ],
+    ids=["float32", "bf16", "everything", "LoRA"],
+)
+def test_the_estimate_of_training_is_what_a_step_holds(klein, qwen_image, row, changes):
+    """Weights, gradients, state and activations, by the same counter over real tensors."""
+    file = {"flux2-klein": klein, "qwen-image": qwen_image}[row] / "small.safetensors"
+    settings = TrainConfig(
+        checkpoint=str(file),
+        data="none",
+        output="none",
+        device="cpu",
+        batch=2,
+        height=96,
+        width=96,
+        **changes,
+    )
+    dtype = compute_dtype(settings)
+    model = load_model(file, dtype=dtype)
+    width = model.config.cap_feat_dim
+    optimizer = make_optimizer(prepare(model, settings), settings)
+    inputs = (
+        torch.randn(2, 3, 96, 96),
+        [torch.randn(512, width).to(dtype) for _ in range(2)],
+        torch.randn(2, 3, 96, 96),
+        torch.rand(2),
+    )
+
+    def step():
+        bfloat16 = dtype == torch.bfloat16
+        with torch.autocast("cpu", torch.bfloat16, bfloat16, cache_enabled=False):
+            loss = flow_matching_loss(model, *inputs)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()  # makes the optimizer's state
+    with Meter() as meter:
+        step()
+    state = bytes_of(tree_leaves(optimizer.state_dict()))
+    held = bytes_of(model.state_dict().values()) + state + meter.peak()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, that bfloat16 and float32 meet in a norm
+        found = estimate(settings)
+    assert found["total"] == pytest.approx(held, rel=0.1)
+    # The peak of a step is what this test is about; weights and state are small beside it.
+    assert found["gradients"] + found["activations and buffers"] == pytest.approx(
+        meter.peak(), rel=0.1
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", BACKBONES)
+def test_norms_in_training_give_the_dtype_they_are_given(klein, qwen_image, row, monkeypatch):
+    """CUDA's autocast would give float32, for which more is kept for the backward pass."""
+    file = {"flux2-klein": klein, "qwen-image": qwen_image}[row] / "small.safetensors"
+    settings = TrainConfig(checkpoint=str(file), data="none", output="none", freeze="1:-1")
+    model = load_model(file, dtype=torch.bfloat16)
+    prepare(model, settings)
+    norm, casts = torch.nn.functional.layer_norm, []
+
+    def looks(*args, **kwargs):
+        casts.append(torch.is_autocast_enabled("cpu"))
+        return norm(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "layer_norm", looks)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(
+            torch.zeros(1, 3, 32, 32),
+            torch.zeros(1),
+            [torch.zeros(5, model.config.cap_feat_dim)],
+        )
+    assert casts and not any(casts)
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("aten::layer_norm", "AutocastCUDA")
+
+
+def test_what_qwen_image_cannot_redraw_is_rejected_before_anything_is_loaded(klein, qwen_image):
+    pipe, other = (
+        L2PPipeline.from_pretrained(folder / "small.safetensors", folder, device="cpu")
+        for folder in (qwen_image, klein)
+    )
+    given = {"height": 2048, "width": 2048, "stages": 2, "redraw": "interpolated"}
+    with pytest.raises(ValueError, match="redraw is interpolated, and Qwen-Image can't scale"):
+        pipe("a red circle", **given)
+    assert not {"transformer", "text_encoder"} & set(vars(pipe))
+    pipe.plan_stages(pipe.complete({**given, "redraw": "tiled"}))
+    pipe.plan_stages(pipe.complete({**given, "stages": 1}))  # nothing is redrawn
+    other.plan_stages(other.complete(given))
+    model = load_model(qwen_image / "small.safetensors", dtype=torch.float32)
+    prompt = [torch.zeros(3, model.config.cap_feat_dim)]
+    with pytest.raises(ValueError, match="Qwen-Image can't scale"):
+        model(torch.zeros(1, 3, 32, 32), torch.zeros(1), prompt, Hooks(rope_scale=(0.5, 0.5)))

@@ -81,7 +81,7 @@ def prepare(
 def keep_dtypes(model: L2PTransformer, norm: Norm) -> None:
     """Let norms and nearest upsampling give the dtype they are given.
 
-    CUDA's autocast computes both in float32, a CPU's does not. What follows in the block is then
+    CUDA's autocast computes them in float32, a CPU's does not. What follows in the block is then
     float32 too, and so is what is kept for the backward pass. The norm's own sum is in float32
     anyway. Its weight is cast as autocast casts that of a linear: in one dtype, CUDA's kernel
     keeps only its input (torch 2.8 or newer)."""
@@ -97,7 +97,7 @@ def keep_dtypes(model: L2PTransformer, norm: Norm) -> None:
     for module in model.modules():
         if isinstance(module, nn.RMSNorm):
             module.forward = partial(plain, partial(of, module))
-        elif isinstance(module, nn.Upsample):
+        elif isinstance(module, (nn.LayerNorm, nn.Upsample)):
             module.forward = partial(plain, module.forward)
     decoder = model.local_decoder
     decoder.resize = partial(plain, decoder.resize)  # type: ignore[method-assign]
