@@ -246,6 +246,10 @@ def products(card: Card) -> Iterator[Row]:
     whole = card.seconds(lambda: x @ weight.t())
     yield Row("product, bfloat16", 2e-12 * tokens * inputs * outputs / whole, "TFLOP/s")
 
+    x_32, weight_32 = x.float(), weight.float()
+    took = card.seconds(lambda: x_32 @ weight_32.t())
+    yield Row("product, float32", took / whole, "of bfloat16's time")
+
     for kind in ("FP8", "INT8"):
 
         def run(kind: str = kind) -> list[Row]:

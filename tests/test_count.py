@@ -68,4 +68,4 @@ def test_every_line_of_the_card_s_benchmark_runs(tmp_path, monkeypatch):
     absent = {what for what, row in rows.items() if row["value"] is None}
     absent -= {"peak since reset"}  # of which a CPU has none
     assert all(what.startswith("attention") for what in absent), absent
-    assert len(rows) == 47
+    assert len(rows) == 48
