@@ -101,6 +101,25 @@ def test_rope_options(comfyui, tmp_path, klein, rope):
     assert rms(found - expected, expected) < 1e-5 < rms(plain - expected, expected)
 
 
+def test_wrappers_and_attention_overrides_are_used(comfyui, tmp_path, klein):
+    """As EasyCache wraps the network, which adds to its input in place, and as Sage overrides
+    attention: here with one that returns v."""
+    generator = torch.Generator().manual_seed(1)
+    image, sigma = torch.randn(1, 3, 32, 48, generator=generator), torch.tensor([0.4])
+    caption = torch.randn(1, 7, 24, generator=generator)
+    inputs, output = tmp_path / "inputs.safetensors", tmp_path / "output.safetensors"
+    save_file({"image": image, "sigma": sigma, "caption": caption}, inputs)
+    arguments = {"path": klein.file, "inputs": inputs, "output": output}
+    wrapped = comfyui.call("forward_with", wrapper=True, **arguments)
+    with torch.no_grad():
+        expected = -klein.model(image, 1 - sigma, list(caption))
+    assert not wrapped["input_changed"]
+    assert rms(load_file(output)["output"] - expected, expected) < 1e-5
+    seen = comfyui.call("forward_with", override=True, **arguments)["seen"]
+    assert seen == [[1, 2, 6 + 7, 16]] * (2 + 3)
+    assert rms(load_file(output)["output"] - expected, expected) > 1e-3
+
+
 def test_prompts_of_two_lengths_in_a_batch(comfyui, tmp_path, klein):
     generator = torch.Generator().manual_seed(1)
     image, sigma = torch.randn(2, 3, 32, 48, generator=generator), torch.tensor([0.9, 0.3])
@@ -152,13 +171,22 @@ def draw(comfyui, tmp_path, klein):
 
 
 @pytest.fixture(scope="module")
-def image(klein) -> np.ndarray:
-    """What the library generates with the settings of `draw_backbone`."""
+def generate(klein):
+    """generate(**settings) → what the library generates with the settings of `draw_backbone`."""
     pipe = L2PPipeline.from_pretrained(
         klein.file, klein.folder, device="cpu", torch_dtype=torch.float32
     )
-    found = pipe("a red circle", seed=3, height=32, width=48, num_inference_steps=4)
-    return np.asarray(found).astype(int)
+
+    def run(**settings) -> np.ndarray:
+        found = pipe("a red circle", seed=3, height=32, width=48, num_inference_steps=4, **settings)
+        return np.asarray(found).astype(int)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def image(generate) -> np.ndarray:
+    return generate()
 
 
 def test_our_nodes_generate_the_library_s_image(draw, image):
@@ -175,6 +203,12 @@ def test_our_nodes_generate_the_library_s_image(draw, image):
 def test_core_s_sampler_generates_with_the_model_s_shift(draw, image):
     """`simple` has the sigmas of the schedule where steps divide 1000."""
     assert np.abs(draw(node="KSampler")[0] - image).max() <= 1
+
+
+def test_a_second_stage_is_the_library_s(draw, generate, image):
+    expected = generate(stages=2, stage_strength=0.5, redraw="interpolated")
+    assert np.abs(draw(stage_attention="whole")[0] - expected).max() <= 1
+    assert np.abs(expected - image).max() > 10
 
 
 LORA_TARGETS = (
