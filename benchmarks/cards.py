@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from comfyui_l2p.l2p_core import L2PConfig, L2PPipeline
-from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS
+from comfyui_l2p.l2p_core.backbones import FLUX2_KLEIN
+from comfyui_l2p.l2p_core.config import PUBLISHED_DECODERS, PixelConfig
 from comfyui_l2p.l2p_core.estimate import estimate
 from comfyui_l2p.l2p_core.files.load import expected_shapes
 from load import encoded_header, int8_tensors, published_tensors
@@ -50,6 +51,30 @@ def larger_tensors(patch: int) -> Tensors:
     config = L2PConfig(patch_size=patch, decoder=PUBLISHED_DECODERS[patch])
     for name, shape in expected_shapes(config).items():
         yield name, "BF16", shape
+
+
+def klein_shapes() -> dict[str, tuple[int, ...]]:
+    """Name and shape of each tensor of FLUX.2-klein-base-4B."""
+    import diffusers
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        model = diffusers.Flux2Transformer2DModel(
+            in_channels=128,
+            num_layers=5,
+            num_single_layers=20,
+            num_attention_heads=24,
+            joint_attention_dim=7680,
+            guidance_embeds=False,
+        )
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def klein_config() -> PixelConfig:
+    """The numbers of its pixel model."""
+    config = FLUX2_KLEIN.config(klein_shapes(), 16).with_patch(16)
+    assert config.decoder == PUBLISHED_DECODERS[16]
+    return config
 
 
 def write_sparse(path: Path, tensors: Tensors) -> None:

@@ -3,6 +3,7 @@ and whether a tenth of the card stays free. Counted on the header of a full-size
 initialisation, at 1024 x 1024 pixels and batch 1; nothing is run on a card.
 
     python benchmarks/training_cards.py (10 minutes on one CPU core)
+    python benchmarks/training_cards.py --backbone flux2-klein --cards 24gb 16gb
 
 Ends with status 1 where a preset does not fit. A card of N GB counts as N GiB, as in cards.py."""
 
@@ -13,12 +14,13 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from cards import write_sparse
+from cards import klein_config, write_sparse
 from comfyui_l2p.l2p_core import L2PConfig
+from comfyui_l2p.l2p_core.backbones import FLUX2_KLEIN
 from comfyui_l2p.l2p_core.files.load import expected_shapes
 from comfyui_l2p.l2p_core.train.config import read_config
 from comfyui_l2p.l2p_core.train.estimate import estimate
-from comfyui_l2p.l2p_core.train.presets import PRESETS
+from comfyui_l2p.l2p_core.train.presets import CARDS, PRESETS
 
 KINDS = {"layers": {}, "everything": {"freeze": ""}, "LoRA": {"lora_rank": 16}}
 NAMES = {
@@ -43,6 +45,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND")
+    parser.add_argument("--cards", nargs="+", choices=CARDS, default=CARDS, metavar="CARD")
+    parser.add_argument(
+        "--backbone",
+        choices=("z-image", FLUX2_KLEIN.name),
+        default="z-image",
+        help="default z-image",
+    )
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     full, known = [], {}
@@ -52,11 +61,14 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "pixel-init.safetensors"
-        shapes = expected_shapes(L2PConfig())
+        of_klein = args.backbone == FLUX2_KLEIN.name
+        shapes = expected_shapes(klein_config() if of_klein else L2PConfig())
         write_sparse(checkpoint, ((name, "BF16", shape) for name, shape in shapes.items()))
         common = {"checkpoint": str(checkpoint), "data": "none", "output": "none"}
         for kind in args.only:
             for card, chosen in PRESETS[kind].items():
+                if card not in args.cards:
+                    continue
                 config = read_config(None, {**common, **KINDS[kind], "memory": card})
                 if config not in known:
                     known[config] = estimate(config)

@@ -3,11 +3,13 @@ model from nothing, and against frozen layers that learned nothing.
 
     python benchmarks/transfer.py --folder /tmp/transfer (two hours on two CPU cores)
     python benchmarks/transfer.py --folder /tmp/transfer --runs control
+    python benchmarks/transfer.py --folder /tmp/klein --backbone flux2-klein --batch 8
 
-A small latent Z-Image learns the shapes in latents that are fixed: the 16 principal components of 8
-x 8 pixels. `l2p convert` makes a pixel initialisation of it, and of the same latent model before it
-learned anything. All get the same new ends, those of the small model's recipe (the published
-decoder is too wide to learn anything in so few steps), and are trained by that recipe:
+A small latent model, a Z-Image or a FLUX.2 of diffusers, learns the shapes in latents that are
+fixed: the 16 principal components of 8 x 8 pixels. `l2p convert` makes a pixel initialisation of
+it, and of the same latent model before it learned anything. All get the same new ends, those of the
+small model's recipe (the published decoder is too wide to learn anything in so few steps), and are
+trained by that recipe, whose Muon takes Z-Image's matrices and leaves those of FLUX.2 to AdamW:
 
 - transferred: the latent model's middle layers, frozen;
 - from-nothing: the untrained model, with all of its layers;
@@ -15,7 +17,7 @@ decoder is too wide to learn anything in so few steps), and are trained by that 
 
 Scores are of prompts that were never trained on. transfer.png shows the samples side by side,
 transfer-loss.png the losses in black, red and blue. Every part that is in the folder already is not
-made again."""
+made again, and an interrupted run resumes."""
 
 import argparse
 import json
@@ -25,10 +27,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from comfyui_l2p.l2p_core import L2PTransformer
-from comfyui_l2p.l2p_core.config import L2PConfig, Level
+from comfyui_l2p.l2p_core.backbones import BACKBONES, FLUX2_KLEIN
+from comfyui_l2p.l2p_core.config import Z_IMAGE_PROMPTS, L2PConfig, Level
+from comfyui_l2p.l2p_core.diffusers_model import DiffusersL2P, diffusers_class
 from comfyui_l2p.l2p_core.files.layout import read_layout
 from comfyui_l2p.l2p_core.flow import euler, flow_matching_loss, guided_velocity, schedule
 from comfyui_l2p.l2p_core.images import to_images, to_pixels
+from comfyui_l2p.l2p_core.model import PUBLISHED, Hooks
 from comfyui_l2p.l2p_core.shapes import train as recipe
 from comfyui_l2p.l2p_core.shapes.scenes import SIZE, render, test_scenes, training_scenes
 from comfyui_l2p.l2p_core.shapes.score import score
@@ -59,13 +64,34 @@ CONFIG = L2PConfig(
     t_hidden_dim=256,
     decoder=(Level("1", 8, 8, 8),),
 )
+# As of the published model, its double-stream block is trained, and single-stream ones are frozen.
+FLUX2 = {
+    "in_channels": CHANNELS * PATCH**2,
+    "num_layers": 1,
+    "num_single_layers": 5,
+    "attention_head_dim": 32,
+    "num_attention_heads": 4,
+    "joint_attention_dim": CONFIG.cap_feat_dim,
+    "axes_dims_rope": (8, 8, 8, 8),
+    "guidance_embeds": False,
+}
+# Prompts, shift, steps and guidance scale of the small Z-Image. A prompt of the shapes has at most
+# 18 tokens; padding to 512, as published, would be nine tenths of the work.
+ROWS = {
+    FLUX2_KLEIN.name: replace(
+        FLUX2_KLEIN,
+        prompts=Z_IMAGE_PROMPTS._replace(pad_to=24),
+        shift=3.0,
+        steps=30,
+        guidance=2.0,
+    )
+}
 FREEZE = "1:-1"  # four of six layers; of the full model's thirty, twenty
 RUNS = {  # name: (latent model, frozen layers)
     "transferred": ("latent", FREEZE),
     "from-nothing": ("untrained", ""),
     "control": ("untrained", FREEZE),
 }
-BATCH = 16
 ASPECTS = ("right", "shape", "colour", "background", "place", "size", "clean")
 SETTINGS = Path(recipe.__file__).with_name("shapes.toml")
 
@@ -82,7 +108,7 @@ class Latents:
         self.scale = ((blocks - self.mean) @ self.components.T).std(0)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) → latents (B, C, H / 4, W / 4)."""
+        """Images (B, 3, H, W) → latents (B, C, H / 8, W / 8)."""
         blocks = F.pixel_unshuffle(images, BLOCK).movedim(1, -1)
         return ((blocks - self.mean) @ self.components.T / self.scale).movedim(-1, 1)
 
@@ -114,10 +140,12 @@ class LatentTransformer(L2PTransformer):
             }
         )
 
-    def forward(self, latents: Tensor, t: Tensor, captions: list[Tensor]) -> Tensor:
+    def forward(
+        self, latents: Tensor, t: Tensor, captions: list[Tensor], hooks: Hooks = PUBLISHED
+    ) -> Tensor:
         """Predict latents - noise."""
         (last,) = self.all_final_layer.values()
-        tokens = self.features(latents, t, captions).movedim(1, -1)  # (B, h, w, D)
+        tokens = self.features(latents, t, captions, hooks).movedim(1, -1)  # (B, h, w, D)
         scale = 1 + last["adaLN_modulation"](self.t_embedder(t, latents.dtype))[:, None, None]
         out = last["linear"](F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6) * scale)
         return F.pixel_shuffle(
@@ -126,34 +154,65 @@ class LatentTransformer(L2PTransformer):
         )
 
 
-def untrained_model() -> LatentTransformer:
+class LatentFlux2(nn.Module):
+    """FLUX.2 as diffusers has it, a token for 2 x 2 latents."""
+
+    def __init__(self):
+        super().__init__()
+        self.transformer = diffusers_class(FLUX2_KLEIN.diffusers_class)(**FLUX2)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that `forward` computes in."""
+        return self.transformer.dtype
+
+    def forward(
+        self, latents: Tensor, t: Tensor, captions: list[Tensor], hooks: Hooks = PUBLISHED
+    ) -> Tensor:
+        """Predict latents - noise. captions: all of one length."""
+        h, w = (side // PATCH for side in latents.shape[-2:])
+        x = F.pixel_unshuffle(latents, PATCH).flatten(2).transpose(1, 2)  # (B, N, C * 4)
+        inputs = FLUX2_KLEIN.inputs(x, 1 - t, torch.stack(captions), h, w, hooks)
+        velocity = self.transformer(**inputs, return_dict=False)[0]  # noise - latents
+        return -F.pixel_shuffle(velocity.transpose(1, 2).unflatten(2, (h, w)), PATCH)
+
+
+def untrained_model(backbone: str) -> nn.Module:
     """Return the latent model before it learns."""
     torch.manual_seed(0)
+    if backbone in ROWS:
+        model = LatentFlux2()
+        for part in FLUX2_KLEIN.shared:  # open gates: as they come, layers add next to nothing
+            for weight in model.transformer.get_submodule(part).parameters():
+                weight.data *= 2
+        return model
     model = LatentTransformer(CONFIG)
     recipe.open_gates(model)
     return model
 
 
-def learn_latents(folder: Path, encodings: dict[str, Tensor], steps: int) -> None:
+def learn_latents(
+    model: nn.Module,
+    folder: Path,
+    encodings: dict[str, Tensor],
+    steps: int,
+    batch: int,
+    mixed_precision: str,
+) -> None:
     """Write latent.safetensors, and what it generates as latent.json."""
     scenes = training_scenes()
     images = torch.cat([to_pixels(render(scene)) for scene in scenes])
     latents = Latents(images)
-    model = untrained_model()
-    matrices = [
-        weight
-        for name, weight in model.named_parameters()
-        if ".attention.to_" in name or ".feed_forward." in name
-    ]
-    rest = [
-        weight for weight in model.parameters() if all(weight is not matrix for matrix in matrices)
-    ]
+    matrices, rest = [], []
+    for name, weight in model.named_parameters():
+        matrix = ".attention.to_" in name or ".feed_forward." in name
+        (matrices if matrix else rest).append(weight)
     optimizer = recipe.CombinedOptimizer(
         recipe.Muon(matrices, 1.5, 0.01), torch.optim.AdamW([{"params": rest}], betas=(0.9, 0.99))
     )
     encoded, generator = latents.encode(images), torch.Generator().manual_seed(0)
     for step in trange(steps):
-        chosen = torch.randint(len(scenes), (BATCH,), generator=generator).tolist()
+        chosen = torch.randint(len(scenes), (batch,), generator=generator).tolist()
         captions = [
             encodings[
                 ("" if torch.rand((), generator=generator) < 0.1 else scenes[place].caption())
@@ -166,7 +225,8 @@ def learn_latents(folder: Path, encodings: dict[str, Tensor], steps: int) -> Non
                 2e-3 * min((step + 1) / 100, 1 - step / steps) * group.get("rate_factor", 1)
             )
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        autocast = torch.autocast("cpu", torch.bfloat16, mixed_precision == "bf16")
+        with autocast, sdpa_kernel(SDPBackend.MATH):
             loss = flow_matching_loss(
                 model,
                 encoded[chosen],
@@ -180,7 +240,11 @@ def learn_latents(folder: Path, encodings: dict[str, Tensor], steps: int) -> Non
     save(model, folder / "latent.safetensors")
     tests = test_scenes(100)
     velocity = guided_velocity(
-        model, [encodings[scene.caption()] for scene in tests], [encodings[""]] * 100, 2.0
+        model,
+        [encodings[scene.caption()] for scene in tests],
+        [encodings[""]] * 100,
+        2.0,
+        batch_guidance=True,
     )
     side = SIZE // BLOCK
     drawn = latents.decode(
@@ -208,22 +272,31 @@ def convert_to_pixels(latent: Path, file: Path) -> None:
         for name, tensor in load_file(wide).items()
         if not name.startswith("local_decoder.")
     }
-    model = L2PTransformer(
-        replace(
-            read_layout(wide).config,
-            decoder=recipe.CONFIG.decoder,
-            bottleneck_dim=recipe.CONFIG.bottleneck_dim,
-        )
+    config = replace(
+        read_layout(wide).config,
+        decoder=recipe.CONFIG.decoder,
+        bottleneck_dim=recipe.CONFIG.bottleneck_dim,
     )
+    of_zimage = isinstance(config, L2PConfig)
+    model = L2PTransformer(config) if of_zimage else DiffusersL2P(config)
     model.load_state_dict(converted, strict=False)
     torch.manual_seed(0)
-    recipe.initialise_ends(model)
+    if of_zimage:
+        recipe.initialise_ends(model)
+    else:
+        nn.init.normal_(model.x_embedder.weight, std=0.002)  # it has no bias
+        recipe.initialise_decoder(model.local_decoder)
+        model.local_decoder.out_conv.weight.data *= config.row.sign
     save(model, file)
 
 
 def save(model: nn.Module, file: Path) -> None:
     save_file(
-        {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}, file
+        {
+            name.removeprefix("transformer."): tensor.detach().contiguous()
+            for name, tensor in model.state_dict().items()
+        },
+        file,
     )
 
 
@@ -232,28 +305,36 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--backbone", choices=("z-image", *ROWS), default="z-image")
     parser.add_argument("--latent-steps", type=int, default=4000)
     parser.add_argument(
         "--steps", type=int, default=1500, help="of each pixel model (default 1500)"
+    )
+    parser.add_argument("--batch", type=int, default=16, help="images a step (default 16)")
+    parser.add_argument(
+        "--sample-every", type=int, help="steps between two scores (default: a fifth of --steps)"
     )
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
     parser.add_argument(
         "--mixed-precision",
         default="bf16",
         choices=("bf16", "no"),
-        help="of the pixel models; no is faster on a CPU without bfloat16 (default bf16)",
+        help="no is faster on a CPU without bfloat16 (default bf16)",
     )
     args = parser.parse_args()
+    BACKBONES.update(ROWS)
     folder, data = args.folder, args.folder / "images"
     if not (data / "metadata.jsonl").exists():
         recipe.make_files(folder / "encoder" / "transformer.safetensors", data, 0)
     if not (folder / "untrained.safetensors").exists():
-        save(untrained_model(), folder / "untrained.safetensors")
+        save(untrained_model(args.backbone), folder / "untrained.safetensors")
     if "transferred" in args.runs and not (folder / "latent.json").exists():
+        prompts = ROWS[args.backbone].prompts if args.backbone in ROWS else Z_IMAGE_PROMPTS
         encoder = TextEncoder.load(
             folder / "encoder" / "text_encoder",
             folder / "encoder" / "tokenizer",
             dtype=torch.float32,
+            prompts=prompts,
         )
         with torch.no_grad():
             encodings = {
@@ -263,7 +344,14 @@ def main() -> None:
                     *(scene.caption() for scene in (*training_scenes(), *test_scenes(100))),
                 }
             }
-        learn_latents(folder, encodings, args.latent_steps)
+        learn_latents(
+            untrained_model(args.backbone),
+            folder,
+            encodings,
+            args.latent_steps,
+            args.batch,
+            args.mixed_precision,
+        )
     if "transferred" in args.runs:
         print((folder / "latent.json").read_text(), flush=True)
     for name in args.runs:
@@ -281,12 +369,12 @@ def main() -> None:
                     "text_encoder": str(folder / "encoder"),
                     "steps": args.steps,
                     "mixed_precision": args.mixed_precision,
-                    "batch": BATCH,
+                    "batch": args.batch,
                     "freeze": freeze,
                     "ema": 0.99,
                     "save_every": 100,
                     "keep": 1,
-                    "sample_every": args.steps // 5,
+                    "sample_every": args.sample_every or args.steps // 5,
                 },
             )
         )

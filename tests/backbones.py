@@ -11,7 +11,7 @@ from comfyui_l2p.l2p_core.decoder import LocalDecoder
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
 from safetensors.torch import save_file
 
-WIDTH = 8  # of the text encoder
+WIDTH = 8  # of the text encoder, unless given
 # As Qwen3's own template renders one user turn with thinking disabled.
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content"
@@ -20,24 +20,34 @@ CHAT_TEMPLATE = (
 )
 
 
-def flux2(in_channels: int, dim: int = 32, layers: tuple[int, int] = (2, 3)):
-    """A Flux2Transformer2DModel with klein's proportions."""
+def flux2(
+    in_channels: int,
+    dim: int = 32,
+    layers: tuple[int, int] = (2, 3),
+    gain: float = 3,
+    **sizes: int,
+):
+    """A Flux2Transformer2DModel with klein's proportions.
+
+    gain: of its weights; as they come, layers add next to nothing. sizes: further arguments of the
+    class."""
     import diffusers
 
-    model = diffusers.Flux2Transformer2DModel(
-        in_channels=in_channels,
-        num_layers=layers[0],
-        num_single_layers=layers[1],
-        attention_head_dim=16,
-        num_attention_heads=dim // 16,
-        joint_attention_dim=3 * WIDTH,
-        timestep_guidance_channels=256,  # the one width that ComfyUI computes
-        axes_dims_rope=(4, 4, 4, 4),
-        guidance_embeds=False,
-    )
-    for parameter in model.parameters():  # as they come, layers add next to nothing
+    arguments = {
+        "in_channels": in_channels,
+        "num_layers": layers[0],
+        "num_single_layers": layers[1],
+        "attention_head_dim": 16,
+        "num_attention_heads": dim // 16,
+        "joint_attention_dim": 3 * WIDTH,
+        "timestep_guidance_channels": 256,  # the one width that ComfyUI computes
+        "axes_dims_rope": (4, 4, 4, 4),
+        "guidance_embeds": False,
+    }
+    model = diffusers.Flux2Transformer2DModel(**{**arguments, **sizes})
+    for parameter in model.parameters():
         if parameter.dim() > 1:
-            parameter.data *= 3
+            parameter.data *= gain
     return model.eval().requires_grad_(False)
 
 
@@ -83,7 +93,9 @@ def save_qwen_image(folder: Path) -> Path:
     return folder
 
 
-def save_text_encoder(folder: Path) -> tuple[transformers.Qwen3ForCausalLM, object]:
+def save_text_encoder(
+    folder: Path, width: int = WIDTH
+) -> tuple[transformers.Qwen3ForCausalLM, object]:
     """A Qwen3 of 28 layers and its tokenizer, in text_encoder/ and tokenizer/."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(BUNDLED_MODEL / "tokenizer")
     specials = ["<|endoftext|>", "<think>", "</think>"]
@@ -94,8 +106,8 @@ def save_text_encoder(folder: Path) -> tuple[transformers.Qwen3ForCausalLM, obje
     model = transformers.Qwen3ForCausalLM(
         transformers.Qwen3Config(
             vocab_size=len(tokenizer),
-            hidden_size=WIDTH,
-            intermediate_size=2 * WIDTH,
+            hidden_size=width,
+            intermediate_size=2 * width,
             num_hidden_layers=28,
             num_attention_heads=2,
             num_key_value_heads=1,
