@@ -11,7 +11,7 @@ from comfyui_l2p.l2p_core.config import Level
 from comfyui_l2p.l2p_core.flow import euler, guided_velocity, schedule
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
 from comfyui_l2p.l2p_core.train.config import read_config_of
-from comfyui_l2p.l2p_core.train.distill import DistillRun, distill
+from comfyui_l2p.l2p_core.train.distill import DistillRun, distill, shift_of
 from comfyui_l2p.l2p_core.train.distill_config import DistillConfig
 from comfyui_l2p.quant.merge import merge
 from PIL import Image
@@ -191,6 +191,14 @@ def test_every_loader_takes_the_defaults_of_a_distilled_file(config, checkpoint,
     capsys.readouterr()
     assert cli.main(["inspect", str(merged)]) == 0
     assert "default settings: num_inference_steps 3, cfg_scale 1.0" in capsys.readouterr().out
+
+
+def test_the_students_shift_is_the_checkpoints_own_unless_it_is_set(config, checkpoint, tmp_path):
+    own = tmp_path / "own.safetensors"
+    save_file(load_file(checkpoint), own, {"l2p.default_settings": '{"shift": 1.5}'})
+    assert shift_of(config()) == 3.0  # the published one
+    assert shift_of(config(checkpoint=str(own))) == 1.5
+    assert shift_of(config(checkpoint=str(own), shift=2.0)) == 2.0
 
 
 @pytest.mark.parametrize(

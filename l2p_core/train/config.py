@@ -44,6 +44,7 @@ class TrainConfig:
     """What `train` takes. Paths are as given, from the folder the program runs in."""
 
     REQUIRED: ClassVar = ("checkpoint", "data", "output")
+    POSITIVE: ClassVar = ("steps", "batch", "accumulate", "save_every", "shift", "learning_rate")
 
     checkpoint: str = knob(
         "", "the pixel initialisation (l2p convert), or any whole L2P model, to train from"
@@ -327,7 +328,7 @@ class TrainConfig:
                     raise ValueError(f"{each.name} is {value}; expected 0 or more")
                 if value > high:
                     raise ValueError(f"{each.name} is {value}; expected at most {high}")
-        for name in ("steps", "batch", "accumulate", "save_every", "shift", "learning_rate"):
+        for name in self.POSITIVE:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
         if (self.height == 0) != (self.width == 0):

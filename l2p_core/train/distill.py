@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..files.layout import defaults_metadata
+from ..files.layout import defaults_metadata, read_layout
 from ..flow import euler, guided_velocity, schedule, shifted
 from ..pipeline import draw_noise
 from ..settings import checked
@@ -74,6 +74,14 @@ class PromptBatches(Batches):
         return shifted(even, self.config.shift).item()
 
 
+def shift_of(config: DistillConfig) -> float:
+    """Return the shift of the student's schedule: as set, or the checkpoint's own.
+
+    Raises CheckpointError."""
+    layout = read_layout(Path(config.checkpoint))
+    return config.shift or float(layout.default_settings.get("shift", layout.config.shift))
+
+
 class DistillRun(Run):
     """A run whose target is the teacher's velocity, or where several of its steps lead."""
 
@@ -83,7 +91,7 @@ class DistillRun(Run):
 
     def __init__(self, config: DistillConfig, progress: bool):
         cache = config.cache or str(Path(config.output) / "encodings")
-        super().__init__(replace(config, cache=cache), progress)
+        super().__init__(replace(config, cache=cache, shift=shift_of(config)), progress)
 
     def read_data(self, max_pixels: int, multiple: int, step_images: int) -> Data:
         """Return the prompts as examples without images.

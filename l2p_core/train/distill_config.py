@@ -35,6 +35,7 @@ class DistillConfig(TrainConfig):
     """What `distill` takes: settings of its own, and those of `train` but `UNUSED`."""
 
     REQUIRED: ClassVar = ("checkpoint", "prompts", "output")
+    POSITIVE: ClassVar = ("steps", "batch", "accumulate", "save_every", "learning_rate")
 
     checkpoint: str = knob("", "the teacher, a whole L2P model; the student starts from it")
     prompts: str = knob(
@@ -64,7 +65,8 @@ class DistillConfig(TrainConfig):
     steps: int = knob(2000, "total number of optimizer steps")
     seed: int = knob(0, "seed of the order of prompts, the sigmas and the noise", high=2**64 - 1)
     shift: float = knob(
-        3.0, "shift of the sigma schedule; generate with the student at the same shift"
+        0.0,
+        "shift of the sigma schedule, which becomes the student's default; 0 for the checkpoint's",
     )
     schedule: str = knob(
         "linear",
