@@ -44,7 +44,14 @@ class TrainConfig:
     """What `train` takes. Paths are as given, from the folder the program runs in."""
 
     REQUIRED: ClassVar = ("checkpoint", "data", "output")
-    POSITIVE: ClassVar = ("steps", "batch", "accumulate", "save_every", "shift", "learning_rate")
+    POSITIVE: ClassVar[tuple[str, ...]] = (
+        "steps",
+        "batch",
+        "accumulate",
+        "save_every",
+        "shift",
+        "learning_rate",
+    )
 
     checkpoint: str = knob(
         "", "the pixel initialisation (l2p convert), or any whole L2P model, to train from"

@@ -35,7 +35,13 @@ class DistillConfig(TrainConfig):
     """What `distill` takes: settings of its own, and those of `train` but `UNUSED`."""
 
     REQUIRED: ClassVar = ("checkpoint", "prompts", "output")
-    POSITIVE: ClassVar = ("steps", "batch", "accumulate", "save_every", "learning_rate")
+    POSITIVE: ClassVar[tuple[str, ...]] = (
+        "steps",
+        "batch",
+        "accumulate",
+        "save_every",
+        "learning_rate",
+    )
 
     checkpoint: str = knob("", "the teacher, a whole L2P model; the student starts from it")
     prompts: str = knob(
