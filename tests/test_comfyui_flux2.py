@@ -292,6 +292,7 @@ def test_q_k_and_v_may_be_quantized_each_in_its_own_way(compare, write, tmp_path
 
 @pytest.mark.parametrize("quantized", [False, True])
 def test_save_checkpoint_and_load_again(comfyui, compare, tmp_path, klein, quantized):
+    """Bit for bit, but that a ComfyUI without INT8 saves such weights in bfloat16."""
     path, saved = klein.file, tmp_path / "saved.safetensors"
     if quantized:
         path = tmp_path / "int8.safetensors"
@@ -306,7 +307,8 @@ def test_save_checkpoint_and_load_again(comfyui, compare, tmp_path, klein, quant
     inputs = torch.randn(1, 3, 32, 48), torch.tensor([0.4]), [torch.randn(7, 24)]
     with torch.no_grad():
         found, expected = (model(*inputs) for model in (again, before))
-    assert rms(found - expected, expected) < 1e-6
+    rounded = quantized and comfyui.version < INT8_SINCE
+    assert rms(found - expected, expected) < (5e-3 if rounded else 1e-6)
 
 
 @pytest.mark.parametrize("loader", LOADERS)
