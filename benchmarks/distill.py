@@ -43,8 +43,9 @@ def config_of(folder: Path, run: Path, steps: int, student_steps: int) -> Distil
         freeze="",
         learning_rate=2e-4,
         shift=SHIFT,
+        schedule="cosine",
         warmup=10,
-        ema=0.95,
+        ema=0.97,
         mixed_precision="no",
         device="cpu",
         checkpointing=False,
@@ -69,7 +70,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=140, help="of training (default 140)")
+    parser.add_argument("--steps", type=int, default=320, help="of training (default 320)")
     parser.add_argument(
         "--student-steps",
         type=int,
