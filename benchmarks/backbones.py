@@ -142,7 +142,7 @@ def main() -> None:
     )
     parser.add_argument("what", choices=("overfit", "convert", "cards"))
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir(), "l2p-backbones"))
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=1500, help="of overfit (default 1500)")
     parser.add_argument("--backbone", choices=BACKBONES, default=FLUX2_KLEIN.name)
     args = parser.parse_args()
     if args.what == "overfit":
