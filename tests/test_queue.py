@@ -787,14 +787,13 @@ def test_a_server_that_stays_away_leaves_its_job_to_the_other(tmp_path, fakes, w
         str(tmp_path / "out"),
         "--count",
         "2",
-        "--timeout",
-        "0.1",
         "--server",
         gone.url,
     ]
-    assert main(command) == 1
+    assert main([*command, "--timeout", "0.1"]) == 1
     assert "0 of 2 images were generated" in capsys.readouterr().err
-    assert main([*command, "--server", good.url]) == 0 and len(good.graphs()) == 2
+    patient = "--timeout", "2"  # the good one may be slow on a busy machine
+    assert main([*command, *patient, "--server", good.url]) == 0 and len(good.graphs()) == 2
 
 
 @pytest.mark.slow
