@@ -25,6 +25,7 @@ from comfyui_l2p.l2p_core.backbones import BACKBONES, FLUX2_KLEIN, Backbone
 from comfyui_l2p.l2p_core.files.load import expected_shapes
 from comfyui_l2p.l2p_core.shapes.scenes import render, scenes
 from PIL import Image
+from transfer import open_gates, quiet_patches
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import backbones  # noqa: E402
@@ -42,13 +43,10 @@ def l2p(*arguments: object) -> None:
 
 
 def quiet_klein() -> torch.nn.Module:
-    """Return a tiny FLUX.2 that learns prompts from the first steps: gates are open, and patches,
-    whose embedding has no bias, are quiet beside what attention brings from the prompt."""
+    """Return a tiny FLUX.2 that learns prompts from the first steps."""
     transformer = backbones.flux2(768, 64, (1, 2), gain=1, joint_attention_dim=3 * WIDTH)
-    for part in FLUX2_KLEIN.shared:
-        for weight in transformer.get_submodule(part).parameters():
-            weight.data *= 2
-    torch.nn.init.normal_(transformer.x_embedder.weight, std=0.002)
+    open_gates(transformer)
+    quiet_patches(transformer)
     return transformer
 
 

@@ -177,14 +177,25 @@ class LatentFlux2(nn.Module):
         return -F.pixel_shuffle(velocity.transpose(1, 2).unflatten(2, (h, w)), PATCH)
 
 
+def open_gates(flux2: nn.Module) -> None:
+    """Double the modulation of a FLUX.2: as it comes, layers add next to nothing."""
+    for part in FLUX2_KLEIN.shared:
+        for weight in flux2.get_submodule(part).parameters():
+            weight.data *= 2
+
+
+def quiet_patches(flux2: nn.Module) -> None:
+    """Make patches quiet beside what attention brings from the prompt: their embedding has no
+    bias."""
+    nn.init.normal_(flux2.x_embedder.weight, std=0.002)
+
+
 def untrained_model(backbone: str) -> nn.Module:
     """Return the latent model before it learns."""
     torch.manual_seed(0)
     if backbone in ROWS:
         model = LatentFlux2()
-        for part in FLUX2_KLEIN.shared:  # open gates: as they come, layers add next to nothing
-            for weight in model.transformer.get_submodule(part).parameters():
-                weight.data *= 2
+        open_gates(model.transformer)
         return model
     model = LatentTransformer(CONFIG)
     recipe.open_gates(model)
@@ -284,7 +295,7 @@ def convert_to_pixels(latent: Path, file: Path) -> None:
     if of_zimage:
         recipe.initialise_ends(model)
     else:
-        nn.init.normal_(model.x_embedder.weight, std=0.002)  # it has no bias
+        quiet_patches(model)
         recipe.initialise_decoder(model.local_decoder)
         model.local_decoder.out_conv.weight.data *= config.row.sign
     save(model, file)
