@@ -3,6 +3,8 @@ teacher's.
 
     python benchmarks/distill.py --folder /tmp/distill           distil, score, draw the sheet
     python benchmarks/distill.py --folder /tmp/distill --steps 0 score what is there
+    python benchmarks/distill.py --folder /tmp/distill-seen --seen --steps 800
+                                            without prompts that the teacher was not trained on
     python benchmarks/distill.py --folder /tmp/distill --steps 100 --student-steps 0
                                                                  the same for the guidance alone
 
@@ -16,7 +18,7 @@ from pathlib import Path
 import torch
 from comfyui_l2p.l2p_core import L2PPipeline
 from comfyui_l2p.l2p_core.pipeline import BUNDLED_MODEL
-from comfyui_l2p.l2p_core.shapes.scenes import test_scenes, training_scenes
+from comfyui_l2p.l2p_core.shapes.scenes import scenes, test_scenes, training_scenes
 from comfyui_l2p.l2p_core.shapes.score import generate, score
 from comfyui_l2p.l2p_core.train.distill import distill
 from comfyui_l2p.l2p_core.train.distill_config import DistillConfig
@@ -26,6 +28,7 @@ TEACHER = BUNDLED_MODEL / "transformer.safetensors"
 ENCODER = BUNDLED_MODEL / "text_encoder"
 SHIFT = 1.0  # equal steps: a long last step leaves noise, and low sigmas decide the outlines
 GUIDANCE = 2.5  # of the teacher, whose default is 2: a student's outlines are softer
+PROMPTS = 1000
 SHOWN = 8  # images in a row of the sheet
 
 
@@ -46,7 +49,7 @@ def config_of(folder: Path, run: Path, steps: int, student_steps: int) -> Distil
         teacher_guidance=GUIDANCE,
         schedule="cosine",
         warmup=10,
-        ema=0.98,
+        ema=0.98 if steps > 500 else 0.97,
         mixed_precision="no",
         device="cpu",
         checkpointing=False,
@@ -55,12 +58,14 @@ def config_of(folder: Path, run: Path, steps: int, student_steps: int) -> Distil
     )
 
 
-def write_prompts(file: Path) -> None:
-    """Write the prompts of all scenes that the teacher was trained on, in the one form that it
-    reads, in random order. The score has others."""
-    scenes = training_scenes()
-    scenes = random.Random(0).sample(scenes, len(scenes))
-    file.write_text("".join(f"{scene.caption()}\n" for scene in scenes))
+def write_prompts(file: Path, seen: bool) -> None:
+    """Write prompts in the one form that the model reads, in random order.
+
+    seen: those of every scene that the teacher was trained on, and of no other. Else of some of all
+    scenes."""
+    rng, all_seen = random.Random(0), training_scenes()
+    chosen = rng.sample(all_seen, len(all_seen)) if seen else rng.sample(scenes(), PROMPTS)
+    file.write_text("".join(f"{scene.caption()}\n" for scene in chosen))
 
 
 def newest_step(run: Path) -> Path:
@@ -73,12 +78,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=800, help="of training (default 800)")
+    parser.add_argument("--steps", type=int, default=480, help="of training (default 480)")
     parser.add_argument(
         "--student-steps",
         type=int,
         default=8,
         help="in which the student generates (default 8); 0: as many as the teacher",
+    )
+    parser.add_argument(
+        "--seen", action="store_true", help="distil on prompts that the teacher was trained on"
     )
     parser.add_argument("--count", type=int, default=300, help="prompts scored (default 300)")
     args = parser.parse_args()
@@ -86,11 +94,11 @@ def main() -> None:
     suffix = "" if args.student_steps == 8 else f"-{args.student_steps}"
     run = args.folder / f"run{suffix}"
     if args.steps:
-        write_prompts(args.folder / "prompts.txt")
+        write_prompts(args.folder / "prompts.txt", args.seen)
         distill(config_of(args.folder, run, args.steps, args.student_steps))
 
-    scenes = test_scenes(args.count)
-    prompts = [scene.caption() for scene in scenes]
+    tested = test_scenes(args.count)
+    prompts = [scene.caption() for scene in tested]
     variants = [(TEACHER, {}), (TEACHER, {"cfg_scale": 1.0})]
     if steps := args.student_steps:
         variants.append((TEACHER, {"num_inference_steps": steps}))
@@ -104,7 +112,7 @@ def main() -> None:
         passes = chosen.num_inference_steps * (1 if chosen.cfg_scale == 1 else 2)
         who = "teacher" if checkpoint == TEACHER else f"student, {checkpoint.stem}"
         name = f"{who}, {chosen.num_inference_steps} steps, guidance scale {chosen.cfg_scale:g}"
-        result = score(images, scenes)
+        result = score(images, tested)
         if not rows:
             print("| model and settings | passes |", " | ".join(result), "|")
         print("|", " | ".join(map(str, (name, passes, *result.values()))), "|", flush=True)
