@@ -28,7 +28,7 @@ TEACHER = BUNDLED_MODEL / "transformer.safetensors"
 ENCODER = BUNDLED_MODEL / "text_encoder"
 SHIFT = 1.0  # equal steps: a long last step leaves noise, and low sigmas decide the outlines
 GUIDANCE = 2.5  # of the teacher, whose default is 2: a student's outlines are softer
-PROMPTS = 1000
+PROMPTS = 1000  # without --seen
 SHOWN = 8  # images in a row of the sheet
 
 
@@ -61,8 +61,8 @@ def config_of(folder: Path, run: Path, steps: int, student_steps: int) -> Distil
 def write_prompts(file: Path, seen: bool) -> None:
     """Write prompts in the one form that the model reads, in random order.
 
-    seen: those of every scene that the teacher was trained on, and of no other. Else of some of all
-    scenes."""
+    seen: those of every scene that the teacher was trained on, and of no other. Else those of
+    PROMPTS scenes, drawn from all."""
     rng, all_seen = random.Random(0), training_scenes()
     chosen = rng.sample(all_seen, len(all_seen)) if seen else rng.sample(scenes(), PROMPTS)
     file.write_text("".join(f"{scene.caption()}\n" for scene in chosen))
@@ -86,7 +86,7 @@ def main() -> None:
         help="in which the student generates (default 8); 0: as many as the teacher",
     )
     parser.add_argument(
-        "--seen", action="store_true", help="distil on prompts that the teacher was trained on"
+        "--seen", action="store_true", help="distil only on prompts that the teacher was trained on"
     )
     parser.add_argument("--count", type=int, default=300, help="prompts scored (default 300)")
     args = parser.parse_args()
