@@ -32,7 +32,7 @@ PROMPTS = 1000  # without --seen
 SHOWN = 8  # images in a row of the sheet
 
 
-def config_of(folder: Path, run: Path, steps: int, student_steps: int) -> DistillConfig:
+def config_of(folder: Path, run: Path, steps: int, student_steps: int, seen: bool) -> DistillConfig:
     """Return the settings, in float32 on one core."""
     return DistillConfig(
         checkpoint=str(TEACHER),
@@ -49,7 +49,7 @@ def config_of(folder: Path, run: Path, steps: int, student_steps: int) -> Distil
         teacher_guidance=GUIDANCE,
         schedule="cosine",
         warmup=10,
-        ema=0.98 if steps > 500 else 0.97,
+        ema=0.98 if seen else 0.97,  # --seen takes more steps
         mixed_precision="no",
         device="cpu",
         checkpointing=False,
@@ -95,7 +95,7 @@ def main() -> None:
     run = args.folder / f"run{suffix}"
     if args.steps:
         write_prompts(args.folder / "prompts.txt", args.seen)
-        distill(config_of(args.folder, run, args.steps, args.student_steps))
+        distill(config_of(args.folder, run, args.steps, args.student_steps, args.seen))
 
     tested = test_scenes(args.count)
     prompts = [scene.caption() for scene in tested]
